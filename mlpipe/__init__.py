@@ -1,0 +1,1 @@
+"""Image-classification workflow: orchestrated by Airflow, tracked by MLflow."""

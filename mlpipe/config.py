@@ -1,0 +1,270 @@
+"""What a run is: the form its user fills in, and the validated description that the stages work from.
+
+`RunParams` is the single source of the trigger form, the command-line options and their checks.
+`mlpipe.recipes.resolve` turns it into a `RunConfig`, in which nothing is left open.
+Only the standard library is imported: this module is read each time Airflow parses the DAG.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from mlpipe.errors import UserError
+
+DatasetName = Literal["digits", "cifar10", "images"]
+RecipeName = Literal["quick", "report"]
+PromotionMode = Literal["disabled", "dry_run", "enabled"]
+
+ESTIMATORS = frozenset({"logistic_regression"})
+"""Architectures that scikit-learn fits; every other one is a network that Lightning trains."""
+
+MODEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+MAX_MODELS = 16
+
+
+def describe(default: Any, title: str, description: str, **limits: Any) -> Any:
+    """A form field: JSON-schema keywords (`minimum`, `maximum`, `pattern`, …) go into `limits`."""
+    return field(default=default, metadata={"title": title, "description": description, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParams:
+    """What a user chooses when triggering a run. `None` means: as the recipe or the data set says."""
+
+    dataset: DatasetName = describe(
+        "digits",
+        "Data set",
+        "digits: the handwritten digits that scikit-learn ships (offline). cifar10: the official archive, "
+        "downloaded, or the one at the data URI. images: your own zip or tar at the data URI.",
+    )
+    data_uri: str | None = describe(
+        None,
+        "Data URI",
+        "Path, file://, http(s):// or s3:// of an archive: train/<class>/… and test/<class>/…, "
+        "or <class>/… alone, which is then split. Required for images.",
+        maxLength=2048,
+    )
+    recipe: RecipeName = describe(
+        "quick",
+        "Recipe",
+        "quick: minutes on a laptop, offline, random weights. report: Adam, 0.001, 10 epochs, the three models "
+        "of the report (resnet18 from ImageNet weights).",
+    )
+    models: str | None = describe(
+        None,
+        "Models",
+        "Comma-separated names, each with optional initial weights: custom_cnn, logistic_regression, resnet18=random, "
+        "resnet18=imagenet, or any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth. "
+        "Empty: the recipe's.",
+        maxLength=4096,
+    )
+    epochs: int | None = describe(
+        None, "Epochs", "Passes over the training images. Empty: the recipe's.", minimum=1, maximum=1000
+    )
+    batch_size: int | None = describe(
+        None, "Batch size", "Images in one optimizer step. Empty: the recipe's.", minimum=2, maximum=4096
+    )
+    learning_rate: float | None = describe(
+        None,
+        "Learning rate",
+        "Step size of the optimizer (the peak, where the recipe has a schedule). Empty: the recipe's.",
+        exclusiveMinimum=0,
+        maximum=10,
+    )
+    image_size: int | None = describe(
+        None,
+        "Image size",
+        "Height and width in pixels to which all images are brought. Empty: 32.",
+        minimum=8,
+        maximum=512,
+    )
+    seed: int = describe(
+        0, "Seed", "Of initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1
+    )
+    promotion: PromotionMode = describe(
+        "enabled",
+        "Promotion",
+        "disabled: no alias moves. dry_run: the decision is logged, no alias moves. "
+        "enabled: the best model becomes @champion if it passes the gate.",
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Check values from a form, a JSON body or a command line.
+
+        Raises:
+            UserError: an unknown key or a value of the wrong type or out of range; names the field,
+                the value and what is allowed.
+        """
+        known = cls.json_schema()
+        for key in values:
+            if key not in known:
+                raise UserError(f"{key}: unknown parameter; the known ones are {', '.join(known)}")
+        return cls(**{key: _checked(key, value, known[key]) for key, value in values.items()})
+
+    @classmethod
+    def json_schema(cls) -> dict[str, dict[str, Any]]:
+        """JSON schema and default of each field, as the arguments of an Airflow `Param`."""
+        hints = get_type_hints(cls)
+        return {f.name: {"default": f.default, **_schema_of(hints[f.name]), **f.metadata} for f in fields(cls)}
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The inverse of `from_mapping`."""
+        return asdict(self)
+
+
+_JSON_TYPES = {str: "string", int: "integer", float: "number"}
+_WORDS = {"string": "text", "integer": "a whole number", "number": "a number", "null": "empty"}
+
+
+def _schema_of(hint: Any) -> dict[str, Any]:
+    if get_origin(hint) is Literal:
+        return {"type": "string", "enum": list(get_args(hint))}
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [_JSON_TYPES[member] for member in get_args(hint) if member is not type(None)]
+        return {"type": ["null", *members]}
+    return {"type": _JSON_TYPES[hint]}
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    text = " or ".join(_WORDS[name] for name in reversed(names))
+    if "exclusiveMinimum" in schema:
+        text += f" above {schema['exclusiveMinimum']}"
+    elif "minimum" in schema:
+        text += f" from {schema['minimum']}"
+    if "maximum" in schema:
+        text += f" to {schema['maximum']}"
+    if "maxLength" in schema:
+        text += f" of at most {schema['maxLength']} characters"
+    return text
+
+
+def _checked(key: str, value: Any, schema: Mapping[str, Any]) -> Any:
+    names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if isinstance(value, str) and not value.strip() and "null" in names:
+        value = None  # an emptied text field of the form
+    if value is None and "null" in names:
+        return None
+    if "number" in names and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    expected = {"string": str, "integer": int, "number": float}[names[-1]]
+    good = isinstance(value, expected) and not isinstance(value, bool)
+    if good and "enum" in schema:
+        good = value in schema["enum"]
+    if good and "maxLength" in schema:
+        good = len(value) <= schema["maxLength"]
+    if good and "exclusiveMinimum" in schema:
+        good = value > schema["exclusiveMinimum"]
+    if good and "minimum" in schema:
+        good = value >= schema["minimum"]
+    if good and "maximum" in schema:
+        good = value <= schema["maximum"]
+    if not good:
+        shown = repr(value)
+        raise UserError(
+            f"{key}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; give {_allowed(schema)}"
+        )
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are prepared. With the bytes of the source, it decides a data set's digest."""
+
+    dataset: DatasetName
+    """Kind of source."""
+    uri: str | None = None
+    """Where the archive is; `None`: the data set's own source."""
+    image_size: int = 32
+    """Height and width of the prepared images, pixels."""
+    validation_fraction: float = 0.1
+    """Share of the training images held out to choose checkpoints by, stratified."""
+    test_fraction: float = 0.2
+    """Share of all images that becomes the test split where the source has none, stratified."""
+    split_seed: int = 0
+    """Seed of both splits; apart from the run's seed, so that runs with other seeds see the same data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one model is trained."""
+
+    num_epochs: int = 10
+    """Passes over the training images (networks)."""
+    batch_size: int = 64
+    """Images in one optimizer step (networks)."""
+    learning_rate: float = 1e-3
+    """Step size; the peak one where a schedule varies it (networks)."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Update rule; sgd has Nesterov momentum 0.9 (networks)."""
+    weight_decay: float = 0.0
+    """Coefficient of the decoupled (adamw) or L2 (adam, sgd) penalty (networks)."""
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    """Learning rate over the steps (networks)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes, 0 to 1 (networks)."""
+    augmentation: Literal["none", "flip", "flip_crop"] = "none"
+    """Random changes of the training images: horizontal flip; flip and shifted crop (networks)."""
+    early_stopping_patience: int | None = None
+    """Epochs without a better val/accuracy after which training ends; `None`: never (networks)."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """Arithmetic; auto is bfloat16 where the processor has it in hardware (networks)."""
+    inverse_regularization: float = 1.0
+    """scikit-learn's C: the smaller, the stronger the L2 penalty (linear models)."""
+    max_iterations: int = 100
+    """Limit of the solver (linear models)."""
+    seed: int = 0
+    """Of initial weights, batch order and augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model of a run."""
+
+    architecture: str
+    """custom_cnn, logistic_regression, or a torchvision classification network's name."""
+    weights: str
+    """What it starts from: random, imagenet, a URI; none for estimators that have no initial weights."""
+    name: str
+    """Unique in the run: the architecture, or architecture and weights where one architecture runs twice."""
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromotionConfig:
+    """When the best model of a run becomes the champion."""
+
+    mode: PromotionMode = "enabled"
+    """disabled, dry_run (decide and log) or enabled (decide, log and move the alias)."""
+    min_accuracy_over_chance: float = 0.05
+    """test/accuracy must exceed 1 / number of classes by this much, 0 to 1."""
+    min_improvement: float = 0.0
+    """test/accuracy must exceed the current champion's, measured on the same images, by more than this, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run with nothing left open."""
+
+    recipe: RecipeName
+    data: DataConfig
+    models: tuple[ModelConfig, ...]
+    promotion: PromotionConfig
+
+    def model(self, name: str) -> ModelConfig:
+        """The model of that name.
+
+        Raises:
+            UserError: no model of the run has it.
+        """
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise UserError(f"models: no model is called {name!r}; this run has {', '.join(m.name for m in self.models)}")
