@@ -1,0 +1,154 @@
+"""Download and preprocess images, train the chosen models side by side, evaluate and compare them.
+
+Wiring only: what runs after what, with which parameters. The work is in `mlpipe.stages`.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import (
+    Asset,
+    AssetAlias,
+    ExceptionRetryPolicy,
+    Param,
+    RetryAction,
+    RetryRule,
+    dag,
+    get_current_context,
+    task,
+)
+from airflow.sdk.configuration import conf
+
+from mlpipe.config import RunConfig, RunParams
+from mlpipe.errors import UserError
+from mlpipe.recipes import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlpipe.tracking.runs import Origin
+
+log = logging.getLogger(__name__)
+
+GPU = "gpu"
+HAS_GPU_EXECUTOR = any(
+    entry.partition(":")[0].strip() == GPU for entry in conf.get("core", "executor", fallback="").split(",")
+)
+"""An alias that is not configured would be an import error: without it, training runs on the default executor."""
+
+DATASETS = AssetAlias("image_datasets")
+CHAMPIONS = AssetAlias("champions")
+
+MISTAKE = RetryRule(exception=SystemExit, action=RetryAction.FAIL, reason="a mistake that trying again does not mend")
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Log a user's mistake as one line, without a traceback, and end the task without a retry."""
+    try:
+        yield
+    except UserError as mistake:
+        log.error("%s", mistake)  # noqa: TRY400 - the line is for the user
+        raise SystemExit(2) from None
+
+
+def run_config() -> RunConfig:
+    """The run as its form describes it."""
+    return resolve(RunParams.from_mapping(get_current_context()["params"]))
+
+
+def origin() -> Origin:
+    """The task that runs, for the tags of its MLflow run."""
+    from mlpipe.tracking.runs import Origin
+
+    ti = get_current_context()["ti"]
+    return Origin(dag_id=ti.dag_id, dag_run_id=ti.run_id, task_id=ti.task_id, try_number=ti.try_number)
+
+
+def link_to_run(url: str) -> None:
+    """Give the task its button to the MLflow run while it still runs."""
+    get_current_context()["ti"].xcom_push(key="mlflow_run_url", value=url)
+
+
+def close_runs(context: dict[str, Any]) -> None:
+    """End the MLflow runs that a failed DAG run left open."""
+    from mlpipe.stages import abandon
+    from mlpipe.tracking.runs import Origin
+
+    run = context["dag_run"]
+    config = resolve(RunParams.from_mapping(run.conf or {}))
+    abandon(config, Origin(dag_id=run.dag_id, dag_run_id=run.run_id, task_id=""), context.get("reason") or "failed")
+
+
+@dag(
+    schedule=None,
+    catchup=False,
+    params={name: Param(**schema) for name, schema in RunParams.json_schema().items()},
+    default_args={
+        "retries": 2,
+        "retry_delay": timedelta(seconds=10),
+        "retry_exponential_backoff": True,
+        "max_retry_delay": timedelta(minutes=5),
+        "retry_policy": ExceptionRetryPolicy(rules=[MISTAKE]),
+    },
+    on_failure_callback=close_runs,
+    max_active_runs=16,
+    doc_md=__doc__,
+    tags=["image-classification", "mlflow"],
+)
+def image_classification() -> None:
+    @task(doc_md="Bring the source's bytes into object storage.", multiple_outputs=True)
+    def download() -> dict[str, Any]:
+        from mlpipe import stages
+
+        with mistakes_in_one_line():
+            return stages.download(run_config(), origin(), on_run=link_to_run)
+
+    @task(doc_md="Decode, check, split and publish the images; log them to MLflow.", outlets=[DATASETS])
+    def preprocess(source: dict[str, Any]) -> dict[str, Any]:
+        from mlpipe import stages
+
+        with mistakes_in_one_line():
+            dataset = stages.preprocess(run_config(), origin(), source, on_run=link_to_run)
+        asset = Asset(name=dataset["dataset"], uri=dataset["uri"])
+        get_current_context()["outlet_events"][DATASETS].add(asset, extra={"digest": dataset["digest"]})
+        return dataset
+
+    @task(
+        doc_md="Train one model, log and register it.",
+        map_index_template="{{ task.op_kwargs['model'] }}",
+        executor=GPU if HAS_GPU_EXECUTOR else None,
+        pool=GPU if HAS_GPU_EXECUTOR else "default_pool",
+        queue=GPU,
+    )
+    def train(model: str, dataset: dict[str, Any]) -> dict[str, Any]:
+        from mlpipe import stages
+
+        with mistakes_in_one_line():
+            return stages.train(run_config(), origin(), model, dataset, on_run=link_to_run)
+
+    @task(
+        doc_md="Measure the models on the test images, compare them, promote the best.",
+        trigger_rule="all_done_min_one_success",
+        outlets=[CHAMPIONS],
+    )
+    def evaluate(trained: list[dict[str, Any]]) -> dict[str, Any]:
+        from mlpipe import stages
+
+        with mistakes_in_one_line():
+            result = stages.evaluate(run_config(), origin(), list(trained), on_run=link_to_run)
+        if champion := result["promoted"]:
+            asset = Asset(name=champion["name"], uri=f"mlflow://registered-models/{champion['name']}/champion")
+            get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra={"version": champion["version"]})
+        return result
+
+    source = download()
+    dataset = preprocess(source)
+    evaluate(train.partial(dataset=dataset).expand(model=source["models"]))
+
+
+image_classification()

@@ -1,0 +1,221 @@
+"""MLflow runs: one parent per DAG run, one child for the data and for each model.
+
+A run is found again by its tag `run_key`, a hash of who asked for it. A retry thus reopens the run of the
+try before it, on whatever machine it comes to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from matplotlib.figure import Figure
+from mlflow.entities import Run, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+
+from mlpipe.environment import Environment
+
+logger = logging.getLogger(__name__)
+
+SYSTEM_METRICS_INTERVAL = 5
+"""Seconds between two samples of CPU, memory and GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Who asks for a stage: Airflow's ids of the task that runs it."""
+
+    dag_id: str
+    dag_run_id: str
+    task_id: str
+    try_number: int = 1
+
+    @property
+    def url(self) -> str | None:
+        """Address of the DAG run in the Airflow UI, where that is known."""
+        base = Environment.from_env().airflow_ui_url
+        return f"{base.rstrip('/')}/dags/{self.dag_id}/runs/{self.dag_run_id}" if base else None
+
+    @property
+    def link(self) -> str:
+        """Markdown for a run's description."""
+        return f"[Airflow run `{self.dag_run_id}`]({self.url})" if self.url else f"Airflow run `{self.dag_run_id}`"
+
+    def key(self, part: str) -> str:
+        """Identity of one part (`parent`, `data`, a model's name) of the DAG run."""
+        return hashlib.sha256("\0".join((self.dag_id, self.dag_run_id, part)).encode()).hexdigest()[:32]
+
+    def tags(self) -> dict[str, str]:
+        """Tags by which a run is traced back to its task and code."""
+        tags = {
+            "dag_id": self.dag_id,
+            "dag_run_id": self.dag_run_id,
+            "dag_run_key": self.key("all"),
+            "task_id": self.task_id,
+            "try_number": str(self.try_number),
+            "git_sha": git_sha(),
+        }
+        return tags | ({"airflow_url": self.url} if self.url else {})
+
+
+@lru_cache(maxsize=1)
+def git_sha() -> str:
+    """Commit of this code, with `-dirty` where it was changed since; `unknown` outside a checkout.
+
+    An image without a checkout sets MLPIPE_GIT_SHA when it is built.
+    """
+    if known := os.environ.get("MLPIPE_GIT_SHA"):
+        return known
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def run_url(run: Run) -> str:
+    """Address of a run in the MLflow UI."""
+    base = (Environment.from_env().mlflow_ui_url or mlflow.get_tracking_uri()).rstrip("/")
+    return f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def compare_url(runs: list[Run]) -> str:
+    """Address of MLflow's page that sets runs side by side."""
+    base = (Environment.from_env().mlflow_ui_url or mlflow.get_tracking_uri()).rstrip("/")
+    ids = ",".join(f'"{run.info.run_id}"' for run in runs)
+    return f'{base}/#/compare-runs?runs=[{ids}]&experiments=["{runs[0].info.experiment_id}"]'
+
+
+def experiment_id(name: str) -> str:
+    """Id of the experiment, which is created on first use, also when several runs start at once."""
+    client = mlflow.MlflowClient()
+    if experiment := client.get_experiment_by_name(name):
+        return experiment.experiment_id
+    try:
+        return client.create_experiment(name)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+    return mlflow.get_experiment_by_name(name).experiment_id
+
+
+def find_run(experiment: str, key: str) -> Run | None:
+    """The run of that key, if a try before this one left it."""
+    runs = mlflow.MlflowClient().search_runs([experiment], f"tags.run_key = '{key}'", max_results=1)
+    return runs[0] if runs else None
+
+
+def open_run(
+    experiment: str, key: str, *, name: str, tags: Mapping[str, str], description: str, parent_run_id: str | None = None
+) -> Run:
+    """Reopen the run of that key, or create it. `name` and `description` are those of a new run."""
+    client = mlflow.MlflowClient()
+    if run := find_run(experiment, key):
+        client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        for tag, value in tags.items():
+            client.set_tag(run.info.run_id, tag, value)
+        if "error" in run.data.tags:
+            client.delete_tag(run.info.run_id, "error")
+        return client.get_run(run.info.run_id)
+    first = {"run_key": key, MLFLOW_RUN_NAME: name, MLFLOW_RUN_NOTE: description}
+    if parent_run_id:
+        first[MLFLOW_PARENT_RUN_ID] = parent_run_id
+    return client.create_run(experiment, tags={**first, **tags})
+
+
+class TrackedRun:
+    """What a stage writes to its MLflow run. Satisfies `mlpipe.training.protocol.TrainingLogger`."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run_id(self) -> str:
+        return self._run.info.run_id
+
+    @property
+    def experiment_id(self) -> str:
+        return self._run.info.experiment_id
+
+    @property
+    def url(self) -> str:
+        return run_url(self._run)
+
+    @cached_property
+    def _client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
+        """Write metrics at one step (an epoch, from 1; or 0 for a result)."""
+        mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id, model_id=model_id, synchronous=True)
+
+    def has_metric(self, name: str) -> bool:
+        """Whether a try before this one has logged the metric."""
+        return name in self._client.get_run(self.run_id).data.metrics
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Write parameters; those that a try before this one wrote stay as they are, being immutable."""
+        known = self._client.get_run(self.run_id).data.params
+        fresh = {name: str(value) for name, value in params.items() if name not in known}
+        if fresh:
+            mlflow.log_params(fresh, run_id=self.run_id, synchronous=True)
+
+    def log_figure(self, figure: Figure, path: str) -> None:
+        self._client.log_figure(self.run_id, figure, path)
+
+    def log_text(self, text: str, path: str) -> None:
+        self._client.log_text(self.run_id, text, path)
+
+    def log_dict(self, value: Mapping[str, Any], path: str) -> None:
+        self._client.log_dict(self.run_id, dict(value), path)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        for tag, value in tags.items():
+            self._client.set_tag(self.run_id, tag, value)
+
+    def describe(self, markdown: str) -> None:
+        """Set the description that the run's page shows."""
+        self.set_tags({MLFLOW_RUN_NOTE: markdown})
+
+
+@contextmanager
+def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
+    """Make `run` the active one; end it as FINISHED, as FAILED on an error, as KILLED when stopped from outside."""
+    if system_metrics:
+        mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
+    mlflow.start_run(run_id=run.info.run_id, log_system_metrics=system_metrics)
+    status = RunStatus.KILLED
+    try:
+        yield TrackedRun(run)
+        status = RunStatus.FINISHED
+    except Exception as error:
+        status = RunStatus.FAILED
+        mlflow.set_tag("error", str(error)[:5000])
+        raise
+    finally:
+        mlflow.end_run(RunStatus.to_string(status))
+
+
+def finish(run_id: str) -> None:
+    """End a run well."""
+    mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED))
+
+
+def abandon(experiment: str, origin: Origin, reason: str) -> None:
+    """End whatever a failed DAG run left open: parent and children become FAILED, with the reason."""
+    client = mlflow.MlflowClient()
+    filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment], filter_string):
+        client.set_tag(run.info.run_id, "error", reason[:5000])
+        client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.FAILED))
