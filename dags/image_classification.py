@@ -52,7 +52,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as mistake:
-        log.error("%s", mistake)  # noqa: TRY400 - the line is for the user
+        log.error("%s", mistake)
         raise SystemExit(2) from None
 
 

@@ -82,9 +82,7 @@ class RunParams:
         minimum=8,
         maximum=512,
     )
-    seed: int = describe(
-        0, "Seed", "Of initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1
-    )
+    seed: int = describe(0, "Seed", "Of initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1)
     promotion: PromotionMode = describe(
         "enabled",
         "Promotion",

@@ -119,7 +119,9 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
         elif not weights:
             weights = "random" if architecture == "custom_cnn" else default_weights
         if architecture == "custom_cnn" and weights == "imagenet":
-            raise UserError("models: 'custom_cnn=imagenet': no ImageNet weights exist for custom_cnn; use random or a URI")
+            raise UserError(
+                "models: 'custom_cnn=imagenet': no ImageNet weights exist for custom_cnn; use random or a URI"
+            )
         parsed.append((architecture, weights))
     return parsed
 

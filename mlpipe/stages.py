@@ -7,14 +7,14 @@ Each result is JSON.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from mlflow.entities import Run
 
-from mlpipe.config import ESTIMATORS, ModelConfig, RunConfig, TrainConfig
-from mlpipe.data.dataset import Dataset, open_dataset
+from mlpipe.config import RunConfig
+from mlpipe.data.dataset import open_dataset
 from mlpipe.data.prepare import Manifest, prepare_dataset
 from mlpipe.data.sources import SourceRef, fetch_source
 from mlpipe.data.store import ObjectStore

@@ -32,9 +32,7 @@ def registered_name(dataset: str) -> str:
     return f"{dataset}-classifier"
 
 
-def register(
-    name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str], description: str
-) -> RegisteredVersion:
+def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str], description: str) -> RegisteredVersion:
     """Make the model a version of `name`; a retry finds the version that the try before it made."""
     client = mlflow.MlflowClient()
     try:
@@ -51,7 +49,12 @@ def register(
         version = found[0]
     else:
         version = client.create_model_version(
-            name, source=model_uri, run_id=run_id, tags=dict(tags), description=description, model_id=model_uri.rsplit("/", 1)[-1]
+            name,
+            source=model_uri,
+            run_id=run_id,
+            tags=dict(tags),
+            description=description,
+            model_id=model_uri.rsplit("/", 1)[-1],
         )
     return RegisteredVersion(name=name, version=str(version.version), run_id=run_id, tags=dict(tags))
 

@@ -1,0 +1,150 @@
+"""The few calls to Airflow's REST API that the command line needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import quote
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from mlpipe.errors import UserError
+
+TIMEOUT = 30
+"""Seconds until a call without an answer is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInstance:
+    """One task of a DAG run."""
+
+    task_id: str
+    map_index: int
+    label: str
+    """`train [resnet18]` for a mapped task, else the task's id."""
+    state: str | None
+    try_number: int
+    seconds: float | None
+    """Duration of the last try."""
+
+
+class AirflowApi:
+    """A client of one Airflow server, logged in as one user."""
+
+    def __init__(self, url: str, user: str, password: str) -> None:
+        self.url = url.rstrip("/")
+        self._login = {"username": user, "password": password}
+        self._session = requests.Session()
+        retry = Retry(total=6, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=("GET",))
+        self._session.mount("http", HTTPAdapter(max_retries=retry))
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """The server named by MLPIPE_AIRFLOW_URL, _USER and _PASSWORD.
+
+        Raises:
+            UserError: one of them is not set.
+        """
+        names = ("MLPIPE_AIRFLOW_URL", "MLPIPE_AIRFLOW_USER", "MLPIPE_AIRFLOW_PASSWORD")
+        values = [os.environ.get(name) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if not value:
+                raise UserError(f"{name}: not set, and no local stack is up; run `mlpipe up`, or set it")
+        return cls(*(value or "" for value in values))
+
+    def trigger(self, dag_id: str, conf: dict[str, Any]) -> str:
+        """Start a DAG run; returns its id.
+
+        Raises:
+            UserError: the server refuses the parameters, or has no such DAG.
+        """
+        answer = self._call("POST", f"/api/v2/dags/{quote(dag_id)}/dagRuns", {"logical_date": None, "conf": conf})
+        return str(answer["dag_run_id"])
+
+    def dag_run_state(self, dag_id: str, run_id: str) -> str:
+        """`queued`, `running`, `success` or `failed`."""
+        return str(self._call("GET", _run_path(dag_id, run_id))["state"])
+
+    def task_instances(self, dag_id: str, run_id: str) -> list[TaskInstance]:
+        """All tasks of the DAG run, in the order in which they started."""
+        rows = self._call("GET", f"{_run_path(dag_id, run_id)}/taskInstances?limit=200")["task_instances"]
+        rows.sort(key=lambda row: (row["start_date"] or "9", row["task_id"], row["map_index"]))
+        return [
+            TaskInstance(
+                task_id=row["task_id"],
+                map_index=row["map_index"],
+                label=f"{row['task_id']} [{row.get('rendered_map_index') or row['map_index']}]"
+                if row["map_index"] >= 0
+                else row["task_id"],
+                state=row["state"],
+                try_number=row["try_number"],
+                seconds=row["duration"],
+            )
+            for row in rows
+        ]
+
+    def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
+        """What an unmapped task returned; `None` where it returned nothing."""
+        path = f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task_id)}/xcomEntries/return_value?deserialize=false"
+        try:
+            return self._call("GET", path)["value"]
+        except UserError:
+            return None
+
+    def last_error(self, dag_id: str, run_id: str, task: TaskInstance) -> str | None:
+        """The last error line of a task's log."""
+        path = (
+            f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task.task_id)}/logs/{task.try_number}"
+            f"?map_index={task.map_index}&full_content=true"
+        )
+        try:
+            events = self._call("GET", path)["content"]
+        except UserError:
+            return None
+        errors = [event for event in events if isinstance(event, dict) and event.get("level") in ("error", "critical")]
+        told = [
+            event["event"] for event in errors if event["event"] not in ("Task exited", "Task failed with exception")
+        ]
+        if told:
+            return str(told[-1])
+        for event in errors:
+            if detail := event.get("error_detail"):
+                return f"{detail[-1].get('exc_type')}: {detail[-1].get('exc_value')}"
+        return None
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, fresh: bool = False) -> Any:
+        try:
+            if fresh or "Authorization" not in self._session.headers:
+                self._log_in()
+            answer = self._session.request(method, self.url + path, json=body, timeout=TIMEOUT)
+        except requests.RequestException as error:
+            raise UserError(
+                f"Airflow at {self.url} does not answer ({type(error).__name__}); is it up? See `mlpipe status`"
+            ) from error
+        if answer.status_code == requests.codes.unauthorized and not fresh:
+            return self._call(method, path, body, fresh=True)
+        if not answer.ok:
+            raise UserError(
+                f"Airflow refused {method} {path.partition('?')[0]}: {answer.status_code} {_detail(answer)}"
+            )
+        return answer.json()
+
+    def _log_in(self) -> None:
+        answer = self._session.post(f"{self.url}/auth/token", json=self._login, timeout=TIMEOUT)
+        if not answer.ok:
+            raise UserError(f"MLPIPE_AIRFLOW_PASSWORD: Airflow at {self.url} refuses the login of this user")
+        self._session.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+
+
+def _run_path(dag_id: str, run_id: str) -> str:
+    return f"/api/v2/dags/{quote(dag_id)}/dagRuns/{quote(run_id, safe='')}"
+
+
+def _detail(answer: requests.Response) -> str:
+    try:
+        return str(answer.json().get("detail", ""))[:500]
+    except ValueError:
+        return answer.reason

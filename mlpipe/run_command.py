@@ -1,0 +1,213 @@
+"""`mlpipe run` and `mlpipe predict`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+
+from mlpipe.airflow_api import AirflowApi, TaskInstance
+from mlpipe.config import RunParams
+from mlpipe.errors import UserError
+from mlpipe.recipes import resolve
+
+DAG_ID = "image_classification"
+POLL_SECONDS = 0.5
+DONE = {"success": "[green]✔[/]", "failed": "[red]✘[/]", "upstream_failed": "[yellow]–[/]", "skipped": "[dim]–[/]"}
+
+
+def _form_options(command: click.Command) -> click.Command:
+    """Give the command one option for each field of the form."""
+    hints = get_type_hints(RunParams)
+    for name, schema in RunParams.json_schema().items():
+        kind: Any = click.Choice(schema["enum"]) if "enum" in schema else _scalar(hints[name])
+        option = click.Option(
+            [f"--{name.replace('_', '-')}"],
+            type=kind,
+            default=schema["default"],
+            show_default=schema["default"] is not None,
+            help=schema["description"],
+        )
+        command.params.append(option)
+    return command
+
+
+def _scalar(hint: Any) -> type:
+    return next(member for member in (get_args(hint) or (hint,)) if member is not type(None))
+
+
+@_form_options
+@click.command()
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
+def run(json_path: Path | None, **values: Any) -> None:
+    """Trigger the DAG, show its progress and print the comparison."""
+    values["data_uri"] = _absolute(values["data_uri"])
+    params = RunParams.from_mapping(values)
+    resolve(params)
+    if json_path is not None and not json_path.parent.is_dir():
+        raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; make it first")
+    console = Console()
+    api = AirflowApi.from_env()
+    began = time.monotonic()
+    run_id = api.trigger(DAG_ID, params.to_mapping())
+    console.print(f"Airflow run  {api.url}/dags/{DAG_ID}/runs/{run_id}", soft_wrap=True, highlight=False)
+    try:
+        state, tasks = _follow(api, run_id, console)
+    except KeyboardInterrupt:
+        raise UserError("stopped watching; the DAG run goes on in Airflow, where it can be stopped") from None
+    result = _result(api, run_id, state, tasks, time.monotonic() - began)
+    if json_path is not None:
+        _write(json_path, result)
+    for item in tasks:
+        if item.state == "failed":
+            reason = api.last_error(DAG_ID, run_id, item) or "see its log in Airflow"
+            console.print(f"[red]{item.label} failed:[/] ", end="")
+            console.print(reason, markup=False, highlight=False, soft_wrap=True)
+    if result["models"]:
+        _print_comparison(result, console)
+    if state != "success":
+        raise SystemExit(1)
+
+
+def _absolute(uri: str | None) -> str | None:
+    """A path on this machine as the worker, in another folder, can read it."""
+    if uri is None or "://" in uri:
+        return uri
+    path = Path(uri).expanduser().resolve()
+    if not path.exists():
+        raise UserError(f"data_uri: no file at {str(path)!r}; give the path of a zip or tar archive, or a URI")
+    return str(path)
+
+
+def _follow(api: AirflowApi, run_id: str, console: Console) -> tuple[str, list[TaskInstance]]:
+    began = time.monotonic()
+    shown: dict[str, str | None] = {}
+    with Live(console=console, refresh_per_second=8, transient=False) as live:
+        while True:
+            state = api.dag_run_state(DAG_ID, run_id)
+            tasks = api.task_instances(DAG_ID, run_id)
+            if console.is_terminal:
+                live.update(_progress(tasks, time.monotonic() - began))
+            else:
+                _print_changes(tasks, shown, console)
+            if state in ("success", "failed"):
+                return state, tasks
+            time.sleep(POLL_SECONDS)
+
+
+def _progress(tasks: list[TaskInstance], seconds: float) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for item in tasks:
+        mark = DONE.get(item.state or "", Spinner("dots") if item.state == "running" else "[dim]·[/]")
+        took = f"{item.seconds:.1f} s" if item.seconds is not None else ""
+        table.add_row(mark, item.label, f"[dim]{item.state or 'waiting'}[/]", took)
+    table.add_row("", "", "", f"[dim]{seconds:.0f} s[/]")
+    return table
+
+
+def _print_changes(tasks: list[TaskInstance], shown: dict[str, str | None], console: Console) -> None:
+    for item in tasks:
+        if item.state and shown.get(item.label) != item.state:
+            shown[item.label] = item.state
+            took = f" after {item.seconds:.1f} s" if item.state in DONE and item.seconds is not None else ""
+            console.print(f"{item.label}: {item.state}{took}", markup=False, highlight=False)
+
+
+def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance], seconds: float) -> dict[str, Any]:
+    compared = api.xcom(DAG_ID, run_id, "evaluate") or {}
+    return {
+        "dag_run_id": run_id,
+        "state": state,
+        "parent_run_id": compared.get("parent_run_id"),
+        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"),
+        "wall_seconds": round(seconds, 3),
+        "task_seconds": {item.label: item.seconds for item in tasks},
+        "dataset": compared.get("dataset") or api.xcom(DAG_ID, run_id, "preprocess"),
+        "models": compared.get("models", []),
+        "failed_models": compared.get("failed", {}),
+        "champion": compared.get("champion"),
+        "summary": compared.get("summary"),
+        "airflow_url": f"{api.url}/dags/{DAG_ID}/runs/{run_id}",
+        "mlflow_url": compared.get("parent_url"),
+        "compare_url": compared.get("compare_url"),
+    }
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _print_comparison(result: dict[str, Any], console: Console) -> None:
+    data = result["dataset"]
+    table = Table(
+        title=f"{data['name']}: {data['num_test']:,} test images, {len(data['classes'])} classes", title_justify="left"
+    )
+    for column in ("model", "weights", "accuracy", "95 % interval", "precision", "recall", "F1", "training"):
+        table.add_column(column, justify="left" if column in ("model", "weights") else "right", no_wrap=True)
+    for model in result["models"]:
+        metrics = model["metrics"]
+        table.add_row(
+            model["name"],
+            model["weights"],
+            f"{metrics['test/accuracy']:.4f}",
+            f"{metrics['test/accuracy_ci_low']:.4f} – {metrics['test/accuracy_ci_high']:.4f}",
+            *(f"{metrics[f'test/{name}_macro']:.4f}" for name in ("precision", "recall", "f1")),
+            f"{model['train_seconds']:.1f} s",
+        )
+    console.print(table)
+    if result["summary"]:
+        console.print(result["summary"], markup=False, highlight=False)
+    console.print()
+    for label, url in (
+        ("Airflow", result["airflow_url"]),
+        ("MLflow", result["mlflow_url"]),
+        ("Compare", result["compare_url"]),
+    ):
+        console.print(f"{label:<9}{url}", soft_wrap=True, markup=False, highlight=False)
+    if champion := result["champion"]:
+        console.print(
+            f"{'Champion':<9}{champion['name']} version {champion['version']}: "
+            f'mlflow.pyfunc.load_model("models:/{champion["name"]}@champion")',
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+
+
+@click.command()
+@click.argument("model_uri")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+def predict(model_uri: str, images: tuple[Path, ...]) -> None:
+    """Label image files with a logged model, e.g. models:/digits-classifier@champion."""
+    import mlflow
+    import numpy as np
+    from mlflow.exceptions import MlflowException
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        model = mlflow.pyfunc.load_model(model_uri)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"MODEL_URI: {model_uri!r} cannot be loaded ({reason}); see the Models page of MLflow"
+        ) from None
+    table = Table("image", "label", "confidence")
+    for path in images:
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3) uint8
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"IMAGE: {str(path)!r} cannot be read as an image ({error})") from None
+        row = model.predict(pixels).iloc[0]
+        table.add_row(str(path), str(row["label"]), f"{row['confidence']:.4f}")
+    Console().print(table)
