@@ -1,0 +1,146 @@
+"""The form's checks, and what a recipe makes of a filled-in form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlpipe.config import RunConfig, RunParams
+from mlpipe.errors import UserError
+from mlpipe.recipes import RECIPES, parse_models, resolve
+
+
+def resolved(**values: object) -> RunConfig:
+    return resolve(RunParams.from_mapping(values))
+
+
+def test_an_empty_form_is_a_run_that_needs_no_network() -> None:
+    config = resolved()
+    assert config.data.dataset == "digits"
+    assert [model.name for model in config.models] == ["custom_cnn", "logistic_regression", "resnet18"]
+    assert {model.weights for model in config.models} == {"random", "none"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("dataset", "mnist", "one of digits, cifar10, images"),
+        ("dataset", None, "one of digits"),
+        ("data_uri", 7, "text"),
+        ("data_uri", "x" * 3000, "2048"),
+        ("recipe", "slow", "one of quick, report"),
+        ("models", ["resnet18"], "text"),
+        ("epochs", 0, "from 1 to 1000"),
+        ("epochs", 1.5, "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("epochs", "3", "a whole number"),
+        ("batch_size", 1, "from 2"),
+        ("batch_size", 10**9, "to 4096"),
+        ("learning_rate", 0, "above 0"),
+        ("learning_rate", float("nan"), "a number"),
+        ("learning_rate", float("inf"), "to 10"),
+        ("image_size", 7, "from 8 to 512"),
+        ("seed", -1, "from 0"),
+        ("seed", None, "a whole number"),
+        ("promotion", "on", "one of disabled, dry_run, enabled"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name_with_what_is_allowed(field: str, value: object, allowed: str) -> None:
+    with pytest.raises(UserError, match=f"^{field}: .*") as refused:
+        resolved(**{field: value})
+    assert allowed in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    with pytest.raises(UserError, match="epoch: unknown parameter; the known ones are .*epochs"):
+        resolved(epoch=3)
+
+
+@pytest.mark.parametrize(
+    ("models", "complaint"),
+    [
+        (",", "0 models"),
+        ("resnet18=", "names no weights"),
+        ("Res Net", "is not a model name"),
+        ("../x", "is not a model name"),
+        ("resnet18,resnet18", "more than once"),
+        ("logistic_regression=imagenet", "has no initial weights"),
+        ("custom_cnn=imagenet", "no ImageNet weights exist"),
+        (",".join(f"resnet{n}" for n in range(17)), "17 models"),
+    ],
+)
+def test_a_bad_model_list_is_refused(models: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"^models: .*{complaint}"):
+        resolved(models=models)
+
+
+def test_contradictory_fields_are_refused() -> None:
+    with pytest.raises(UserError, match="data_uri: empty, but the data set 'images' needs"):
+        resolved(dataset="images")
+    with pytest.raises(UserError, match="data_uri: .* is not used by the data set 'digits'"):
+        resolved(data_uri="/tmp/x.zip")
+
+
+def test_an_emptied_text_field_means_the_recipes_choice() -> None:
+    assert resolved(models=" ", data_uri="") == resolved()
+
+
+def test_one_architecture_with_two_weights_has_two_names() -> None:
+    config = resolved(models="resnet18=imagenet, resnet18=random, custom_cnn")
+    assert [(model.name, model.weights) for model in config.models] == [
+        ("resnet18_imagenet", "imagenet"),
+        ("resnet18_random", "random"),
+        ("custom_cnn", "random"),
+    ]
+
+
+def test_weights_may_be_a_uri_with_an_equals_sign() -> None:
+    assert parse_models("resnet18=https://h/w.pth?a=b#sha256=00", "random") == [
+        ("resnet18", "https://h/w.pth?a=b#sha256=00")
+    ]
+
+
+def test_the_report_recipe_has_the_reports_settings() -> None:
+    config = resolved(recipe="report", dataset="cifar10")
+    assert [(model.name, model.weights) for model in config.models] == [
+        ("custom_cnn", "random"),
+        ("logistic_regression", "none"),
+        ("resnet18", "imagenet"),
+    ]
+    for model in config.models:
+        assert (model.train.optimizer, model.train.learning_rate, model.train.num_epochs) == ("adam", 1e-3, 10)
+    assert config.data.image_size == 32
+
+
+def test_what_the_user_chose_goes_over_the_recipe() -> None:
+    train = resolved(recipe="report", epochs=3, learning_rate=1, batch_size=8, seed=5).models[0].train
+    assert (train.num_epochs, train.learning_rate, train.batch_size, train.seed) == (3, 1.0, 8, 5)
+
+
+def test_every_recipe_resolves() -> None:
+    for recipe in RECIPES:
+        assert resolved(recipe=recipe).models
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
+@given(st.dictionaries(st.sampled_from([*RunParams.json_schema(), "other"]), st.none() | st.integers() | st.text()))
+def test_any_form_is_resolved_or_refused_in_one_line(values: dict[str, object]) -> None:
+    try:
+        resolved(**values)
+    except UserError as refused:
+        assert "\n" not in str(refused)
+        assert str(refused)
+
+
+def test_importing_the_configuration_loads_nothing_heavy() -> None:
+    script = (
+        "import sys, mlpipe.config, mlpipe.recipes\n"
+        "heavy = {'airflow', 'torch', 'sklearn', 'mlflow', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
