@@ -1,0 +1,336 @@
+"""Several models on the same test images: who is better, and whether that is more than chance."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from mlpipe.evaluation.metrics import CONFIDENCE_LEVEL, Evaluation
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Contender:
+    """What is compared of one model."""
+
+    evaluation: Evaluation
+    correct: NDArray[np.bool_]
+    """(N,) which test images it got right; in the same order of images for all models."""
+    weights: str
+    """What it started from: random, imagenet, a URI; none for estimators."""
+    train_seconds: float | None = None
+    """Duration of the training."""
+    images_per_second: float | None = None
+    """Throughput of the training."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One model of a comparison."""
+
+    name: str
+    contender: Contender
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Its scores."""
+        return self.contender.evaluation
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether it is a network that started from random weights."""
+        return self.contender.weights == "random"
+
+    @property
+    def display_name(self) -> str:
+        """The name, marked where the model started from random weights."""
+        return f"{self.name} (random weights)" if self.random_weights else self.name
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """McNemar's exact test: do two models err equally often on the same images?"""
+
+    better: str
+    worse: str
+    only_better_right: int
+    """Images that only the better model got right."""
+    only_worse_right: int
+    difference: float
+    """Accuracy of the better model less that of the worse one, 0 to 1."""
+    p_value: float
+    p_adjusted: float
+    """By Holm's method over all pairs of the comparison."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Models by falling accuracy, the tests between all pairs of them, and the models that have no result."""
+
+    rows: tuple[Row, ...]
+    tests: tuple[PairedTest, ...]
+    failed: dict[str, str] = field(default_factory=dict)
+    """Reasons by model name."""
+
+    @property
+    def num_images(self) -> int:
+        """Test images."""
+        return self.rows[0].evaluation.num_images
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, by index."""
+        return self.rows[0].evaluation.classes
+
+    def test_between(self, first: str, second: str) -> PairedTest:
+        """The paired test of two models, in any order."""
+        return next(test for test in self.tests if {test.better, test.worse} == {first, second})
+
+    def markdown(self) -> str:
+        """The table, the paired tests and what there is to note, as GitHub-flavoured Markdown."""
+        parts = [_markdown_table(_TABLE_HEADER, [_table_row(row, self.num_images) for row in self.rows], self.failed)]
+        if self.tests:
+            parts.append(_markdown_table(_TEST_HEADER, [_test_row(test) for test in self.tests], {}))
+            parts.append("Paired tests: McNemar, exact, two-sided; p adjusted over all pairs by Holm's method.")
+        notes = [f"{row.name}: {note}" for row in self.rows for note in row.evaluation.notes]
+        parts.append("\n".join(f"- {_cell(note)}" for note in notes))
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def csv(self) -> str:
+        """The table with all digits, one row for each model, the failed ones last."""
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, fieldnames=_CSV_FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for rank, row in enumerate(self.rows, start=1):
+            writer.writerow(_csv_row(rank, row))
+        for name, reason in self.failed.items():
+            writer.writerow({"model": name, "failure": " ".join(reason.split())})
+        return stream.getvalue()
+
+    def summary(self) -> str:
+        """Two to four sentences: the best model, its lead, what random weights mean here, what failed."""
+        best = self.rows[0]
+        accuracy, interval = best.evaluation.accuracy, best.evaluation.intervals["accuracy"]
+        among = "the most accurate" if len(self.rows) > 1 else "the only model with a result"
+        sentences = [
+            f"{best.name} is {among} on {self.num_images:,} test images: "
+            f"{_percent(accuracy, self.num_images)} % right "
+            f"({CONFIDENCE_LEVEL:.0%} interval {_percent_range(interval, self.num_images)} %)."
+        ]
+        if len(self.rows) > 1:
+            sentences.append(self._lead())
+        random = [row.name for row in self.rows if row.random_weights]
+        if random:
+            sentences.append(_random_weights_sentence(random))
+        if self.failed:
+            reasons = "; ".join(f"{name} ({_first_line(reason)})" for name, reason in self.failed.items())
+            sentences.append(f"Without a result: {reasons}.")
+        return " ".join(sentences)
+
+    def _lead(self) -> str:
+        test = self.test_between(self.rows[0].name, self.rows[1].name)
+        p_value = f"exact McNemar test, Holm-adjusted p {_p_text(test.p_adjusted)}"
+        if test.difference == 0:
+            return f"{test.worse} has the same accuracy ({p_value})."
+        points = f"{100 * test.difference:.{_decimals(self.num_images)}f} points"
+        if test.p_adjusted < SIGNIFICANCE:
+            return f"Its lead of {points} over {test.worse}, the second, is beyond chance ({p_value})."
+        return f"Its lead of {points} over {test.worse}, the second, may be chance ({p_value})."
+
+
+def compare(contenders: Mapping[str, Contender], failed: Mapping[str, str] | None = None) -> Comparison:
+    """Rank models and test every pair of them.
+
+    Args:
+        contenders: by model name, at least one.
+        failed: reasons by the name of each model that has no result.
+
+    Raises:
+        ValueError: no contender, or they were not measured on the same images and classes.
+    """
+    if not contenders:
+        raise ValueError("contenders: none; at least one model must have been evaluated")
+    # Equal accuracies go by log loss, then by name, so that the order never depends on who finished first.
+    ranked = sorted(
+        contenders.items(), key=lambda item: (-item[1].evaluation.accuracy, item[1].evaluation.log_loss, item[0])
+    )
+    rows = tuple(Row(name, contender) for name, contender in ranked)
+    _check_same_images(rows)
+    return Comparison(rows=rows, tests=_paired_tests(rows), failed=dict(failed or {}))
+
+
+def exact_mcnemar(first_correct: NDArray[np.bool_], second_correct: NDArray[np.bool_]) -> float:
+    """Two-sided p value of McNemar's exact test, for two models on the same images (N,)."""
+    only_first = int(np.sum(first_correct & ~second_correct))
+    only_second = int(np.sum(~first_correct & second_correct))
+    # The test looks at the discordant images alone; the concordant cells may be anything.
+    return float(mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
+
+
+def _paired_tests(rows: Sequence[Row]) -> tuple[PairedTest, ...]:
+    pairs = list(itertools.combinations(rows, 2))
+    if not pairs:
+        return ()
+    p_values = [exact_mcnemar(first.contender.correct, second.contender.correct) for first, second in pairs]
+    adjusted = multipletests(p_values, alpha=SIGNIFICANCE, method="holm")[1]
+    return tuple(
+        PairedTest(
+            better=first.name,
+            worse=second.name,
+            only_better_right=int(np.sum(first.contender.correct & ~second.contender.correct)),
+            only_worse_right=int(np.sum(~first.contender.correct & second.contender.correct)),
+            difference=first.evaluation.accuracy - second.evaluation.accuracy,
+            p_value=p_value,
+            p_adjusted=float(p_adjusted),
+        )
+        for (first, second), p_value, p_adjusted in zip(pairs, p_values, adjusted, strict=True)
+    )
+
+
+def _check_same_images(rows: Sequence[Row]) -> None:
+    first = rows[0].evaluation
+    for row in rows:
+        evaluation, correct = row.evaluation, row.contender.correct
+        if correct.shape != (evaluation.num_images,) or int(correct.sum()) != int(np.trace(evaluation.confusion)):
+            raise ValueError(f"{row.name}: 'correct' must be (N,) booleans that agree with its evaluation")
+        same_truth = evaluation.classes == first.classes and np.array_equal(
+            evaluation.confusion.sum(axis=1), first.confusion.sum(axis=1)
+        )
+        if not same_truth:
+            raise ValueError(f"{row.name} and {rows[0].name} were not measured on the same images and classes")
+
+
+# --- Texts
+
+_TABLE_HEADER = (
+    "Model",
+    "Started from",
+    "Accuracy, % (95 % interval)",
+    "Precision, %",
+    "Recall, %",
+    "F1, %",
+    "Log loss",
+    "Calibration error",
+    "Training, s",
+    "Images/s",
+)
+_TEST_HEADER = ("Better", "Worse", "Lead, points", "Only better right", "Only worse right", "p", "p adjusted")
+_MACRO = ("precision_macro", "recall_macro", "f1_macro")
+_CSV_FIELDS = (
+    "rank",
+    "model",
+    "weights",
+    "accuracy",
+    "accuracy_ci_low",
+    "accuracy_ci_high",
+    *(f"{name}{suffix}" for name in _MACRO for suffix in ("", "_ci_low", "_ci_high")),
+    "log_loss",
+    "calibration_error",
+    "train_seconds",
+    "images_per_second",
+    "num_test_images",
+    "failure",
+)
+
+
+def _table_row(row: Row, num_images: int) -> list[str]:
+    evaluation, contender = row.evaluation, row.contender
+    accuracy = _percent(evaluation.accuracy, num_images)
+    return [
+        row.display_name,
+        "–" if contender.weights == "none" else contender.weights,
+        f"{accuracy} ({_percent_range(evaluation.intervals['accuracy'], num_images)})",
+        *(_percent(getattr(evaluation, name), num_images) for name in _MACRO),
+        f"{evaluation.log_loss:.3f}",
+        f"{evaluation.expected_calibration_error:.3f}",
+        "–" if contender.train_seconds is None else f"{contender.train_seconds:,.1f}",
+        "–" if contender.images_per_second is None else f"{contender.images_per_second:,.0f}",
+    ]
+
+
+def _test_row(test: PairedTest) -> list[str]:
+    return [
+        test.better,
+        test.worse,
+        f"{100 * test.difference:.2f}",
+        str(test.only_better_right),
+        str(test.only_worse_right),
+        f"{test.p_value:.3g}",
+        f"{test.p_adjusted:.3g}",
+    ]
+
+
+def _csv_row(rank: int, row: Row) -> dict[str, object]:
+    evaluation, contender = row.evaluation, row.contender
+    values: dict[str, object] = {
+        "rank": rank,
+        "model": row.name,
+        "weights": contender.weights,
+        "log_loss": evaluation.log_loss,
+        "calibration_error": evaluation.expected_calibration_error,
+        "num_test_images": evaluation.num_images,
+        # None becomes an empty field
+        "train_seconds": contender.train_seconds,
+        "images_per_second": contender.images_per_second,
+    }
+    for name in ("accuracy", *_MACRO):
+        values[name] = getattr(evaluation, name)
+        values[f"{name}_ci_low"], values[f"{name}_ci_high"] = evaluation.intervals[name]
+    return values
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Mapping[str, str]) -> str:
+    failures = [
+        [name, f"no result: {_first_line(reason)}", *["–"] * (len(header) - 2)] for name, reason in failed.items()
+    ]
+    num_texts = 2  # the first columns hold words, the others numbers
+    rule = ["---"] * num_texts + ["---:"] * (len(header) - num_texts)
+    lines = [header, rule, *rows, *failures]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends a table's cell nor reads as HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _decimals(num_images: int) -> int:
+    return 2 if num_images >= 5000 else 1  # one image more or less is to be seen, and hardly less
+
+
+def _percent(share: float, num_images: int) -> str:
+    return f"{100 * share:.{_decimals(num_images)}f}"
+
+
+def _percent_range(interval: tuple[float, float], num_images: int) -> str:
+    return "–".join(_percent(limit, num_images) for limit in interval)
+
+
+def _p_text(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
+
+
+def _first_line(reason: str, limit: int = 200) -> str:
+    line = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given").rstrip(".")
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _random_weights_sentence(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return (
+            f"{names[0]} started from random weights, so its result shows what it learned from this data set's "
+            "training images alone and says nothing of a pretrained version."
+        )
+    return (
+        f"{', '.join(names[:-1])} and {names[-1]} started from random weights, so their results show what they learned "
+        "from this data set's training images alone and say nothing of pretrained versions."
+    )

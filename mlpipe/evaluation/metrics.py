@@ -1,0 +1,299 @@
+"""How good one model's predictions are, and how sure that is."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from statsmodels.stats.proportion import proportion_confint
+
+from mlpipe.errors import UserError
+
+CONFIDENCE_LEVEL = 0.95
+NUM_RESAMPLES = 2000
+NUM_CALIBRATION_BINS = 15
+_CELLS_AT_ONCE = 4_000_000  # numbers held while resampling: 32 MB
+
+
+class Interval(NamedTuple):
+    """Limits of a confidence interval at `CONFIDENCE_LEVEL`."""
+
+    low: float
+    high: float
+
+
+class ClassScores(NamedTuple):
+    """Scores of one class; NaN where the test images have none of it, so that nothing was measured."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    """Test images of the class."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Confidences (the probability of the predicted class) in equal bins from 0 to 1; only bins that hold images."""
+
+    counts: NDArray[np.int64]
+    """Images in the bin, (B,)."""
+    confidence: NDArray[np.float64]
+    """Their mean confidence, (B,)."""
+    accuracy: NDArray[np.float64]
+    """The share of them that is right, (B,)."""
+
+    @property
+    def expected_error(self) -> float:
+        """Mean of |accuracy - confidence| over the images (Guo et al. 2017, eq. 3: ECE)."""
+        return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.counts))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One model on the test images. Macro averages run over the classes that have test images."""
+
+    classes: tuple[str, ...]
+    num_images: int
+    accuracy: float
+    precision_macro: float
+    recall_macro: float
+    f1_macro: float
+    log_loss: float
+    """Mean negative log-likelihood of the true class, nats."""
+    expected_calibration_error: float
+    """0 to 1, over `NUM_CALIBRATION_BINS` equal bins of the top probability."""
+    intervals: dict[str, Interval]
+    """Of accuracy, precision_macro, recall_macro and f1_macro."""
+    per_class: tuple[ClassScores, ...]
+    confusion: NDArray[np.int64]
+    """(K, K) images; rows are the true classes, columns the predicted ones, both in the order of `classes`."""
+    calibration: Calibration
+    notes: tuple[str, ...]
+    """What a reader of the numbers has to know about them, in sentences."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """The numbers under the names that every model shares, fit for MLflow; classes without test images left out."""
+        metrics = {
+            "test/accuracy": self.accuracy,
+            "test/precision_macro": self.precision_macro,
+            "test/recall_macro": self.recall_macro,
+            "test/f1_macro": self.f1_macro,
+            "test/log_loss": self.log_loss,
+            "test/calibration_error": self.expected_calibration_error,
+        }
+        for name, interval in self.intervals.items():
+            metrics[f"test/{name}_ci_low"] = interval.low
+            metrics[f"test/{name}_ci_high"] = interval.high
+        for name, scores in zip(metric_names(self.classes), self.per_class, strict=True):
+            if scores.support:
+                metrics[f"test/precision/{name}"] = scores.precision
+                metrics[f"test/recall/{name}"] = scores.recall
+                metrics[f"test/f1/{name}"] = scores.f1
+        return metrics
+
+
+def evaluate_predictions(
+    labels: NDArray[np.integer],
+    probabilities: NDArray[np.floating],
+    classes: Sequence[str],
+    *,
+    seed: int,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Evaluation:
+    """Score predictions against the truth.
+
+    Args:
+        labels: (N,) true classes, 0 to K - 1.
+        probabilities: (N, K), rows adding up to 1; the predicted class is the (first) largest.
+        classes: K names, at least two.
+        seed: of the bootstrap.
+        num_resamples: of the bootstrap.
+
+    Raises:
+        UserError: a probability is not finite.
+        ValueError: shapes, labels or rows are not as described.
+    """
+    labels = np.asarray(labels)
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    _check(labels, probabilities, len(classes))
+    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)  # float32 rows are off by 1e-7
+    predictions = probabilities.argmax(axis=1)
+    indices = np.arange(len(classes))
+    confusion = confusion_matrix(labels, predictions, labels=indices).astype(np.int64)
+    per_class = _per_class(labels, predictions, classes)
+    present = np.flatnonzero(confusion.sum(axis=1))
+    # zero_division=0: a class that is never predicted has found none of its images; a note says so.
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predictions, labels=present, average="macro", zero_division=0
+    )
+    calibration = calibrate(probabilities.max(axis=1), predictions == labels)
+    return Evaluation(
+        classes=tuple(classes),
+        num_images=len(labels),
+        accuracy=float(accuracy_score(labels, predictions)),
+        precision_macro=float(precision),
+        recall_macro=float(recall),
+        f1_macro=float(f1),
+        log_loss=float(log_loss(labels, probabilities, labels=indices)),
+        expected_calibration_error=calibration.expected_error,
+        intervals=bootstrap_intervals(confusion, seed=seed, num_resamples=num_resamples),
+        per_class=per_class,
+        confusion=confusion,
+        calibration=calibration,
+        notes=_notes(confusion, classes),
+    )
+
+
+def bootstrap_intervals(
+    confusion: NDArray[np.int64], *, seed: int, num_resamples: int = NUM_RESAMPLES
+) -> dict[str, Interval]:
+    """Percentile bootstrap intervals (Efron 1979) of accuracy and the macro averages.
+
+    Drawing N images with replacement and counting them by cell of the confusion matrix is one multinomial draw with the
+    cells' shares as probabilities, so this is the bootstrap over images itself, without touching any image.
+    A draw that misses a class averages over the others, as the metrics themselves do.
+
+    Where all or no images are right every draw is the same; accuracy's interval is then the exact one
+    (Clopper and Pearson).
+    """
+    rng = np.random.default_rng(seed)
+    truths, predictions = np.nonzero(confusion)
+    counts = confusion[truths, predictions]
+    num_cells, num_classes, total = len(counts), len(confusion), int(counts.sum())
+    by_truth, by_prediction, hits = (
+        sparse.csr_array((keep, (np.arange(num_cells), column)), shape=(num_cells, num_classes))
+        for keep, column in (
+            (np.ones(num_cells, dtype=np.int64), truths),
+            (np.ones(num_cells, dtype=np.int64), predictions),
+            ((truths == predictions).astype(np.int64), truths),
+        )
+    )
+    parts = []
+    rows_at_once = max(1, _CELLS_AT_ONCE // max(num_cells, num_classes))
+    for start in range(0, num_resamples, rows_at_once):
+        draws = rng.multinomial(total, counts / total, size=min(rows_at_once, num_resamples - start))  # (R, cells)
+        parts.append(_macro_scores(draws @ hits, draws @ by_truth, draws @ by_prediction))
+    alpha = 1 - CONFIDENCE_LEVEL
+    lows, highs = np.quantile(np.concatenate(parts), [alpha / 2, 1 - alpha / 2], axis=0)
+    names = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
+    intervals = {name: Interval(float(low), float(high)) for name, low, high in zip(names, lows, highs, strict=True)}
+    num_right = int(np.trace(confusion))
+    if num_right in {0, total}:
+        low, high = proportion_confint(num_right, total, alpha=alpha, method="beta")
+        intervals["accuracy"] = Interval(float(low), float(high))
+    return intervals
+
+
+def _macro_scores(hits: NDArray, truths: NDArray, predicted: NDArray) -> NDArray[np.float64]:
+    """(R, 4): accuracy and macro precision, recall and F1 of R confusion matrices given by their (R, K) margins."""
+    present = truths > 0
+    num_present = present.sum(axis=1)
+
+    def average(numerator: NDArray, denominator: NDArray) -> NDArray[np.float64]:
+        scores = np.divide(numerator, denominator, out=np.zeros(hits.shape), where=denominator > 0)
+        return np.where(present, scores, 0.0).sum(axis=1) / num_present
+
+    return np.stack(
+        [
+            hits.sum(axis=1) / truths.sum(axis=1),
+            average(hits, predicted),
+            average(hits, truths),
+            average(2 * hits, truths + predicted),
+        ],
+        axis=1,
+    )
+
+
+def calibrate(
+    confidences: NDArray[np.float64], correct: NDArray[np.bool_], num_bins: int = NUM_CALIBRATION_BINS
+) -> Calibration:
+    """Bin the confidences (N,) and compare them with what was right; the bins are scikit-learn's uniform ones."""
+    confidences = np.clip(confidences, 0.0, 1.0)
+    accuracy, confidence = calibration_curve(correct.astype(np.int64), confidences, n_bins=num_bins, pos_label=1)
+    inner_edges = np.linspace(0.0, 1.0, num_bins + 1)[1:-1]
+    counts = np.bincount(np.searchsorted(inner_edges, confidences), minlength=num_bins)
+    return Calibration(counts=counts[counts > 0].astype(np.int64), confidence=confidence, accuracy=accuracy)
+
+
+def metric_names(classes: Sequence[str]) -> list[str]:
+    """Class names as parts of metric names, distinct also where letter case does not count, in the same order.
+
+    MLflow allows letters and digits of any script, `_`, `-`, `.` and space; other characters become `_`.
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    for index, name in enumerate(classes):
+        plain = re.sub(r"[^\w.\- ]", "_", unicodedata.normalize("NFC", name)).strip()[:100].rstrip()
+        if not plain.strip("."):
+            plain = f"class {index}"  # "." and ".." would be folders
+        candidate, attempt = plain, 0
+        while candidate.casefold() in taken:
+            candidate = f"{plain}_{index}" + ("" if attempt == 0 else f"_{attempt}")
+            attempt += 1
+        taken.add(candidate.casefold())
+        names.append(candidate)
+    return names
+
+
+def _check(labels: NDArray, probabilities: NDArray, num_classes: int) -> None:
+    if num_classes < 2 or labels.ndim != 1 or not len(labels) or probabilities.shape != (len(labels), num_classes):
+        raise ValueError(
+            f"labels (N,) and probabilities (N, K) of K >= 2 classes and N >= 1 images are needed; got labels "
+            f"{labels.shape}, probabilities {probabilities.shape} and {num_classes} classes"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must be integers from 0 to {num_classes - 1}")
+    bad = int((~np.isfinite(probabilities)).any(axis=1).sum())
+    if bad:
+        raise UserError(
+            f"probabilities: the model gives no finite numbers for {bad} of {len(labels)} test images, as after a "
+            "training that diverged; lower learning_rate"
+        )
+    if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1) - 1).max() > 1e-3:
+        raise ValueError("probabilities must be at least 0 and add up to 1 in each row, to within 0.001")
+
+
+def _per_class(labels: NDArray, predictions: NDArray, classes: Sequence[str]) -> tuple[ClassScores, ...]:
+    columns = precision_recall_fscore_support(
+        labels, predictions, labels=np.arange(len(classes)), average=None, zero_division=0
+    )
+    return tuple(
+        ClassScores(name, float(precision), float(recall), float(f1), int(support))
+        if support
+        else ClassScores(name, np.nan, np.nan, np.nan, 0)
+        for name, precision, recall, f1, support in zip(classes, *columns, strict=True)
+    )
+
+
+def _notes(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[str, ...]:
+    supports, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    total = int(supports.sum())
+    notes = []
+    never = [name for name, support, count in zip(classes, supports, predicted, strict=True) if support and not count]
+    if never:
+        notes.append(f"Never predicted, so that precision and F1 count as 0: {_listed(never)}.")
+    absent = [name for name, support in zip(classes, supports, strict=True) if not support]
+    if absent:
+        notes.append(f"Without test images and left out of the macro averages: {_listed(absent)}.")
+    if np.trace(confusion) in {0, total}:
+        share = "all" if np.trace(confusion) else "none"
+        notes.append(
+            f"Of the {total} test images {share} are right: a bootstrap interval would have no width, "
+            "so accuracy's is the exact binomial one (Clopper and Pearson)."
+        )
+    return tuple(notes)
+
+
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
