@@ -101,7 +101,7 @@ def close_runs(context: dict[str, Any]) -> None:
     tags=["image-classification", "mlflow"],
 )
 def image_classification() -> None:
-    @task(doc_md="Bring the source's bytes into object storage.", multiple_outputs=True)
+    @task(doc_md="Bring the source's bytes into object storage.")
     def download() -> dict[str, Any]:
         from mlpipe import stages
 
@@ -109,14 +109,15 @@ def image_classification() -> None:
             return stages.download(run_config(), origin(), on_run=link_to_run)
 
     @task(doc_md="Decode, check, split and publish the images; log them to MLflow.", outlets=[DATASETS])
-    def preprocess(source: dict[str, Any]) -> dict[str, Any]:
+    def preprocess(source: dict[str, Any]) -> list[dict[str, Any]]:
         from mlpipe import stages
 
         with mistakes_in_one_line():
-            dataset = stages.preprocess(run_config(), origin(), source, on_run=link_to_run)
-        asset = Asset(name=dataset["dataset"], uri=dataset["uri"])
+            config = run_config()
+            dataset = stages.preprocess(config, origin(), source, on_run=link_to_run)
+        asset = Asset(name=dataset["name"], uri=dataset["uri"])
         get_current_context()["outlet_events"][DATASETS].add(asset, extra={"digest": dataset["digest"]})
-        return dataset
+        return [{"model": model.name, "dataset": dataset} for model in config.models]
 
     @task(
         doc_md="Train one model, log and register it.",
@@ -146,9 +147,7 @@ def image_classification() -> None:
             get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra={"version": champion["version"]})
         return result
 
-    source = download()
-    dataset = preprocess(source)
-    evaluate(train.partial(dataset=dataset).expand(model=source["models"]))
+    evaluate(train.expand_kwargs(preprocess(download())))
 
 
 image_classification()

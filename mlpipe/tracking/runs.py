@@ -7,15 +7,17 @@ try before it, on whatever machine it comes to.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import mlflow
 from matplotlib.figure import Figure
@@ -90,11 +92,12 @@ def run_url(run: Run) -> str:
     return f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
-def compare_url(runs: list[Run]) -> str:
+def compare_url(run_ids: Sequence[str], experiment: str) -> str:
     """Address of MLflow's page that sets runs side by side."""
     base = (Environment.from_env().mlflow_ui_url or mlflow.get_tracking_uri()).rstrip("/")
-    ids = ",".join(f'"{run.info.run_id}"' for run in runs)
-    return f'{base}/#/compare-runs?runs=[{ids}]&experiments=["{runs[0].info.experiment_id}"]'
+    return (
+        f"{base}/#/compare-runs?runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment]))}"
+    )
 
 
 def experiment_id(name: str) -> str:
@@ -164,6 +167,10 @@ class TrackedRun:
         """Whether a try before this one has logged the metric."""
         return name in self._client.get_run(self.run_id).data.metrics
 
+    def last_logged_step(self, metric: str) -> int:
+        """The largest step at which the metric was written; 0 if never."""
+        return max((entry.step for entry in self._client.get_metric_history(self.run_id, metric)), default=0)
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Write parameters; those that a try before this one wrote stay as they are, being immutable."""
         known = self._client.get_run(self.run_id).data.params
@@ -187,6 +194,11 @@ class TrackedRun:
     def describe(self, markdown: str) -> None:
         """Set the description that the run's page shows."""
         self.set_tags({MLFLOW_RUN_NOTE: markdown})
+
+
+def tracked(run_id: str) -> TrackedRun:
+    """A run to add to, also after it has ended."""
+    return TrackedRun(mlflow.MlflowClient().get_run(run_id))
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""What MLflow shows of a data set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import mlflow
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+
+from mlpipe.data import figures
+from mlpipe.data.dataset import Dataset
+from mlpipe.data.prepare import Manifest
+from mlpipe.tracking.runs import TrackedRun
+
+
+def log_input(manifest: Manifest, uri: str, context: str) -> None:
+    """Name the data set as an input of the active run. Its digest covers every byte of it.
+
+    `mlflow.data.from_numpy` would hash the first 10,000 numbers, which are three images.
+    """
+    source = resolve_dataset_source(uri)
+    mlflow.log_input(MetaDataset(source, name=manifest.dataset, digest=manifest.digest), context=context)
+
+
+def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:
+    """Log counts, statistics and pictures of the training images, and the manifest."""
+    manifest = dataset.manifest
+    log_input(manifest, uri, context="preprocessing")
+    run.log_params(
+        {
+            "dataset": manifest.dataset,
+            "data_digest": manifest.digest,
+            "source_sha256": manifest.source_sha256,
+            "image_size": manifest.image_size,
+            "num_classes": len(manifest.classes),
+        }
+    )
+    if not run.has_metric("data/num_train"):
+        run.log_metrics(
+            {
+                "data/num_train": manifest.num_train,
+                "data/num_val": manifest.num_val,
+                "data/num_test": manifest.num_test,
+                **{
+                    f"data/channel_{part}_{channel}": value
+                    for part, values in (("mean", manifest.channel_mean), ("std", manifest.channel_std))
+                    for channel, value in zip(("red", "green", "blue"), values, strict=True)
+                },
+            }
+        )
+    split = dataset.train_split()
+    run.log_figure(figures.sample_grid(split, manifest.classes), "samples.png")
+    run.log_figure(figures.class_balance(dataset), "class_balance.png")
+    run.log_figure(figures.channel_statistics(split), "channel_statistics.png")
+    run.log_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False), "manifest.json")

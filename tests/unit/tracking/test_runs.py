@@ -1,0 +1,136 @@
+"""Runs and versions in a real MLflow store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+
+from mlpipe.tracking import registry, runs
+from mlpipe.tracking.runs import Origin
+
+
+@pytest.fixture(scope="module")
+def _store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture
+def experiment(_store: None, request: pytest.FixtureRequest) -> str:
+    return runs.experiment_id(request.node.name)
+
+
+def origin(run_id: str = "manual__1", task_id: str = "train", try_number: int = 1) -> Origin:
+    return Origin(dag_id="image_classification", dag_run_id=run_id, task_id=task_id, try_number=try_number)
+
+
+def opened(experiment: str, who: Origin, part: str = "resnet18") -> Run:
+    return runs.open_run(experiment, who.key(part), name=part, tags=who.tags(), description="d")
+
+
+def fetched(run: Run) -> Run:
+    return mlflow.MlflowClient().get_run(run.info.run_id)
+
+
+def test_a_retry_reopens_its_run_and_says_so(experiment: str) -> None:
+    with pytest.raises(OSError, match="disk"), runs.active(opened(experiment, origin())):
+        raise OSError("disk is full")
+    first = runs.find_run(experiment, origin().key("resnet18"))
+    assert first is not None
+    assert (first.info.status, first.data.tags["error"]) == ("FAILED", "disk is full")
+
+    second = opened(experiment, origin(try_number=2))
+    with runs.active(second):
+        assert fetched(second).info.status == "RUNNING"
+    assert second.info.run_id == first.info.run_id
+    assert fetched(second).info.status == "FINISHED"
+    assert fetched(second).data.tags["try_number"] == "2"
+    assert "error" not in fetched(second).data.tags
+
+
+def test_other_dag_runs_and_other_parts_have_runs_of_their_own(experiment: str) -> None:
+    ids = {
+        opened(experiment, origin(run_id), part).info.run_id
+        for run_id in ("manual__1", "it's \"quoted\" `here`")
+        for part in ("parent", "resnet18")
+    }
+    assert len(ids) == 4
+
+
+def test_a_run_stopped_from_outside_is_killed(experiment: str) -> None:
+    run = opened(experiment, origin())
+    with pytest.raises(KeyboardInterrupt), runs.active(run):
+        raise KeyboardInterrupt
+    assert fetched(run).info.status == "KILLED"
+
+
+def test_parameters_of_the_first_try_stay(experiment: str) -> None:
+    run = opened(experiment, origin())
+    with runs.active(run) as tracked:
+        tracked.log_params({"threads": 1})
+        tracked.log_params({"threads": 2, "seed": 0})
+    assert fetched(run).data.params == {"threads": "1", "seed": "0"}
+
+
+def test_the_last_step_of_a_metric_is_known(experiment: str) -> None:
+    with runs.active(opened(experiment, origin())) as tracked:
+        assert tracked.last_logged_step("val/loss") == 0
+        for epoch in (1, 2, 3):
+            tracked.log_metrics({"val/loss": 1 / epoch}, step=epoch)
+        assert tracked.last_logged_step("val/loss") == 3
+        assert tracked.has_metric("val/loss")
+        assert not tracked.has_metric("val/accuracy")
+
+
+def test_abandoning_ends_what_is_open_and_nothing_else(experiment: str) -> None:
+    done, parent, child = (opened(experiment, origin("a"), part) for part in ("data", "parent", "resnet18"))
+    other = opened(experiment, origin("b"), "parent")
+    runs.finish(done.info.run_id)
+    runs.abandon(experiment, origin("a", task_id=""), "task failure")
+    assert [fetched(run).info.status for run in (done, parent, child, other)] == [
+        "FINISHED",
+        "FAILED",
+        "FAILED",
+        "RUNNING",
+    ]
+    assert fetched(parent).data.tags["error"] == "task failure"
+
+
+def test_links_lead_to_both_pages(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLPIPE_MLFLOW_UI_URL", "http://localhost:5000/")
+    monkeypatch.setenv("MLPIPE_AIRFLOW_UI_URL", "http://localhost:8080/")
+    run = opened(experiment, origin())
+    assert runs.run_url(run) == f"http://localhost:5000/#/experiments/{experiment}/runs/{run.info.run_id}"
+    assert run.data.tags["airflow_url"] == "http://localhost:8080/dags/image_classification/runs/manual__1"
+
+
+def test_registering_again_gives_the_same_version(experiment: str) -> None:
+    run = opened(experiment, origin())
+    with runs.active(run):
+        logged = mlflow.pyfunc.log_model(name="m", python_model=lambda model_input: model_input, pip_requirements=[])
+    versions = [
+        registry.register(
+            "toy-classifier",
+            model_uri=logged.model_uri,
+            run_id=run.info.run_id,
+            tags={"model": "resnet18"},
+            description="d",
+        )
+        for _ in range(2)
+    ]
+    assert versions[0].version == versions[1].version
+    assert registry.by_alias("toy-classifier", registry.CHAMPION) is None
+    registry.move_alias("toy-classifier", registry.CHAMPION, versions[0].version)
+    holder = registry.by_alias("toy-classifier", registry.CHAMPION)
+    assert holder is not None
+    assert (holder.uri, holder.tags["model"]) == (f"models:/toy-classifier/{versions[0].version}", "resnet18")
+
+
+def test_an_unknown_registered_model_has_no_alias(experiment: str) -> None:  # noqa: ARG001 - the store
+    assert registry.by_alias("nothing-classifier", registry.CHAMPION) is None
