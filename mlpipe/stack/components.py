@@ -1,0 +1,103 @@
+"""The supervised components: how each is started and where it shows itself."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpipe.errors import UserError
+from mlpipe.stack.local import ARTIFACT_BUCKET, DATA_BUCKET, StackSettings
+from mlpipe.stack.ports import LOOPBACK
+
+STORAGE = "seaweedfs"
+TRACKING = "mlflow"
+AIRFLOW = ("api-server", "scheduler", "dag-processor", "triggerer")
+NAMES = (STORAGE, TRACKING, *AIRFLOW)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One supervised process."""
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+    url: str | None = None
+    """Where a person or a client finds it."""
+
+
+def components(settings: StackSettings) -> tuple[Component, ...]:
+    """All components, in the order in which they are of use.
+
+    Raises:
+        UserError: a program is not installed.
+    """
+    urls = {STORAGE: settings.s3_url, TRACKING: settings.mlflow_url, "api-server": settings.airflow_url}
+    commands = {STORAGE: _storage(settings), TRACKING: _tracking(settings)}
+    # The log servers of both would listen on all addresses; the API server reads the files itself.
+    skip = {"scheduler": ("--skip-serve-logs",), "triggerer": ("--skip-serve-logs",)}
+    for name in AIRFLOW:
+        commands[name] = (program("airflow"), name, *skip.get(name, ()))
+    return tuple(
+        Component(name=name, command=commands[name], log=settings.logs / f"{name}.log", url=urls.get(name))
+        for name in NAMES
+    )
+
+
+def program(name: str) -> str:
+    """Path of a program installed beside this Python.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.is_file():
+        raise UserError(
+            f"{name}: not installed beside {sys.executable}; run `make install`, or install mlpipe[airflow,local-stack]"
+        )
+    return str(path)
+
+
+def _storage(settings: StackSettings) -> tuple[str, ...]:
+    master, master_grpc, volume, volume_grpc, filer, filer_grpc, s3_grpc, admin, admin_grpc = settings.storage_ports
+    options: dict[str, object] = {
+        "dir": settings.data / "objects",
+        "bucket": f"{DATA_BUCKET},{ARTIFACT_BUCKET}",
+        "ip": LOOPBACK,
+        "ip.bind": LOOPBACK,
+        "s3.port": settings.s3_port,
+        "s3.port.grpc": s3_grpc,
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.iam": "false",
+        "webdav": "false",
+        "webdav.cacheDir": settings.run,
+        "admin.ui": "false",
+        "admin.port": admin,
+        "admin.port.grpc": admin_grpc,
+        "master.port": master,
+        "master.port.grpc": master_grpc,
+        "master.telemetry": "false",
+        "volume.port": volume,
+        "volume.port.grpc": volume_grpc,
+        "volume.id": "local",  # else it is its address, which may change from start to start
+        "filer.port": filer,
+        "filer.port.grpc": filer_grpc,
+        "filer.localSocket": settings.socket.with_name("filer.sock"),
+        "s3.localSocket": settings.socket.with_name("s3.sock"),
+        "filer.disableDirListing": "true",
+    }
+    return (program("weed"), "mini", *(f"-{name}={value}" for name, value in options.items()))
+
+
+def _tracking(settings: StackSettings) -> tuple[str, ...]:
+    return (
+        sys.executable,
+        "-m",
+        "mlpipe.stack.mlflow_server",
+        str(settings.mlflow_database),
+        f"s3://{ARTIFACT_BUCKET}",
+        LOOPBACK,
+        str(settings.mlflow_port),
+    )

@@ -1,0 +1,203 @@
+"""Checks of an installation and its running stack, each with the way to mend what it finds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from mlpipe.errors import UserError
+from mlpipe.stack.components import NAMES, program
+from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.health import Health, s3_client
+from mlpipe.stack.local import DATA_BUCKET, StackSettings
+from mlpipe.stack.service_environment import executor, service_environment
+from mlpipe.stack.supervisor import Supervisor
+
+MIN_FREE_BYTES = 5 * 2**30
+ROUND_TRIP_SIZES = (0, 1, 5 * 2**20 + 3)
+"""Bytes: nothing, the least, and more than one part of an upload."""
+COMMAND_SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One check."""
+
+    name: str
+    ok: bool
+    detail: str
+    """What was found."""
+    remedy: str = ""
+    """What to do when it is not well."""
+
+
+class NotWellError(Exception):
+    """A check failed; its text says what was found."""
+
+
+def diagnose(settings: StackSettings) -> Iterator[Finding]:
+    """Run all checks, the cheap ones first."""
+    running = bool(Supervisor(settings).states())
+    yield _finding("versions", versions, "run `make install` (or `uv pip sync requirements.lock`)")
+    yield _finding("programs", programs, "run `make install`")
+    yield _finding("disk space", lambda: disk_space(settings), "free some, or set MLPIPE_HOME to a larger disk")
+    yield _finding("GPU", gpus, "mend the driver: `nvidia-smi` must list the devices")
+    yield _finding("executor", lambda: executors(settings), "restore plugins/gpu_executor.py")
+    if not running:
+        yield Finding(name="stack", ok=False, detail="does not run", remedy="run `mlpipe up`")
+        return
+    credentials = Credentials.load(settings.credentials_path)
+    health = Health(settings, credentials)
+    for name in NAMES:
+        remedy = f"see `mlpipe logs {name}`; `mlpipe up` starts what is missing"
+        yield _finding(name, lambda name=name: _healthy(health.problem(name)), remedy)  # type: ignore[misc]
+    yield _finding("DAG", lambda: _healthy(health.dag_problem()), "see `mlpipe logs dag-processor`")
+    yield _finding("S3 round trip", lambda: s3_round_trip(settings, credentials), "see `mlpipe logs seaweedfs`")
+    yield _finding("MLflow artifact round trip", lambda: artifact_round_trip(settings), "see `mlpipe logs mlflow`")
+    yield _finding("secrets", lambda: secrets(settings), f"chmod 600 {settings.credentials_path}")
+
+
+def versions() -> str:
+    """Compare what is installed with the exact versions that this project asks for."""
+    wrong, pinned = [], 0
+    for requirement in importlib.metadata.requires("mlpipe") or []:
+        name, equals, rest = requirement.partition("==")
+        if equals:
+            pinned += 1
+            wanted = rest.split(";")[0].strip()
+            try:
+                installed = importlib.metadata.version(name.strip())
+            except importlib.metadata.PackageNotFoundError:
+                installed = "missing"
+            if installed != wanted:
+                wrong.append(f"{name.strip()} is {installed}, not {wanted}")
+    if sys.version_info[:2] != (3, 11):
+        wrong.append(f"Python is {sys.version.split()[0]}, not 3.11")
+    if wrong:
+        raise NotWellError("; ".join(wrong))
+    return f"Python {sys.version.split()[0]}, {pinned} pinned packages as asked for (Docker is not needed)"
+
+
+def programs() -> str:
+    """Find the programs of the stack."""
+    try:
+        return ", ".join(Path(program(name)).name for name in ("weed", "airflow"))
+    except UserError as error:
+        raise NotWellError(str(error)) from None
+
+
+def disk_space(settings: StackSettings) -> str:
+    """Room for data sets, models and checkpoints where the state is."""
+    place = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    text = f"{free / 2**30:.1f} GiB free at {place}"
+    if free < MIN_FREE_BYTES:
+        raise NotWellError(f"{text}, less than {MIN_FREE_BYTES / 2**30:.0f}")
+    return text
+
+
+def gpus() -> str:
+    """NVIDIA devices, as the executor counts them."""
+    if shutil.which("nvidia-smi") is None:
+        return "none: CPU slots"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+    if result.returncode != 0:
+        raise NotWellError(f"nvidia-smi fails: {(result.stdout + result.stderr).strip()[:200]}")
+    names = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    return f"{len(names)} × {names[0]}" if names else "none: CPU slots"
+
+
+def executors(settings: StackSettings) -> str:
+    """Resolve the alias `gpu` as the scheduler does, in a process of its own: this one never loads Airflow."""
+    if "gpu:" not in executor(settings):
+        raise NotWellError("the alias gpu is not configured: plugins/gpu_executor.py is missing")
+    script = (
+        "from airflow.executors.executor_loader import ExecutorLoader as loader; "
+        "print(loader.import_executor_cls(loader.lookup_executor_name_by_str('gpu'))[0].__name__)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = StackSettings(home=Path(folder), airflow_port=1, mlflow_port=2, s3_port=3)
+        elsewhere.create_folders()
+        environment = service_environment(elsewhere, Credentials())
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+    lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
+    if result.returncode != 0:
+        raise NotWellError(f"the alias gpu cannot be resolved: {lines[-1] if lines else 'no output'}")
+    return f"{executor(settings)} ({lines[-1]})"
+
+
+def s3_round_trip(settings: StackSettings, credentials: Credentials) -> str:
+    """Write, read back, compare and delete objects of several sizes."""
+    client = s3_client(settings, credentials)
+    for size in ROUND_TRIP_SIZES:
+        content = os.urandom(size)
+        key = f"doctor/{hashlib.sha256(content).hexdigest()}"
+        client.put_object(Bucket=DATA_BUCKET, Key=key, Body=content)
+        try:
+            back = client.get_object(Bucket=DATA_BUCKET, Key=key)["Body"].read()
+        finally:
+            client.delete_object(Bucket=DATA_BUCKET, Key=key)
+        if back != content:
+            raise NotWellError(f"an object of {size} bytes came back as {len(back)} others")
+    return f"objects of {', '.join(f'{size:,}' for size in ROUND_TRIP_SIZES)} bytes came back byte for byte"
+
+
+def artifact_round_trip(settings: StackSettings) -> str:
+    """Send a file through MLflow's proxy, as a client without S3 keys does, and compare what comes back."""
+    content = os.urandom(2**20 + 1)
+    base = f"{settings.mlflow_url}/api/2.0/mlflow-artifacts/artifacts/doctor"
+    url = f"{base}/{hashlib.sha256(content).hexdigest()}"
+    with requests.Session() as http:
+        http.trust_env = False
+        http.put(url, data=content, timeout=COMMAND_SECONDS).raise_for_status()
+        try:
+            answer = http.get(url, timeout=COMMAND_SECONDS)
+            answer.raise_for_status()
+        finally:
+            http.delete(url, timeout=COMMAND_SECONDS)
+    if answer.content != content:
+        raise NotWellError(f"an artifact of {len(content)} bytes came back as {len(answer.content)} others")
+    return f"a file of {len(content):,} bytes came back byte for byte"
+
+
+def secrets(settings: StackSettings) -> str:
+    """Nobody else may read the secrets."""
+    for path in (settings.credentials_path, settings.airflow_home / "passwords.json"):
+        mode = path.stat().st_mode & 0o777
+        if mode & 0o077:
+            raise NotWellError(f"{path} can be read by others (mode {mode:o})")
+    return "readable by their owner only"
+
+
+def _healthy(problem: str | None) -> str:
+    if problem:
+        raise NotWellError(problem)
+    return "healthy"
+
+
+def _finding(name: str, check: Callable[[], str], remedy: str) -> Finding:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    own = (NotWellError, OSError, subprocess.SubprocessError)
+    try:
+        return Finding(name=name, ok=True, detail=check())
+    except (*own, requests.RequestException, BotoCoreError, ClientError) as error:
+        return Finding(name=name, ok=False, detail=" ".join(str(error).split()), remedy=remedy)

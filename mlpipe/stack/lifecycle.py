@@ -1,0 +1,183 @@
+"""Starting and stopping the stack."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import logging
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from mlpipe.errors import UserError
+from mlpipe.stack.components import AIRFLOW, NAMES, components, program
+from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.health import Health
+from mlpipe.stack.local import StackSettings
+from mlpipe.stack.ports import check_ports_free
+from mlpipe.stack.service_environment import service_environment
+from mlpipe.stack.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = 180.0
+"""Seconds that a start may take; some 30 are normal."""
+
+Report = Callable[[str, float], None]
+"""Told the name of what became ready, and after how many seconds."""
+
+
+class StackNotReadyError(UserError):
+    """A component did not come up.
+
+    Attributes:
+        log: its last lines.
+    """
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+def up(settings: StackSettings, report: Report, timeout: float = DEFAULT_TIMEOUT) -> tuple[StackSettings, bool]:
+    """Start what does not run, and wait until all of it can be used.
+
+    Returns:
+        The settings with every port, and whether all of it had been up before.
+
+    Raises:
+        UserError: a port is taken, or the running stack has other ports (before anything starts).
+        StackNotReadyError: a component does not become healthy in time.
+    """
+    for name in ("weed", "airflow"):
+        program(name)
+    settings.create_folders()
+    with _only_one(settings.run / "up.lock"):
+        supervisor = Supervisor(settings)
+        began = time.time()
+        already = supervisor.is_up()
+        if already:
+            _check_same_ports(settings)
+            was_alive = {state.name for state in supervisor.states() if state.alive}
+            supervisor.start_components(NAMES)
+            credentials = Credentials.load(settings.credentials_path)
+            health = Health(settings, credentials)
+        else:
+            supervisor.stop()  # of a supervisor that was killed, processes may be left
+            check_ports_free({f"MLPIPE_{name.upper()}": port for name, port in settings.public_ports.items()})
+            settings = settings.with_storage_ports()
+            credentials = Credentials.load_or_create(settings.credentials_path)
+            settings.remember()
+            environment = service_environment(settings, credentials)
+            supervisor = Supervisor(settings)
+            supervisor.start(components(settings), environment)
+            migrate_airflow(settings, environment)
+            supervisor.start_components(AIRFLOW)
+            was_alive = set()
+            health = Health(settings, credentials, since=began)
+        _wait(settings, supervisor, health, report, timeout)
+        return settings, was_alive >= set(NAMES)
+
+
+def down(settings: StackSettings) -> list[int]:
+    """Stop everything.
+
+    Returns:
+        Ids of processes that could not be killed; normally empty.
+    """
+    if not settings.run.is_dir():
+        return []
+    return Supervisor(settings).stop()
+
+
+def migrate_airflow(settings: StackSettings, environment: Mapping[str, str]) -> None:
+    """Bring Airflow's database to the installed version; nothing to do when this version did it before.
+
+    Raises:
+        StackNotReadyError: the migration failed.
+    """
+    version = importlib.metadata.version("apache-airflow-core")
+    done = settings.airflow_home / "migrated-to"
+    if settings.airflow_database.exists() and done.exists() and done.read_text() == version:
+        return
+    log = settings.logs / "airflow-migration.log"
+    with log.open("w") as output:
+        finished = subprocess.run(
+            [program("airflow"), "db", "migrate"],
+            env=dict(environment),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if finished.returncode != 0:
+        raise StackNotReadyError(f"airflow db migrate failed; see {log}", tail(log, 15))
+    # In this mode a reader never waits for a writer. It is kept in the file.
+    with contextlib.closing(sqlite3.connect(settings.airflow_database)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    done.write_text(version)
+
+
+def tail(path: Path, count: int) -> str:
+    """Last lines of a log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 512 * count))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return "\n".join(lines[-count:])
+
+
+def _wait(settings: StackSettings, supervisor: Supervisor, health: Health, report: Report, timeout: float) -> None:
+    began = time.monotonic()
+    pending: dict[str, Callable[[], str | None]] = {name: _question(health, name) for name in NAMES}
+    pending["DAG"] = health.dag_problem
+    reasons: dict[str, str] = {}
+    while pending:
+        fatal = {state.name for state in supervisor.states() if state.state == "FATAL"}
+        for name, question in list(pending.items()):
+            if name == "DAG" and "api-server" in pending:
+                continue
+            problem = question()
+            if problem is None:
+                report(name, time.monotonic() - began)
+                del pending[name]
+                continue
+            reasons[name] = problem
+            if name in fatal or time.monotonic() - began > timeout or "cannot be imported" in problem:
+                source = "dag-processor" if name == "DAG" else name
+                how = "was given up after several starts" if name in fatal else reasons[name]
+                raise StackNotReadyError(
+                    f"{name}: {how}, {time.monotonic() - began:.0f} s after the start; "
+                    f"see `mlpipe logs {source}`; `mlpipe down` stops the rest",
+                    tail(settings.logs / f"{source}.log", 15),
+                )
+        time.sleep(0.25)
+
+
+def _question(health: Health, name: str) -> Callable[[], str | None]:
+    return lambda: health.problem(name)
+
+
+def _check_same_ports(settings: StackSettings) -> None:
+    running = settings.remembered()
+    for name, port in settings.public_ports.items():
+        if running.get(name, port) != port:
+            raise UserError(
+                f"MLPIPE_{name.upper()}: {port} is asked for, but the running stack uses {running[name]}; "
+                "run `mlpipe down` first"
+            )
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another `mlpipe up` of this stack is at work; wait for it") from None
+        yield

@@ -1,0 +1,126 @@
+"""Environment variables of the supervised components: all of their configuration. No file is edited by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.files import write_private
+from mlpipe.stack.local import StackSettings
+
+FOREIGN = ("AIRFLOW_", "_AIRFLOW_", "AWS_", "MLFLOW_", "_MLFLOW_", "WEED_", "S3_", "PYTHON")
+"""Beginnings of variables that the caller's shell may carry for other systems; none of them reaches the stack."""
+
+
+def service_environment(settings: StackSettings, credentials: Credentials) -> dict[str, str]:
+    """What every component, and every task that Airflow starts, is given. Writes Airflow's password file."""
+    passwords = settings.airflow_home / "passwords.json"
+    write_private(passwords, json.dumps({credentials.airflow_user: credentials.airflow_password}) + "\n")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    return {
+        **inherited,
+        **settings.service_addresses(credentials),
+        **_storage(credentials),
+        **_mlflow(settings, credentials),
+        **_airflow(settings, credentials),
+        "PYTHONUNBUFFERED": "1",
+        "NO_COLOR": "1",
+    }
+
+
+def _storage(credentials: Credentials) -> dict[str, str]:
+    # The inner ports of SeaweedFS take no S3 keys; with these, its parts answer only each other.
+    return {
+        "WEED_JWT_SIGNING_KEY": credentials.storage_write_key,
+        "WEED_JWT_FILER_SIGNING_KEY": credentials.storage_write_key,
+        "WEED_JWT_FILER_SIGNING_READ_KEY": credentials.storage_read_key,
+        "WEED_ADMIN_PASSWORD": credentials.storage_write_key,
+    }
+
+
+def _mlflow(settings: StackSettings, credentials: Credentials) -> dict[str, str]:
+    return {
+        "MLFLOW_S3_ENDPOINT_URL": settings.s3_url,
+        "MLFLOW_CRYPTO_KEK_PASSPHRASE": credentials.mlflow_secret_passphrase,
+        # Of no use here, and it would start a second process tree (huey) beside the server.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+
+
+def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str]:
+    """Checked against airflow/config_templates/config.yml of 3.3.2, section by section."""
+    sections: Mapping[str, Mapping[str, object]] = {
+        "core": {
+            "executor": executor(settings),
+            "dags_folder": settings.dags,
+            "plugins_folder": settings.plugins,
+            "load_examples": False,
+            "dags_are_paused_at_creation": False,
+            # LocalExecutor forks as many processes at its start.
+            "parallelism": min(32, max(8, os.cpu_count() or 1)),
+            "simple_auth_manager_users": f"{credentials.airflow_user}:admin",
+            "simple_auth_manager_passwords_file": settings.airflow_home / "passwords.json",
+            "fernet_key": credentials.airflow_fernet_key,
+            "execution_api_server_url": f"{settings.airflow_url}/execution/",
+            # The default asks the name server for this machine's full name: seconds without a network.
+            "hostname_callable": "socket.gethostname",
+            # Shorter than the default 30 s, so that an edited DAG shows soon.
+            "min_serialized_dag_update_interval": 5,
+            "dagbag_import_timeout": 120,
+        },
+        "database": {"sql_alchemy_conn": f"sqlite:///{settings.airflow_database}?timeout=60"},
+        "logging": {
+            "base_log_folder": settings.logs / "airflow",
+            "dag_processor_child_process_log_directory": settings.logs / "airflow" / "dag_processor",
+            # One file per DAG and day would grow without limit; the supervisor rotates what is printed.
+            "dag_processor_log_target": "stdout",
+            "colored_console_log": False,
+        },
+        "api": {
+            "host": "127.0.0.1",
+            "port": settings.airflow_port,
+            "base_url": settings.airflow_url,
+            "secret_key": credentials.airflow_api_secret_key,
+            "workers": 1,
+            "auto_refresh_interval": 2,
+        },
+        "api_auth": {"jwt_secret": credentials.airflow_jwt_secret},
+        "scheduler": {
+            # Latency: how long the loop sleeps when there was nothing to do.
+            "scheduler_idle_sleep_time": 0.2,
+            # A task killed with its supervisor is noticed after this many seconds.
+            "task_instance_heartbeat_timeout": 120,
+            # Tasks of a killed scheduler run again after at most 30 (its health threshold) + 15 seconds.
+            "orphaned_tasks_check_interval": 15,
+            # Training tasks may wait for a device for hours; their token lives as long.
+            "task_queued_timeout": 86_400,
+        },
+        "workers": {
+            # A restarted API server needs some ten seconds; a task must outlive that, and a busy machine.
+            "max_failed_heartbeats": 20,
+            "execution_api_retries": 8,
+            "execution_api_retry_wait_max": 15,
+            "execution_api_timeout": 30,
+        },
+        "dag_processor": {
+            "dag_bundle_storage_path": settings.airflow_home / "bundles",
+            "refresh_interval": 30,
+            "parsing_processes": 1,
+            "dag_file_processor_timeout": 120,
+        },
+    }
+    variables = {
+        f"AIRFLOW__{section}__{option}".upper(): str(value)
+        for section, options in sections.items()
+        for option, value in options.items()
+    }
+    return {"AIRFLOW_HOME": str(settings.airflow_home), **variables}
+
+
+def executor(settings: StackSettings) -> str:
+    """Airflow's executors: its own local one for light tasks, and the one that leases devices under the alias `gpu`."""
+    if (settings.plugins / "gpu_executor.py").is_file():
+        return "LocalExecutor,gpu:gpu_executor.GpuExecutor"
+    return "LocalExecutor"
