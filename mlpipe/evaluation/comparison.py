@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from mlpipe.evaluation.metrics import CONFIDENCE_LEVEL, Evaluation
+from mlpipe.evaluation.metrics import Evaluation
 
 SIGNIFICANCE = 0.05
 
@@ -124,7 +124,7 @@ class Comparison:
         sentences = [
             f"{best.name} is {among} on {self.num_images:,} test images: "
             f"{_percent(accuracy, self.num_images)} % right "
-            f"({CONFIDENCE_LEVEL:.0%} interval {_percent_range(interval, self.num_images)} %)."
+            f"(95 % interval {_percent_range(interval, self.num_images)} %)."
         ]
         if len(self.rows) > 1:
             sentences.append(self._lead())

@@ -17,7 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from mlpipe.errors import UserError
 
-CONFIDENCE_LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95  # texts and figures say "95 %"
 NUM_RESAMPLES = 2000
 NUM_CALIBRATION_BINS = 15
 _CELLS_AT_ONCE = 4_000_000  # numbers held while resampling: 32 MB
