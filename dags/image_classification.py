@@ -123,7 +123,6 @@ def image_classification() -> None:
         doc_md="Train one model, log and register it.",
         map_index_template="{{ task.op_kwargs['model'] }}",
         executor=GPU if HAS_GPU_EXECUTOR else None,
-        pool=GPU if HAS_GPU_EXECUTOR else "default_pool",
         queue=GPU,
     )
     def train(model: str, dataset: dict[str, Any]) -> dict[str, Any]:

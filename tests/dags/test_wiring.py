@@ -42,10 +42,10 @@ from airflow.dag_processing.dagbag import DagBag
 import json
 bag = DagBag({str(DAG_FILE)!r})
 train = bag.dags["image_classification"].get_task("train")
-print(json.dumps([bag.import_errors, train.executor, train.partial_kwargs.get("pool", "default_pool")]))
+print(json.dumps([bag.import_errors, train.executor, train.queue]))
 """
     plain = json.loads(run_python(script, AIRFLOW__CORE__EXECUTOR="LocalExecutor").splitlines()[-1])
-    assert plain == [{}, None, "default_pool"]
+    assert plain == [{}, None, "gpu"]
     both = "LocalExecutor,gpu:gpu_executor.GpuExecutor"
     leased = json.loads(run_python(script, AIRFLOW__CORE__EXECUTOR=both).splitlines()[-1])
     assert leased == [{}, "gpu", "gpu"]
