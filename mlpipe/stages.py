@@ -62,8 +62,12 @@ NETWORK_SETTINGS = frozenset(
 ESTIMATOR_SETTINGS = frozenset({"inverse_regularization", "max_iterations"})
 
 
+def _experiment_name(dataset: str) -> str:
+    return f"image-classification-{dataset}"
+
+
 def _experiment(config: RunConfig) -> str:
-    return runs.experiment_id(f"image-classification-{config.data.dataset}")
+    return runs.experiment_id(_experiment_name(config.data.dataset))
 
 
 def _parent(config: RunConfig, origin: Origin, experiment: str) -> Run:
@@ -311,6 +315,6 @@ def evaluate(
     }
 
 
-def abandon(config: RunConfig, origin: Origin, reason: str) -> None:
-    """End the MLflow runs that a failed DAG run left open."""
-    runs.abandon(_experiment(config), origin, reason)
+def abandon(dataset: str, origin: Origin, reason: str) -> None:
+    """End the MLflow runs that a failed DAG run left open: parent and children become FAILED, with the reason."""
+    runs.abandon(_experiment_name(dataset), origin, reason)

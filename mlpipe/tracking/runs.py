@@ -219,15 +219,13 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
         mlflow.end_run(RunStatus.to_string(status))
 
 
-def finish(run_id: str) -> None:
-    """End a run well."""
-    mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED))
-
-
-def abandon(experiment: str, origin: Origin, reason: str) -> None:
-    """End whatever a failed DAG run left open: parent and children become FAILED, with the reason."""
+def abandon(experiment_name: str, origin: Origin, reason: str) -> None:
+    """End all open runs of a DAG run as FAILED."""
     client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(experiment_name)
+    if experiment is None:
+        return
     filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([experiment], filter_string):
+    for run in client.search_runs([experiment.experiment_id], filter_string):
         client.set_tag(run.info.run_id, "error", reason[:5000])
         client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.FAILED))

@@ -57,7 +57,7 @@ def test_a_retry_reopens_its_run_and_says_so(experiment: str) -> None:
 def test_other_dag_runs_and_other_parts_have_runs_of_their_own(experiment: str) -> None:
     ids = {
         opened(experiment, origin(run_id), part).info.run_id
-        for run_id in ("manual__1", "it's \"quoted\" `here`")
+        for run_id in ("manual__1", 'it\'s "quoted" `here`')
         for part in ("parent", "resnet18")
     }
     assert len(ids) == 4
@@ -91,8 +91,8 @@ def test_the_last_step_of_a_metric_is_known(experiment: str) -> None:
 def test_abandoning_ends_what_is_open_and_nothing_else(experiment: str) -> None:
     done, parent, child = (opened(experiment, origin("a"), part) for part in ("data", "parent", "resnet18"))
     other = opened(experiment, origin("b"), "parent")
-    runs.finish(done.info.run_id)
-    runs.abandon(experiment, origin("a", task_id=""), "task failure")
+    mlflow.MlflowClient().set_terminated(done.info.run_id)
+    runs.abandon(mlflow.get_experiment(experiment).name, origin("a", task_id=""), "task failure")
     assert [fetched(run).info.status for run in (done, parent, child, other)] == [
         "FINISHED",
         "FAILED",
