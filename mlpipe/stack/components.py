@@ -23,6 +23,8 @@ class Component:
     name: str
     command: tuple[str, ...]
     log: Path
+    stop_seconds: int = 10
+    """Until it is killed when asked to stop."""
     url: str | None = None
     """Where a person or a client finds it."""
 
@@ -39,8 +41,16 @@ def components(settings: StackSettings) -> tuple[Component, ...]:
     skip = {"scheduler": ("--skip-serve-logs",), "triggerer": ("--skip-serve-logs",)}
     for name in AIRFLOW:
         commands[name] = (program("airflow"), name, *skip.get(name, ()))
+    # The API server is done at once, but threads of its database driver keep the process.
+    patience = {"api-server": 3}
     return tuple(
-        Component(name=name, command=commands[name], log=settings.logs / f"{name}.log", url=urls.get(name))
+        Component(
+            name=name,
+            command=commands[name],
+            log=settings.logs / f"{name}.log",
+            url=urls.get(name),
+            stop_seconds=patience.get(name, 10),
+        )
         for name in NAMES
     )
 

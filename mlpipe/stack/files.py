@@ -34,5 +34,5 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}

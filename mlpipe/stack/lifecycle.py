@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mlpipe.errors import UserError
@@ -57,29 +58,37 @@ def up(settings: StackSettings, report: Report, timeout: float = DEFAULT_TIMEOUT
     settings.create_folders()
     with _only_one(settings.run / "up.lock"):
         supervisor = Supervisor(settings)
-        began = time.time()
-        already = supervisor.is_up()
-        if already:
-            _check_same_ports(settings)
-            was_alive = {state.name for state in supervisor.states() if state.alive}
-            supervisor.start_components(NAMES)
-            credentials = Credentials.load(settings.credentials_path)
-            health = Health(settings, credentials)
-        else:
-            supervisor.stop()  # of a supervisor that was killed, processes may be left
-            check_ports_free({f"MLPIPE_{name.upper()}": port for name, port in settings.public_ports.items()})
-            settings = settings.with_storage_ports()
-            credentials = Credentials.load_or_create(settings.credentials_path)
-            settings.remember()
-            environment = service_environment(settings, credentials)
-            supervisor = Supervisor(settings)
-            supervisor.start(components(settings), environment)
-            migrate_airflow(settings, environment)
-            supervisor.start_components(AIRFLOW)
-            was_alive = set()
-            health = Health(settings, credentials, since=began)
-        _wait(settings, supervisor, health, report, timeout)
-        return settings, was_alive >= set(NAMES)
+        if not supervisor.is_up():
+            return _start(settings, report, timeout), False
+        _check_same_ports(settings)
+        already = {state.name for state in supervisor.states() if state.alive} == set(NAMES)
+        supervisor.start_components(NAMES)
+        health = Health(settings, Credentials.load(settings.credentials_path))
+        _wait(settings, supervisor, health, report, timeout, lambda: True)
+        return settings, already
+
+
+def _start(settings: StackSettings, report: Report, timeout: float) -> StackSettings:
+    began = time.time()
+    Supervisor(settings).stop()  # of a supervisor that was killed, processes may be left
+    check_ports_free({f"MLPIPE_{name.upper()}": port for name, port in settings.public_ports.items()})
+    settings = settings.with_storage_ports()
+    credentials = Credentials.load_or_create(settings.credentials_path)
+    settings.remember()
+    environment = service_environment(settings, credentials)
+    supervisor = Supervisor(settings)
+    supervisor.start(components(settings), environment)
+
+    def start_airflow() -> None:
+        migrate_airflow(settings, environment, timeout)
+        supervisor.start_components(AIRFLOW)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # The other components start, and are looked at, while Airflow's database is made.
+        airflow = pool.submit(start_airflow)
+        health = Health(settings, credentials, since=began)
+        _wait(settings, supervisor, health, report, timeout, lambda: airflow.done() and airflow.result() is None)
+    return settings
 
 
 def down(settings: StackSettings) -> list[int]:
@@ -93,7 +102,7 @@ def down(settings: StackSettings) -> list[int]:
     return Supervisor(settings).stop()
 
 
-def migrate_airflow(settings: StackSettings, environment: Mapping[str, str]) -> None:
+def migrate_airflow(settings: StackSettings, environment: Mapping[str, str], timeout: float) -> None:
     """Bring Airflow's database to the installed version; nothing to do when this version did it before.
 
     Raises:
@@ -104,16 +113,18 @@ def migrate_airflow(settings: StackSettings, environment: Mapping[str, str]) -> 
     if settings.airflow_database.exists() and done.exists() and done.read_text() == version:
         return
     log = settings.logs / "airflow-migration.log"
-    with log.open("w") as output:
-        finished = subprocess.run(
-            [program("airflow"), "db", "migrate"],
-            env=dict(environment),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if finished.returncode != 0:
-        raise StackNotReadyError(f"airflow db migrate failed; see {log}", tail(log, 15))
+    try:
+        with log.open("w") as output:
+            subprocess.run(
+                [program("airflow"), "db", "migrate"],
+                env=dict(environment),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=True,
+            )
+    except subprocess.SubprocessError as error:
+        raise StackNotReadyError(f"airflow db migrate failed ({error}); see {log}", tail(log, 15)) from None
     # In this mode a reader never waits for a writer. It is kept in the file.
     with contextlib.closing(sqlite3.connect(settings.airflow_database)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -132,25 +143,31 @@ def tail(path: Path, count: int) -> str:
     return "\n".join(lines[-count:])
 
 
-def _wait(settings: StackSettings, supervisor: Supervisor, health: Health, report: Report, timeout: float) -> None:
+def _wait(
+    settings: StackSettings,
+    supervisor: Supervisor,
+    health: Health,
+    report: Report,
+    timeout: float,
+    airflow_started: Callable[[], bool],
+) -> None:
     began = time.monotonic()
     pending: dict[str, Callable[[], str | None]] = {name: _question(health, name) for name in NAMES}
     pending["DAG"] = health.dag_problem
-    reasons: dict[str, str] = {}
     while pending:
+        started = airflow_started()
         fatal = {state.name for state in supervisor.states() if state.state == "FATAL"}
         for name, question in list(pending.items()):
-            if name == "DAG" and "api-server" in pending:
+            if (name in AIRFLOW and not started) or (name == "DAG" and "api-server" in pending):
                 continue
             problem = question()
             if problem is None:
                 report(name, time.monotonic() - began)
                 del pending[name]
                 continue
-            reasons[name] = problem
             if name in fatal or time.monotonic() - began > timeout or "cannot be imported" in problem:
                 source = "dag-processor" if name == "DAG" else name
-                how = "was given up after several starts" if name in fatal else reasons[name]
+                how = "was given up after several starts" if name in fatal else problem
                 raise StackNotReadyError(
                     f"{name}: {how}, {time.monotonic() - began:.0f} s after the start; "
                     f"see `mlpipe logs {source}`; `mlpipe down` stops the rest",

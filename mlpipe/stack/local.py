@@ -32,6 +32,7 @@ MAX_SOCKET_PATH = 90
 """Bytes; a Unix socket's address holds 104 on macOS and 108 on Linux, and supervisord adds a suffix while binding."""
 
 NUM_STORAGE_PORTS = 9
+"""Eight in a row, and the last one's gRPC port."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,9 @@ class StackSettings:
             OSError: no ports are free.
         """
         ports = self.storage_ports
-        if len(ports) != NUM_STORAGE_PORTS or not all_free(ports):
-            ports = free_block(NUM_STORAGE_PORTS)
+        public = set(self.public_ports.values())
+        if len(ports) != NUM_STORAGE_PORTS or set(ports) & public or not all_free(ports):
+            ports = free_block(NUM_STORAGE_PORTS - 1, avoid=public)
         return replace(self, storage_ports=ports)
 
     def remember(self) -> None:

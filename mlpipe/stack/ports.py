@@ -6,13 +6,15 @@ import contextlib
 import errno
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mlpipe.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-INTERNAL_RANGE = range(20_000, 32_000)
-"""Below the ports that Linux (from 32768) and others (from 49152) give to outgoing connections."""
+INTERNAL_RANGE = range(20_000, 22_700)
+"""With `GRPC_OFFSET`, below what Linux (from 32768) and others (from 49152) give to outgoing connections."""
+GRPC_OFFSET = 10_000
+"""From SeaweedFS's admin port to its gRPC port; its own workers assume it, whatever the option says."""
 
 
 def check_ports_free(ports: Mapping[str, int]) -> None:
@@ -34,16 +36,20 @@ def check_ports_free(ports: Mapping[str, int]) -> None:
             raise UserError(f"{setting}: port {port} {reason}; stop that, or choose another with {_how(setting)}")
 
 
-def free_block(count: int) -> tuple[int, ...]:
-    """As many consecutive free ports, from a random place so that stacks started side by side differ.
+def free_block(count: int, avoid: Collection[int] = ()) -> tuple[int, ...]:
+    """Consecutive free ports, and the last one's gRPC port, from a random place: stacks side by side differ.
+
+    Args:
+        count: how many in a row.
+        avoid: ports that are kept for something else, which may not listen yet.
 
     Raises:
         OSError: no such block is free.
     """
     for _ in range(200):
         first = random.randrange(INTERNAL_RANGE.start, INTERNAL_RANGE.stop - count)  # noqa: S311 - no secret
-        block = tuple(range(first, first + count))
-        if all(_bind_error(port) is None for port in block):
+        block = (*range(first, first + count), first + count - 1 + GRPC_OFFSET)
+        if all_free(block) and not set(block) & set(avoid):
             return block
     raise OSError(errno.EADDRINUSE, f"no {count} consecutive free ports in {INTERNAL_RANGE}")
 
@@ -59,8 +65,8 @@ def holder(port: int) -> str:
 
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections(kind="tcp"):
-            listens = connection.status == psutil.CONN_LISTEN and connection.laddr
-            if listens and connection.laddr.port == port and connection.pid:
+            listens = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
+            if listens and connection.pid:
                 command = " ".join(psutil.Process(connection.pid).cmdline())
                 return f"process {connection.pid} ({command[:80]})"
     return "another process"

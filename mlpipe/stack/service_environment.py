@@ -89,7 +89,7 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
         "api_auth": {"jwt_secret": credentials.airflow_jwt_secret},
         "scheduler": {
             # Latency: how long the loop sleeps when there was nothing to do.
-            "scheduler_idle_sleep_time": 0.2,
+            "scheduler_idle_sleep_time": 0.25,
             # A task killed with its supervisor is noticed after this many seconds.
             "task_instance_heartbeat_timeout": 120,
             # Tasks of a killed scheduler run again after at most 30 (its health threshold) + 15 seconds.

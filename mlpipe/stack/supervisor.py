@@ -239,7 +239,7 @@ def render(settings: StackSettings, components: Sequence[Component]) -> str:
                 startsecs=5,
                 startretries=10,
                 stopsignal="TERM",
-                stopwaitsecs=10,
+                stopwaitsecs=component.stop_seconds,
                 stopasgroup="true",
                 killasgroup="true",
                 redirect_stderr="true",

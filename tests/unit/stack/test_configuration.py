@@ -1,0 +1,126 @@
+"""What the components are started with."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlpipe.stack import commands
+from mlpipe.stack.components import NAMES, components, program
+from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.local import StackSettings
+from mlpipe.stack.service_environment import executor, service_environment
+from mlpipe.stack.supervisor import render
+
+
+@pytest.fixture
+def environment(settings) -> dict[str, str]:
+    settings.create_folders()
+    return service_environment(settings, Credentials())
+
+
+def test_every_airflow_option_exists_in_the_installed_version(environment):
+    spec = importlib.util.find_spec("airflow")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    template = Path(spec.submodule_search_locations[0]) / "config_templates" / "config.yml"
+    known = yaml.safe_load(template.read_text())
+
+    ours = [name.lower().split("__")[1:] for name in environment if name.startswith("AIRFLOW__")]
+
+    assert len(ours) > 25
+    unknown = [f"{section}.{option}" for section, option in ours if option not in known[section]["options"]]
+    assert unknown == []
+
+
+def test_every_seaweedfs_option_exists_in_the_installed_version(settings):
+    usage = subprocess.run([program("weed"), "mini", "-h"], capture_output=True, text=True, check=False)
+    known = set(re.findall(r"^  -(\S+)", usage.stdout + usage.stderr, re.MULTILINE))
+    storage = components(settings)[0]
+
+    ours = {argument[1:].partition("=")[0] for argument in storage.command[2:]}
+
+    assert ours <= known
+
+
+def test_the_callers_own_settings_of_other_systems_do_not_leak_in(settings, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "production")
+    monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://elsewhere")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("MLPIPE_GPU_SLOTS", "2")
+    settings.create_folders()
+
+    environment = service_environment(settings, Credentials())
+
+    assert "AWS_PROFILE" not in environment
+    assert "PYTHONPATH" not in environment
+    assert "elsewhere" not in environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"]
+    assert environment["MLPIPE_GPU_SLOTS"] == "2"
+
+
+def test_airflow_follows_its_port(tmp_path):
+    settings = StackSettings.load(tmp_path, airflow_port=1234)
+    settings.create_folders()
+
+    environment = service_environment(settings, Credentials())
+
+    assert environment["AIRFLOW__API__PORT"] == "1234"
+    assert environment["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"] == "http://127.0.0.1:1234/execution/"
+    assert environment["AIRFLOW__API__BASE_URL"] == "http://127.0.0.1:1234"
+
+
+def test_the_gpu_alias_is_configured_when_its_executor_is_there(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr("mlpipe.stack.local.PROJECT", tmp_path)
+    (tmp_path / "plugins").mkdir()
+    assert executor(settings) == "LocalExecutor"
+
+    (tmp_path / "plugins" / "gpu_executor.py").write_text("")
+
+    assert executor(settings) == "LocalExecutor,gpu:gpu_executor.GpuExecutor"
+
+
+def test_the_supervisor_restarts_everything_and_stops_whole_groups(settings):
+    parser = configparser.RawConfigParser()
+    parser.read_string(render(settings, components(settings)))
+
+    programs = {name.partition(":")[2]: parser[name] for name in parser.sections() if name.startswith("program:")}
+
+    assert list(programs) == list(NAMES)
+    for section in programs.values():
+        assert section["autorestart"] == section["stopasgroup"] == section["killasgroup"] == "true"
+    assert parser["unix_http_server"]["chmod"] == "0700"
+
+
+def test_no_secret_is_in_a_command_or_in_the_supervisors_file(settings):
+    credentials = Credentials()
+    text = render(settings, components(settings))
+
+    assert not [name for name, value in vars(credentials).items() if value in text and name != "airflow_user"]
+
+
+def test_a_percent_sign_in_the_path_survives(tmp_path):
+    settings = StackSettings.load(tmp_path / "50%").with_storage_ports()
+
+    assert "50%%/logs/mlflow.log" in render(settings, components(settings))
+
+
+def test_the_command_line_knows_all_components():
+    assert commands.COMPONENTS == NAMES
+    assert set(commands.LABELS) == {*NAMES, "DAG"}
+
+
+def test_the_command_line_loads_no_large_library():
+    script = (
+        "import sys, mlpipe.stack.commands; "
+        "print([name for name in ('airflow', 'mlflow', 'torch', 'numpy', 'boto3', 'rich') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,148 @@
+"""Processes that are left behind, with small real ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from mlpipe.errors import UserError
+from mlpipe.stack import commands, doctor, lifecycle
+from mlpipe.stack.supervisor import Supervisor, living
+
+COMPONENT = 'bash "$0/worker.sh" "$0" & wait'
+WORKER = 'set -m; sleep 100 & echo "$! $$" > "$1/orphans"; wait'  # with -m, the task gets a process group of its own
+SUPERVISOR = """
+import pathlib, subprocess, sys, time
+folder = pathlib.Path(sys.argv[1])
+component = subprocess.Popen(["bash", "-c", sys.argv[2], str(folder)], process_group=0)
+while not (folder / "orphans").exists() or not (folder / "orphans").read_text():
+    time.sleep(0.02)
+component.kill()
+component.wait()
+(folder / "component.pid").write_text(str(component.pid))
+other = subprocess.Popen(["sleep", "100"], process_group=0)
+launch = [sys.executable, "-m", "mlpipe.stack.launch", str(folder / "component.pid"), "/bin/sleep", "100"]
+successor = subprocess.Popen(launch, process_group=0)
+(folder / "kept").write_text(f"{other.pid} {successor.pid}")
+successor.wait()
+"""
+
+
+def test_a_restarted_component_clears_up_what_its_killed_predecessor_left(tmp_path):
+    (tmp_path / "worker.sh").write_text(WORKER)
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path), COMPONENT], start_new_session=True)
+    try:
+        kept = _pids(tmp_path / "kept")
+        orphans = _pids(tmp_path / "orphans")
+        _until(lambda: not any(map(_lives, orphans)))
+        _until(lambda: psutil.Process(kept[1]).name() == "sleep")
+        assert all(map(_lives, kept))
+        assert (tmp_path / "component.pid").read_text() == str(kept[1])
+    finally:
+        for process in [*psutil.Process(supervisor.pid).children(recursive=True), supervisor]:
+            process.kill()
+        supervisor.wait()
+
+
+def test_stopping_finds_orphans_by_their_session(settings):
+    settings.create_folders()
+    script = "import subprocess; subprocess.Popen(['sleep', '100'], process_group=0, stdout=subprocess.DEVNULL); print(flush=True); input()"
+    leader = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert leader.stdout is not None
+    leader.stdout.readline()
+    orphan = psutil.Process(leader.pid).children()[0]
+    created = psutil.Process(leader.pid).create_time()
+    (settings.run / "session.json").write_text(
+        f'{{"sid": {leader.pid}, "created": {created}, "boot": {psutil.boot_time()}}}'
+    )
+    leader.kill()
+    leader.wait()
+    assert living(orphan)
+
+    assert Supervisor(settings).stop() == []
+
+    assert not living(orphan)
+    assert Supervisor(settings).processes() == []
+
+
+@pytest.mark.parametrize("change", [{"created": 1.0}, {"boot": 1.0}])
+def test_a_session_number_that_belongs_to_somebody_else_is_left_alone(settings, change):
+    settings.create_folders()
+    other = subprocess.Popen(["/bin/sleep", "100"], start_new_session=True)
+    try:
+        session = {"sid": other.pid, "created": psutil.Process(other.pid).create_time(), "boot": psutil.boot_time()}
+        (settings.run / "session.json").write_text(str(session | change).replace("'", '"'))
+
+        assert Supervisor(settings).stop() == []
+
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_stopping_what_never_ran_does_nothing(settings):
+    assert lifecycle.down(settings) == []
+    assert not settings.home.exists()
+
+
+def test_status_of_what_does_not_run_is_a_failure(settings, monkeypatch):
+    monkeypatch.setenv("MLPIPE_HOME", str(settings.home))
+
+    result = CliRunner().invoke(commands.status)
+
+    assert result.exit_code == 1
+    assert result.output.count("stopped") == len(commands.COMPONENTS)
+
+
+def test_logs_before_the_first_start_say_so(settings, monkeypatch):
+    monkeypatch.setenv("MLPIPE_HOME", str(settings.home))
+
+    result = CliRunner().invoke(commands.logs)
+
+    assert isinstance(result.exception, UserError)
+    assert "run `mlpipe up`" in str(result.exception)
+
+
+def test_the_last_lines_of_a_log(tmp_path):
+    log = tmp_path / "a.log"
+    log.write_text("".join(f"line {number}\n" for number in range(10_000)))
+
+    assert lifecycle.tail(log, 2) == "line 9998\nline 9999"
+    assert lifecycle.tail(tmp_path / "none.log", 2) == ""
+
+
+def test_the_doctor_says_how_to_mend_what_it_finds(settings, monkeypatch):
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**60)
+    monkeypatch.setattr(doctor, "executors", lambda _: "resolved")
+
+    findings = {finding.name: finding for finding in doctor.diagnose(settings)}
+
+    assert findings["versions"].ok
+    assert not findings["disk space"].ok
+    assert findings["stack"].remedy == "run `mlpipe up`"
+    assert all(finding.remedy for finding in findings.values() if not finding.ok)
+
+
+def _pids(path: Path) -> list[int]:
+    _until(lambda: path.exists() and len(path.read_text().split()) == 2)
+    return [int(word) for word in path.read_text().split()]
+
+
+def _lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and living(psutil.Process(pid))
+
+
+def _until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
