@@ -233,7 +233,8 @@ def mistakes_figure(
         title = f"Worst mistakes of {name}"
         if not len(worst):
             return _no_mistakes(title, len(labels))
-        subtitle = f"{len(worst)} of {len(wrong):,} mistakes on {len(labels):,} test images, most confident first: truth → predicted"
+        counts = f"{len(worst)} of {len(wrong):,} mistakes on {len(labels):,} test images"
+        subtitle = f"{counts}, most confident first: truth → predicted"
         shown = class_labels(classes, max_length=20)
         num_columns = min(5, len(worst))
         num_rows = math.ceil(len(worst) / num_columns)
