@@ -1,0 +1,84 @@
+"""Airflow's pages lead to MLflow: a button from a task to its run, and MLflow in the navigation.
+
+A task gives its button a target by `ti.xcom_push(key="mlflow_run_url", value=url)`, best when its run begins: the API
+server looks the value up when the page asks for it, so the button is there while the task still runs. A retry clears it
+until the task pushes again. On tasks that push nothing, in any DAG, there is no button.
+
+MLflow refuses to be framed (X-Frame-Options), so both open a tab of their own. Airflow 3.3 frames every view on a DAG's
+or a DAG run's page, in a sandbox that cannot open a tab; there is therefore no MLflow view on those pages.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import attrs
+from airflow.plugins_manager import AirflowPlugin
+from airflow.sdk import BaseOperatorLink
+
+if TYPE_CHECKING:
+    from airflow.models.taskinstancekey import TaskInstanceKey
+    from airflow.serialization.definitions.mappedoperator import Operator
+
+RUN_URL_XCOM_KEY = "mlflow_run_url"
+"""Key under which a task pushes the address of its MLflow run."""
+
+UI_URL_VARIABLES = ("MLPIPE_MLFLOW_UI_URL", "MLFLOW_TRACKING_URI")
+"""Where a browser finds MLflow: the first of these that is an http(s) address."""
+
+
+@attrs.define
+class MlflowRunLink(BaseOperatorLink):
+    """The button on a task's page."""
+
+    @property
+    def name(self) -> str:
+        return "MLflow run"
+
+    @property
+    def xcom_key(self) -> str:
+        return RUN_URL_XCOM_KEY
+
+    def get_link(self, operator: Operator, *, ti_key: TaskInstanceKey) -> str:  # type: ignore[override]
+        """Address that the task pushed, or an empty string, which hides the button.
+
+        Of a global link Airflow calls this in the API server, not in the worker; there the XCom is read as Airflow
+        reads those of its own links.
+        """
+        # It opens the metadata database: workers, which load this module too, have no access to that.
+        from airflow.serialization.definitions.operatorlink import XComOperatorLink
+
+        url = XComOperatorLink(name=self.name, xcom_key=self.xcom_key).get_link(operator, ti_key=ti_key)
+        return url if is_web_address(url) else ""
+
+
+class MlflowLinksPlugin(AirflowPlugin):
+    """Registers the button and the navigation entry."""
+
+    name = "mlflow_links"
+    global_operator_extra_links = [MlflowRunLink()]  # noqa: RUF012 - declared by AirflowPlugin
+
+    @property
+    def external_views(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """MLflow in the navigation; without `url_route` Airflow opens it in a new tab. Nothing where no address is set.
+
+        A property, so that the environment is read when the page is shown.
+        """
+        url = mlflow_ui_url()
+        return [{"name": "MLflow", "href": url, "destination": "nav", "nav_top_level": True}] if url else []
+
+
+def mlflow_ui_url() -> str | None:
+    """Address of MLflow's pages without the credentials that a tracking URI may hold, or `None` if there is none."""
+    url = next((url for variable in UI_URL_VARIABLES if is_web_address(url := os.environ.get(variable, ""))), None)
+    if url is None:
+        return None
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def is_web_address(url: str) -> bool:
+    """Whether a browser should follow the address."""
+    return url.startswith(("http://", "https://"))

@@ -1,0 +1,87 @@
+"""A private Airflow and a machine with the devices that a test asks for. Airflow reads its settings at import, and an
+executor forks: each scenario runs in an interpreter of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PLUGINS = ROOT / "plugins"
+HARNESS = Path(__file__).with_name("harness.py")
+
+NvidiaSmi = Callable[..., Path]
+RunScenario = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path) -> NvidiaSmi:
+    """Write a program `nvidia-smi` that prints these lines; returns its folder."""
+
+    def write(*lines: str, exit_code: int = 0, error: str = "") -> Path:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / "answer").write_text("".join(f"{line}\n" for line in lines))
+        program = folder / "nvidia-smi"
+        program.write_text(
+            '#!/bin/sh\n[ "$*" = "--query-gpu=index,uuid --format=csv,noheader" ] || exit 64\n'
+            f"cat {folder}/answer\necho '{error}' >&2\nexit {exit_code}\n"
+        )
+        program.chmod(0o755)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def two_gpus(nvidia_smi: NvidiaSmi) -> dict[str, str]:
+    """Environment of a machine with the devices GPU-a and GPU-b."""
+    return {"PATH": f"{nvidia_smi('0, GPU-a', '1, GPU-b')}:{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def no_gpu(nvidia_smi: NvidiaSmi) -> dict[str, str]:
+    """Environment of a machine whose `nvidia-smi` finds no device, wherever the tests run."""
+    return {"PATH": f"{nvidia_smi(exit_code=6, error='No devices were found')}:{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def airflow_environment(tmp_path: Path) -> dict[str, str]:
+    """Environment of an Airflow of its own; without a database, which an executor does not need."""
+    foreign = ("AIRFLOW", "MLFLOW", "MLPIPE", "CUDA", "OMP", "MKL", "OPENBLAS")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return clean | {
+        "AIRFLOW_HOME": str(tmp_path / "airflow"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(PLUGINS),
+        "AIRFLOW__API_AUTH__JWT_SECRET": "not-a-secret",
+        "PYTHONPATH": str(PLUGINS),
+    }
+
+
+@pytest.fixture
+def run_scenario(tmp_path: Path, airflow_environment: dict[str, str]) -> RunScenario:
+    """Run a script in the harness; returns its `result`, with the log as `log`."""
+
+    def run(script: str, environment: dict[str, str], **settings: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, str(HARNESS), str(tmp_path / "records"), script],
+            env=airflow_environment | environment | settings,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        log = done.stdout + done.stderr
+        assert done.returncode == 0, log[-6000:]
+        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+        return json.loads(line.removeprefix("RESULT ")) | {"log": log}
+
+    return run
