@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mlpipe import run_command
 from mlpipe.errors import UserError
 from mlpipe.stack import commands
 
@@ -27,7 +28,15 @@ def main() -> None:
     """Train image classifiers with Airflow, compare them in MLflow."""
 
 
-for command in (commands.up, commands.down, commands.status, commands.logs, commands.doctor):
+for command in (
+    run_command.run,
+    run_command.predict,
+    commands.up,
+    commands.down,
+    commands.status,
+    commands.logs,
+    commands.doctor,
+):
     main.add_command(command)
 
 

@@ -18,6 +18,7 @@ from mlpipe.airflow_api import AirflowApi, TaskInstance
 from mlpipe.config import RunParams
 from mlpipe.errors import UserError
 from mlpipe.recipes import resolve
+from mlpipe.stack.local import StackSettings
 
 DAG_ID = "image_classification"
 POLL_SECONDS = 0.5
@@ -55,6 +56,7 @@ def run(json_path: Path | None, **values: Any) -> None:
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; make it first")
     console = Console()
+    use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
     began = time.monotonic()
     run_id = api.trigger(DAG_ID, params.to_mapping())
@@ -75,6 +77,14 @@ def run(json_path: Path | None, **values: Any) -> None:
         _print_comparison(result, console)
     if state != "success":
         raise SystemExit(1)
+
+
+def use_local_stack(variable: str) -> None:
+    """Where the environment does not name a server, take the addresses and login of this folder's stack."""
+    if os.environ.get(variable):
+        return
+    for name, value in StackSettings.load().client_environment().items():
+        os.environ.setdefault(name, value)
 
 
 def _absolute(uri: str | None) -> str | None:
@@ -130,7 +140,8 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
         "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"),
         "wall_seconds": round(seconds, 3),
         "task_seconds": {item.label: item.seconds for item in tasks},
-        "dataset": compared.get("dataset") or (api.xcom(DAG_ID, run_id, "preprocess") or [{"dataset": None}])[0]["dataset"],
+        "dataset": compared.get("dataset")
+        or (api.xcom(DAG_ID, run_id, "preprocess") or [{"dataset": None}])[0]["dataset"],
         "models": compared.get("models", []),
         "failed_models": compared.get("failed", {}),
         "champion": compared.get("champion"),
@@ -189,6 +200,7 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 def predict(model_uri: str, images: tuple[Path, ...]) -> None:
     """Label image files with a logged model, e.g. models:/digits-classifier@champion."""
+    use_local_stack("MLFLOW_TRACKING_URI")
     import mlflow
     import numpy as np
     from mlflow.exceptions import MlflowException

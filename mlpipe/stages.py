@@ -30,7 +30,7 @@ from mlpipe.models.registry import check_architecture
 from mlpipe.models.weights import InitialWeights, load_initial_weights
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.data_run import log_data, log_input
-from mlpipe.tracking.evaluation_run import log_comparison, log_evaluation, measure, promote
+from mlpipe.tracking.evaluation_run import Result, log_comparison, log_evaluation, measure, promote
 from mlpipe.tracking.runs import Origin, TrackedRun
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.estimator import train_estimator
@@ -276,25 +276,24 @@ def evaluate(
     with runs.active(_parent(config, origin, _experiment(config))) as parent:
         on_run(parent.url)
         log_input(dataset.manifest, data["uri"], context="testing")
-        contenders, results = {}, {}
+        results: dict[str, Result] = {}
         for name, model in finished.items():
             logger.info("measuring %s on %d test images", name, len(test.labels))
-            results[name] = measure(model["model_uri"], test, classes, seed=0)
-            log_evaluation(model["run_id"], model["model_id"], results[name], test)
-            contenders[name] = Contender(
-                evaluation=results[name].evaluation,
-                correct=results[name].correct,
-                weights=model["weights"],
-                train_seconds=model["train_seconds"],
-                images_per_second=model["images_per_second"],
-            )
+            try:
+                results[name] = measure(model["model_uri"], test, classes)
+            except UserError as error:
+                failed[name] = str(error)
+                continue
+            log_evaluation(model, results[name], test)
             model["metrics"] |= results[name].evaluation.as_metrics()
-        comparison = compare(contenders, failed)
+        if not results:
+            raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+        comparison = compare({name: _contender(finished[name], result) for name, result in results.items()}, failed)
         outcome = promote(
             config.promotion,
             registry.registered_name(data["name"]),
             [(finished[row.name], results[row.name]) for row in comparison.rows],
-            lambda uri: measure(uri, test, classes, seed=0),
+            lambda uri: measure(uri, test, classes),
         )
         ranked = [finished[row.name] for row in comparison.rows]
         summary = f"{comparison.summary()} {outcome.summary}"
@@ -313,6 +312,16 @@ def evaluate(
         "promoted": outcome.champion if outcome.moved_champion else None,
         "summary": summary,
     }
+
+
+def _contender(model: Mapping[str, Any], result: Result) -> Contender:
+    return Contender(
+        evaluation=result.evaluation,
+        correct=result.correct,
+        weights=model["weights"],
+        train_seconds=model["train_seconds"],
+        images_per_second=model["images_per_second"],
+    )
 
 
 def abandon(dataset: str, origin: Origin, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ from mlpipe.tracking.runs import TrackedRun, tracked
 IMAGES_PER_CALL = 2048
 """Handed to `predict` at once, so that test images need not fit in memory."""
 
+BOOTSTRAP_SEED = 0
+"""The same for all, so that equal predictions have equal intervals."""
+
 PROBABILITY = "probability_"
 """Prefix of a logged model's output columns."""
 
@@ -40,7 +43,7 @@ class Result:
     """(N,) whether the most probable class is the true one."""
 
 
-def measure(model_uri: str, test: Split, classes: Sequence[str], *, seed: int) -> Result:
+def measure(model_uri: str, test: Split, classes: Sequence[str]) -> Result:
     """Load a model by its address, as any user would, and score its predictions.
 
     Raises:
@@ -56,25 +59,29 @@ def measure(model_uri: str, test: Split, classes: Sequence[str], *, seed: int) -
         raise UserError(f"{model_uri} tells {len(own)} other classes apart than the {len(columns)} of these images")
     probabilities = frame[columns].to_numpy(np.float64)
     return Result(
-        evaluation=evaluate_predictions(test.labels, probabilities, classes, seed=seed),
+        evaluation=evaluate_predictions(test.labels, probabilities, classes, seed=BOOTSTRAP_SEED),
         probabilities=probabilities,
         correct=probabilities.argmax(axis=1) == test.labels,
     )
 
 
-def log_evaluation(run_id: str, model_id: str, result: Result, test: Split) -> None:
-    """Add test metrics and pictures to the run that trained the model."""
-    run, evaluation = tracked(run_id), result.evaluation
+def log_evaluation(model: Mapping[str, Any], result: Result, test: Split) -> None:
+    """Add test metrics and pictures to the run that trained the model.
+
+    Args:
+        model: its `name`, `run_id` and `model_id`.
+    """
+    run, evaluation, name = tracked(model["run_id"]), result.evaluation, model["name"]
     if not run.has_metric("test/accuracy"):
-        run.log_metrics(evaluation.as_metrics(), model_id=model_id)
-    run.log_figure(figures.confusion_matrix_figure(evaluation), "confusion_matrix.png")
+        run.log_metrics(evaluation.as_metrics(), model_id=model["model_id"])
+    run.log_figure(figures.confusion_matrix_figure(evaluation, name), "confusion_matrix.png")
     frame = pd.DataFrame(evaluation.confusion, index=evaluation.classes, columns=evaluation.classes)
     run.log_text(frame.to_csv(index_label="true \\ predicted"), "confusion_matrix.csv")
-    run.log_figure(figures.reliability_figure(evaluation), "calibration.png")
-    worst = figures.mistakes_figure(test.images_u8, test.labels, result.probabilities, evaluation.classes)
+    run.log_figure(figures.reliability_figure(evaluation, name), "calibration.png")
+    worst = figures.mistakes_figure(test.images_u8, test.labels, result.probabilities, evaluation.classes, name)
     run.log_figure(worst, "worst_mistakes.png")
-    for note in evaluation.notes:
-        run.log_text(note, "notes.txt")
+    if evaluation.notes:
+        run.log_text("\n".join(evaluation.notes), "notes.txt")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,13 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import mlflow
@@ -25,8 +26,11 @@ from mlflow.entities import Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.environment import Environment
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +141,13 @@ def open_run(
     return client.create_run(experiment, tags={**first, **tags})
 
 
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of at most `size` items, in order."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
+
+
 class TrackedRun:
     """What a stage writes to its MLflow run. Satisfies `mlpipe.training.protocol.TrainingLogger`."""
 
@@ -161,7 +172,8 @@ class TrackedRun:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
         """Write metrics at one step (an epoch, from 1; or 0 for a result)."""
-        mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id, model_id=model_id, synchronous=True)
+        for part in batched(metrics.items(), MAX_METRICS_PER_BATCH):
+            mlflow.log_metrics(dict(part), step=step, run_id=self.run_id, model_id=model_id, synchronous=True)
 
     def has_metric(self, name: str) -> bool:
         """Whether a try before this one has logged the metric."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 from mlpipe.stack.local import StackSettings
 from mlpipe.stack.temporary import running_stack
@@ -25,3 +31,36 @@ def stack_environment(stack: StackSettings, monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
+
+
+@pytest.fixture(scope="session")
+def environment(stack: StackSettings) -> dict[str, str]:
+    """The same for other processes."""
+    return stack.client_environment()
+
+
+@pytest.fixture(scope="session")
+def demo(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Result of one run with an empty form."""
+    file = tmp_path_factory.mktemp("demo") / "result.json"
+    command = [sys.executable, "-m", "mlpipe.cli", "run", "--json", str(file)]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text()) | {"printed": done.stdout}
+
+
+@pytest.fixture(scope="session")
+def airflow_get(environment: dict[str, str]) -> Callable[[str], Any]:
+    """Ask Airflow's API; takes the path after /api/v2."""
+    base = environment["MLPIPE_AIRFLOW_URL"]
+    login = {"username": environment["MLPIPE_AIRFLOW_USER"], "password": environment["MLPIPE_AIRFLOW_PASSWORD"]}
+    token = requests.post(f"{base}/auth/token", json=login, timeout=30).json()["access_token"]
+
+    def get(path: str) -> Any:
+        answer = requests.get(f"{base}/api/v2{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    return get

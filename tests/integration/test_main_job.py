@@ -1,0 +1,227 @@
+"""The main job on the real stack: triggered from the command line, looked at from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.integration
+
+MODELS = {"custom_cnn", "logistic_regression", "resnet18"}
+
+
+def mlpipe(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mlpipe.cli", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.fixture
+def client(environment: dict[str, str]) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+
+
+def test_the_result_file_says_everything(demo: dict[str, Any]) -> None:
+    assert demo["state"] == "success"
+    assert {model["name"] for model in demo["models"]} == MODELS
+    assert demo["dataset"]["classes"] == [str(digit) for digit in range(10)]
+    sizes = [demo["dataset"][f"num_{part}"] for part in ("train", "val", "test")]
+    assert sum(sizes) == 1797
+    assert demo["champion"]["name"] == "digits-classifier"
+    assert demo["champion"]["version"] == demo["models"][0]["version"]
+    assert demo["task_seconds"].keys() == {"download", "preprocess", "evaluate"} | {f"train [{m}]" for m in MODELS}
+    assert 0 < max(demo["task_seconds"].values()) < demo["wall_seconds"]
+    for model in demo["models"]:
+        assert model["weights"] == ("none" if model["name"] == "logistic_regression" else "random")
+        assert model["train_seconds"] > 0
+        assert model["images_per_second"] > 0
+        metrics = model["metrics"]
+        assert metrics["test/accuracy"] > 0.90
+        assert metrics["test/accuracy_ci_low"] < metrics["test/accuracy"] < metrics["test/accuracy_ci_high"]
+        assert {"val/accuracy", "test/precision_macro", "test/recall_macro", "test/f1_macro"} <= metrics.keys()
+
+
+def test_mlflow_has_one_parent_and_one_child_for_the_data_and_each_model(
+    demo: dict[str, Any], client: mlflow.MlflowClient
+) -> None:
+    parent = client.get_run(demo["parent_run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["airflow_url"] == demo["airflow_url"]
+    assert demo["summary"] in parent.data.tags["mlflow.note.content"]
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'", order_by=["start_time"]
+    )
+    assert {run.info.run_name for run in children} == {
+        "data · digits",
+        "custom_cnn (random weights)",
+        "logistic_regression",
+        "resnet18 (random weights)",
+    }
+    names = {frozenset(run.data.params) for run in children if run.data.tags["stage"] == "train"}
+    common = frozenset.intersection(*names)
+    assert {"architecture", "weights", "seed", "learning_rate", "data_digest", "recipe"} <= common
+    for run in children:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["dag_run_id"] == demo["dag_run_id"]
+        assert run.data.tags["data_digest"] == demo["dataset"]["digest"]
+        assert run.inputs.dataset_inputs[0].dataset.digest == demo["dataset"]["digest"]
+
+
+def test_each_model_run_has_its_curves_pictures_and_version(demo: dict[str, Any], client: mlflow.MlflowClient) -> None:
+    for model in demo["models"]:
+        artifacts = {file.path for file in client.list_artifacts(model["run_id"])}
+        assert {"confusion_matrix.png", "confusion_matrix.csv", "worst_mistakes.png", "calibration.png"} <= artifacts
+        steps = [metric.step for metric in client.get_metric_history(model["run_id"], "val/accuracy")]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(client.get_metric_history(model["run_id"], "test/accuracy")) == 1
+        version = client.get_model_version("digits-classifier", model["version"])
+        assert version.run_id == model["run_id"]
+        assert version.tags["weights"] == model["weights"]
+    network = next(model for model in demo["models"] if model["name"] == "resnet18")
+    assert any(name.startswith("system/") for name in client.get_run(network["run_id"]).data.metrics)
+    aliases = client.get_registered_model("digits-classifier").aliases
+    assert aliases.keys() == MODELS | {"champion"}
+
+
+def test_training_tasks_ran_side_by_side(demo: dict[str, Any], airflow_get: Callable[[str], Any]) -> None:
+    answer = airflow_get(f"/dags/image_classification/dagRuns/{demo['dag_run_id']}/taskInstances")
+    rows = [row for row in answer["task_instances"] if row["task_id"] == "train"]
+    assert {row["rendered_map_index"] for row in rows} == MODELS
+    assert {row["executor"] for row in rows} == {"gpu"}
+    latest_start = max(datetime.fromisoformat(row["start_date"]) for row in rows)
+    earliest_end = min(datetime.fromisoformat(row["end_date"]) for row in rows)
+    assert latest_start < earliest_end
+
+
+def test_a_stranger_loads_the_champion(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
+    script = """
+import sys
+sys.modules["mlpipe"] = None
+import mlflow, numpy as np
+from sklearn.datasets import load_digits
+digits = load_digits()
+images = np.round(digits.images[:300] / 16 * 255).astype(np.uint8)[..., None]  # (300, 8, 8, 1)
+answer = mlflow.pyfunc.load_model("models:/digits-classifier@champion").predict(images)
+assert list(answer.columns) == ["label", "confidence", *(f"probability_{n}" for n in range(10))], answer.columns
+print((answer["label"] == digits.target[:300].astype(str)).mean())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "MLFLOW_TRACKING_URI": environment["MLFLOW_TRACKING_URI"],
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 0.9
+    assert demo["champion"]
+
+
+def test_predict_labels_files(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "black.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    done = mlpipe(environment, "predict", demo["champion"]["model_uri"], str(path))
+    assert done.returncode == 0, done.stderr
+    assert "black.png" in done.stdout
+    missing = mlpipe(environment, "predict", "models:/nothing@champion", str(path))
+    assert missing.returncode == 2
+    assert "models:/nothing@champion" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def one_class_zip(folder: Path) -> Path:
+    from PIL import Image
+
+    path = folder / "one.zip"
+    picture = folder / "x.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(20):
+            archive.write(picture, f"train/cat/{number}.png")
+            archive.write(picture, f"test/cat/{number}.png")
+    return path
+
+
+def corrupt_zip(folder: Path) -> Path:
+    path = folder / "corrupt.zip"
+    path.write_bytes(b"PK\x03\x04 this is no archive")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--models", "resnet99"], "models: 'resnet99' is unknown"),
+        (["--dataset", "images", "--data-uri", "{corrupt}"], "corrupt.zip"),
+        (["--dataset", "images", "--data-uri", "{one_class}"], "class"),
+        (["--dataset", "images", "--data-uri", "http://127.0.0.1:9/x.zip"], "127.0.0.1:9"),
+        (["--models", "resnet18=imagenet"], "resnet18"),
+    ],
+    ids=["unknown model", "corrupt archive", "one class", "unreachable address", "unreachable weights"],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: list[str],
+    complaint: str,
+    demo: dict[str, Any],  # noqa: ARG001 - the registry is not empty
+    environment: dict[str, str],
+    client: mlflow.MlflowClient,
+    tmp_path: Path,
+) -> None:
+    if "resnet18=imagenet" in arguments and os.environ.get("MLPIPE_TEST_ONLINE"):
+        pytest.skip("the weights can be downloaded here")
+    made = {"{corrupt}": corrupt_zip, "{one_class}": one_class_zip}
+    words = [str(made[word](tmp_path)) if word in made else word for word in arguments]
+    versions = len(client.search_model_versions())
+    done = mlpipe(environment, "run", *words, "--json", str(tmp_path / "result.json"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["state"] == "failed"
+    told = [line for line in done.stdout.splitlines() if "failed:" in line]
+    assert len(told) == 1, done.stdout
+    assert complaint in told[0]
+    assert len(client.search_model_versions()) == versions
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(experiments, f"tags.dag_run_id = '{result['dag_run_id']}'"):
+        assert run.info.status in ("FAILED", "FINISHED")
+
+
+def test_a_bad_option_is_refused_before_anything_is_triggered(environment: dict[str, str]) -> None:
+    done = mlpipe(environment, "run", "--epochs", "0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "epochs: 0 is not allowed; give a whole number or empty from 1 to 1000" in done.stderr
+
+
+def test_the_same_data_is_prepared_once(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "again.json"
+    done = mlpipe(environment, "run", "--models", "logistic_regression", "--promotion", "dry_run", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = json.loads(file.read_text())
+    assert again["dataset"]["digest"] == demo["dataset"]["digest"]
+    assert again["champion"]["version"] == demo["champion"]["version"]
+    assert again["parent_run_id"] != demo["parent_run_id"]
+    first = next(model for model in demo["models"] if model["name"] == "logistic_regression")
+    assert again["models"][0]["metrics"]["test/accuracy"] == first["metrics"]["test/accuracy"]
