@@ -18,7 +18,7 @@ from mlpipe.stack.components import NAMES
 from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.health import Health, s3_client
 from mlpipe.stack.local import DATA_BUCKET, StackSettings
-from mlpipe.stack.supervisor import Supervisor
+from mlpipe.stack.supervisor import Supervisor, living
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -67,7 +67,7 @@ def test_other_ports_are_refused_while_it_runs(mlpipe):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_second_stack_on_the_same_ports_is_refused_before_anything_starts(stack, mlpipe, tmp_path):
+def test_a_second_stack_on_the_same_ports_is_refused_before_anything_starts(stack, tmp_path):
     ports = [f"--{name.replace('_', '-')}={port}" for name, port in stack.public_ports.items()]
     environment = {**os.environ, "MLPIPE_HOME": str(tmp_path / "second")}
     result = subprocess.run(
@@ -163,7 +163,7 @@ def test_data_survives_and_no_process_is_left(stack, mlpipe):
 
     assert mlpipe("down").returncode == 0
 
-    assert [process for process in processes if process.is_running()] == []
+    assert [process for process in processes if living(process)] == []
     assert mlpipe("status").returncode == 1
     assert mlpipe("down").returncode == 0
     began = time.monotonic()

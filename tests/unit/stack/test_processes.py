@@ -52,9 +52,10 @@ def test_a_restarted_component_clears_up_what_its_killed_predecessor_left(tmp_pa
 
 def test_stopping_finds_orphans_by_their_session(settings):
     settings.create_folders()
-    script = "import subprocess; subprocess.Popen(['sleep', '100'], process_group=0, stdout=subprocess.DEVNULL); print(flush=True); input()"
     leader = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        ["/bin/bash", "-c", "set -m; sleep 100 > /dev/null & echo; wait"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert leader.stdout is not None
     leader.stdout.readline()
