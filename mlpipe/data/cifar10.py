@@ -1,0 +1,167 @@
+"""CIFAR-10's official archive, and what is special to that data set.
+
+Its batches are Python pickles, and a pickle can run any code. They are read by an unpickler that knows four harmless
+names, after the archive's checksum has been compared. https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlpipe.data.archive import DAMAGED
+from mlpipe.errors import UserError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""In the order of the official labels, which is the alphabet's."""
+
+MAX_MEMBER_BYTES = 256 << 20
+_META = "batches.meta"
+_TRAINING = tuple(f"data_batch_{i}" for i in range(1, 6))
+_TEST = "test_batch"
+_SIDE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialArchive:
+    """Where the archive is and what it hashes to."""
+
+    url: str
+    md5: str
+    """As torchvision has it."""
+    sha256: str
+
+
+OFFICIAL = OfficialArchive(
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    md5="c58f30108f718f92721af3b95e74349a",
+    sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+)
+
+
+def file_md5(path: Path) -> str:
+    """Hexadecimal MD5: a checksum here, not a protection."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def is_python_archive(path: Path) -> bool:
+    """Whether a file has the official layout: a tar with pickled batches. Nothing of them is read."""
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if Path(member.name).name == _META:
+                    return True
+                if Path(member.name).suffix.lower() in (".png", ".jpg", ".jpeg"):
+                    return False  # spares a large tar of images
+    except (OSError, *DAMAGED):
+        return False  # the reader of image archives will say what is wrong
+    return False
+
+
+@dataclass(frozen=True)
+class OfficialImages:
+    """All of the archive: the five training batches in their order, then the test batch."""
+
+    classes: tuple[str, ...]
+    images_u8: NDArray[np.uint8]
+    """(N, 32, 32, 3)"""
+    labels: NDArray[np.int64]
+    """(N,) positions in `classes`."""
+    is_test: NDArray[np.bool_]
+    """(N,)"""
+
+
+def read_python_archive(path: Path) -> OfficialImages:
+    """Read the official layout, of which there is one size (0.2 GB).
+
+    Raises:
+        UserError: something is missing, damaged, or a pickle asks for more than arrays.
+    """
+    with _damage_named():
+        contents = _unpickled(path, {_META, *_TRAINING, _TEST})
+        classes = _classes(_entry(contents[_META], "label_names"))
+        parts = [_batch(name, contents.pop(name), len(classes)) for name in (*_TRAINING, _TEST)]
+    images_u8 = np.concatenate([images for images, _ in parts])
+    is_test = np.zeros(len(images_u8), bool)
+    is_test[len(images_u8) - len(parts[-1][1]) :] = True
+    return OfficialImages(classes, images_u8, np.concatenate([labels for _, labels in parts]), is_test)
+
+
+def _classes(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str | bytes) for name in names):
+        raise pickle.UnpicklingError("no usable label names")
+    return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
+
+
+def _batch(name: str, content: Any, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    flat, labels = np.asarray(_entry(content, "data")), np.asarray(_entry(content, "labels"), np.int64)
+    if flat.dtype != np.uint8 or flat.ndim != 2 or flat.shape != (len(labels), 3 * _SIDE * _SIDE):
+        raise pickle.UnpicklingError(f"{name} has an unexpected form")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise pickle.UnpicklingError(f"{name} has labels without a name")
+    return flat.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels  # the file has planes
+
+
+def _entry(content: Any, key: str) -> Any:
+    for spelled in (key, key.encode()):  # written by Python 2: its strings are bytes here
+        if isinstance(content, dict) and spelled in content:
+            return content[spelled]
+    raise pickle.UnpicklingError(f"{key!r} is missing")
+
+
+def _unpickled(path: Path, names: set[str]) -> dict[str, Any]:
+    """The pickles of those file names, in one pass: going back in a gzip means unpacking it again."""
+    contents = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name = Path(member.name).name
+            if name in names and member.isreg() and member.size <= MAX_MEMBER_BYTES:
+                reader = tar.extractfile(member)
+                contents[name] = _HarmlessUnpickler(
+                    io.BytesIO(reader.read() if reader else b""), encoding="bytes"
+                ).load()
+    if missing := sorted(names - set(contents)):
+        raise pickle.UnpicklingError(f"{', '.join(missing)} missing")
+    return contents
+
+
+class _HarmlessUnpickler(pickle.Unpickler):
+    """Builds lists, dictionaries, strings, numbers and numpy arrays of numbers; refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        if (module, name) == ("_codecs", "encode"):
+            return _encode_latin1
+        raise pickle.UnpicklingError(f"the pickle wants {module}.{name}")
+
+
+def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
+    """What Python 3 writes where a protocol-2 pickle holds bytes; no other codec is looked up."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the pickle wants the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Turns what damaged archives raise into one line."""
+    try:
+        yield
+    except (pickle.UnpicklingError, OSError, AttributeError, KeyError, TypeError, *DAMAGED) as error:
+        raise UserError(
+            f"data_uri: the CIFAR-10 archive is damaged ({' '.join(str(error).split())[:120]}); download it again"
+        ) from error

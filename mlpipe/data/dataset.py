@@ -1,0 +1,123 @@
+"""A published data set on this machine, memory-mapped."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from mlpipe.data.manifest import Manifest, load_manifest
+from mlpipe.data.store import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+
+class ImageRows:
+    """Some rows of a memory-mapped array of images, read when they are asked for."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, stored_u8: NDArray[np.uint8], indices: NDArray[np.int64] | None = None) -> None:
+        """
+        Args:
+            stored_u8: (M, H, W, 3)
+            indices: (N,) rows of `stored_u8`; `None`: all.
+        """
+        self._stored_u8 = stored_u8
+        self._indices = indices
+        self.shape: tuple[int, ...] = (len(stored_u8) if indices is None else len(indices), *stored_u8.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> NDArray[np.uint8]:
+        """Images of an index, a slice or an array of indices, as a fresh array."""
+        if self._indices is None:
+            return np.array(self._stored_u8[rows])
+        return self._stored_u8[self._indices[rows]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All of them, in memory."""
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(len(rows), H, W, 3): faster than indexing by an array."""
+        return np.take(self._stored_u8, rows if self._indices is None else self._indices[rows], axis=0)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels for one purpose."""
+
+    images_u8: ImageRows
+    """(N, H, W, 3) RGB"""
+    labels: NDArray[np.int64]
+    """(N,)"""
+
+    @classmethod
+    def of(cls, images_u8: NDArray[np.uint8], labels: NDArray[np.int64]) -> Split:
+        """A split of arrays in memory."""
+        return cls(ImageRows(images_u8), labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Dataset:
+    """A published data set. Arrays are downloaded when a split that needs them is first opened."""
+
+    def __init__(self, manifest: Manifest, store: ObjectStore, cache_dir: Path) -> None:
+        self.manifest = manifest
+        self._store = store
+        self._folder = cache_dir / "datasets" / manifest.digest
+
+    def train_split(self) -> Split:
+        """What models are trained on."""
+        return self._training_part("train_indices.npy")
+
+    def val_split(self) -> Split:
+        """What checkpoints and settings are chosen by."""
+        return self._training_part("val_indices.npy")
+
+    def test_split(self) -> Split:
+        """For evaluation alone."""
+        return Split(ImageRows(self._open("test_images.npy")), np.array(self._open("test_labels.npy")))
+
+    def _training_part(self, indices_name: str) -> Split:
+        indices = np.array(self._open(indices_name))
+        return Split(ImageRows(self._open("train_images.npy"), indices), self._open("train_labels.npy")[indices])
+
+    def _open(self, name: str) -> NDArray[Any]:
+        path = self._folder / name
+        file = self.manifest.files[name]
+        if not _is_there(path, file.bytes):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Several trainings on one machine ask for the same file at the same time: one of them downloads it.
+            with FileLock(f"{path}.lock"):
+                if not _is_there(path, file.bytes):
+                    logger.info("downloading %s of data set %s", name, self.manifest.digest)
+                    self._store.get_file(self.manifest.key(name), path, file.sha256)
+        # Copy on write: torch wants writable memory; nobody writes, so nothing is copied.
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+
+
+def open_dataset(digest: str, store: ObjectStore, cache_dir: Path) -> Dataset:
+    """Open a published data set; its arrays are copied to `cache_dir` once, checked by their hashes.
+
+    Raises:
+        FileNotFoundError: it is not published.
+    """
+    return Dataset(load_manifest(digest, store), store, cache_dir)
+
+
+def _is_there(path: Path, num_bytes: int) -> bool:
+    """A file gets its name after its hash was checked; the length shows one that was cut off since."""
+    try:
+        return path.stat().st_size == num_bytes
+    except FileNotFoundError:
+        return False

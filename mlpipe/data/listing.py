@@ -1,0 +1,208 @@
+"""What zip and tar archives of images have in common: how members are checked and listed."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import struct
+import tarfile
+import zlib
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlpipe.data.names import is_hidden, role_of, safe_parts
+from mlpipe.errors import UserError
+
+DAMAGED = (
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    EOFError,
+    struct.error,
+    UnicodeError,
+    ValueError,
+    OverflowError,
+    IndexError,
+)
+"""What damaged archives make the standard library raise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveLimits:
+    """What an archive of images may be at most; beyond it is a decompression bomb or a mistake."""
+
+    max_images: int = 20_000_000
+    max_members: int = 25_000_000
+    max_folders: int = 100_000
+    max_image_bytes: int = 256 << 20
+    """Of one image file, unpacked."""
+    max_total_bytes: int = 2 << 40
+    """Of all of the archive, unpacked."""
+    max_ratio: float = 200.0
+    """Unpacked over packed bytes, held against archives that unpack to more than `ratio_from_bytes`."""
+    ratio_from_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A run of images as they lie in the archive. `read` may be called in any thread, once."""
+
+    start: int
+    """Position of the first image in the archive's order of images."""
+    count: int
+    read: Callable[[], list[bytes | memoryview]]
+    """The image files' bytes.
+
+    Raises `UserError` where the archive itself is damaged there.
+    """
+
+
+@dataclass
+class Listing:
+    """What the members' names say, gathered member by member."""
+
+    limits: ArchiveLimits
+    folders: dict[tuple[str, ...], int] = field(default_factory=dict)
+    folder_ids: array[int] = field(default_factory=lambda: array("i"))
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    empty_folders: set[tuple[str, ...]] = field(default_factory=set)
+    num_others: int = 0
+    others: list[str] = field(default_factory=list)
+    _name_hashes: array[int] = field(default_factory=lambda: array("q"))
+    _known: dict[str, int | None] = field(default_factory=dict)
+    _num_members: int = 0
+    _total: int = 0
+
+    def add(self, name: str, size: int) -> bool:
+        """Take note of a file; whether it is an image."""
+        self._num_members += 1
+        if self._num_members > self.limits.max_members:
+            raise UserError(f"the archive has more than {self.limits.max_members:,} members; split it")
+        folder, _, file_name = name.rpartition("/")
+        if folder in self._known and "\\" not in name:
+            folder_id = self._known[folder]
+            if not file_name.isprintable() or file_name in ("", ".", "..") or len(name) > 250:
+                safe_parts(name)
+        else:
+            *above, file_name = safe_parts(name)
+            folder_id = self._folder_id(tuple(above))
+            if "\\" not in name:
+                self._known[folder] = folder_id
+        role = role_of(file_name)
+        if folder_id is None or role == "hidden":
+            return False
+        if role == "other":
+            self.num_others += 1
+            if len(self.others) < 5:
+                self.others.append(name)
+            return False
+        if size > self.limits.max_image_bytes:
+            raise UserError(
+                f"the archive's image {name!r} has {size / 1e6:,.0f} MB; "
+                f"at most {self.limits.max_image_bytes / 1e6:,.0f} MB are read"
+            )
+        if len(self.folder_ids) >= self.limits.max_images:
+            raise UserError(f"the archive has more than {self.limits.max_images:,} images; split it")
+        self._total += size
+        self.folder_ids.append(folder_id)
+        self.sizes.append(size)
+        self._name_hashes.append(hash(name))
+        return True
+
+    def add_folder(self, name: str) -> None:
+        """Take note of a folder's own entry."""
+        self._num_members += 1
+        parts = safe_parts(name)
+        if not any(map(is_hidden, parts)) and len(self.empty_folders) < self.limits.max_folders:
+            self.empty_folders.add(parts)
+
+    def _folder_id(self, parts: tuple[str, ...]) -> int | None:
+        if any(map(is_hidden, parts)):
+            return None
+        if len(self.folders) > self.limits.max_folders:
+            raise UserError(
+                f"the archive has more than {self.limits.max_folders:,} folders; images belong in one per class"
+            )
+        return self.folders.setdefault(parts, len(self.folders))
+
+    def check(self, packed_bytes: int) -> None:
+        """Checks of the whole."""
+        if self._total > self.limits.max_total_bytes or (
+            self._total > self.limits.ratio_from_bytes and self._total > self.limits.max_ratio * packed_bytes
+        ):
+            raise UserError(
+                f"the archive of {packed_bytes / 1e6:,.0f} MB unpacks to {self._total / 1e6:,.0f} MB: "
+                "more than images do; is it a decompression bomb?"
+            )
+        hashes = np.frombuffer(self._name_hashes, np.int64)
+        if len(np.unique(hashes)) != len(hashes):
+            raise UserError("the archive has several members of the same name; pack the folder again")
+
+
+class ImageArchive(ABC):
+    """An archive's images in the order in which they lie there. A context manager."""
+
+    def __init__(self, path: Path, limits: ArchiveLimits) -> None:
+        self.path = path
+        self.limits = limits
+        listing = Listing(limits)
+        self._list(listing)
+        listing.check(path.stat().st_size)
+        self.folders = list(listing.folders)
+        """Folders, outermost first, of the images."""
+        self.folder_ids: NDArray[np.int32] = np.array(listing.folder_ids, np.int32)
+        """(N,) which of `folders` each image lies in."""
+        self.sizes: NDArray[np.int64] = np.array(listing.sizes, np.int64)
+        """(N,) bytes of each image file."""
+        self.empty_folders = listing.empty_folders - set(listing.folders)
+        self.num_others = listing.num_others
+        """Files that are neither images nor hidden."""
+        self.others = listing.others
+        """The first few of them."""
+
+    def __len__(self) -> int:
+        return len(self.folder_ids)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:  # noqa: B027 (most need nothing)
+        """Close the file."""
+
+    @abstractmethod
+    def _list(self, listing: Listing) -> None:
+        """Go through the members once."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Full name of the image at `index`."""
+
+    @abstractmethod
+    def stream(self, max_count: int, max_bytes: int) -> Iterator[Packed]:
+        """All images in order, in runs of at most `max_count` images and about `max_bytes`."""
+
+    def _runs(self, max_count: int, max_bytes: int) -> Iterator[tuple[int, int]]:
+        """Bounds of runs of at most `max_count` images and `max_bytes`, but at least one image."""
+        start = 0
+        ends = np.concatenate([[0], np.cumsum(self.sizes)])
+        while start < len(self):
+            fitting = int(np.searchsorted(ends, ends[start] + max_bytes, side="right")) - 1
+            stop = min(start + max_count, max(fitting, start + 1), len(self))
+            yield start, stop
+            start = stop
+
+
+def why(error: Exception) -> str:
+    """An exception in a few words."""
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,49 @@
+"""Names of archive members: which are safe, and what role they have."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Literal
+
+from mlpipe.errors import UserError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+"""Files that are images, by the end of their names in lower case."""
+
+Role = Literal["image", "hidden", "other"]
+
+_LITTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+MAX_NAME_BYTES = 1024
+
+
+def safe_parts(name: str) -> tuple[str, ...]:
+    """Split a member's name into folders and file, in Unicode's composed form (NFC, as macOS does not write).
+
+    Nothing is ever extracted; but an archive with such names was made to do harm or is damaged.
+
+    Raises:
+        UserError: the name is absolute, climbs out by `..`, or holds control characters.
+    """
+    plain = name.replace("\\", "/")
+    shown = repr(name[:120])
+    parts = tuple(unicodedata.normalize("NFC", part) for part in plain.split("/") if part not in ("", "."))
+    if plain.startswith("/") or ".." in parts or (parts and len(parts[0]) == 2 and parts[0][1] == ":"):
+        raise UserError(f"the archive's member {shown} points outside of the archive; pack the folder again")
+    if not parts or len(name.encode(errors="surrogatepass")) > MAX_NAME_BYTES:
+        raise UserError(f"the archive's member {shown} has no usable name (1 to {MAX_NAME_BYTES} bytes); rename it")
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in plain):
+        raise UserError(f"the archive's member {shown} has control characters in its name; rename it")
+    return parts
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a folder or file is one that systems leave behind: a leading dot, `__MACOSX`, thumbnails."""
+    return part.startswith(".") or part in _LITTER
+
+
+def role_of(file_name: str) -> Role:
+    """What a file is to us, by its name alone."""
+    if is_hidden(file_name):
+        return "hidden"
+    dot = file_name.rfind(".")
+    return "image" if dot > 0 and file_name[dot:].lower() in SUFFIXES else "other"

@@ -1,0 +1,302 @@
+"""From a source to published arrays: decode, check, split, publish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlpipe.config import DataConfig
+from mlpipe.data import cifar10
+from mlpipe.data.archive import open_archive
+from mlpipe.data.imageset import ArchivedImages, ArrayImages, Decoded, ImageSet, Run
+from mlpipe.data.layout import resolve_layout
+from mlpipe.data.manifest import (
+    TEST_FILES,
+    TRAIN_FILES,
+    Manifest,
+    StoredFile,
+    dataset_digest,
+    load_manifest,
+    manifest_key,
+)
+from mlpipe.data.npy import NpyWriter, write_array
+from mlpipe.data.sources import SourceRef, check_classes, named_source, read_digits
+from mlpipe.data.splits import Splits, plan_splits
+from mlpipe.data.store import ObjectStore
+from mlpipe.data.uris import redact_uri
+from mlpipe.errors import UserError
+
+__all__ = ["Manifest", "dataset_digest", "prepare_dataset"]
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_IMAGES = 100
+"""Unusable images after which decoding stops."""
+PROGRESS_SECONDS = 10.0
+"""Least time between two progress lines."""
+
+
+def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> Manifest:
+    """Publish the source's images as uint8 arrays; nothing is done where they are published already.
+
+    Images are decoded by as many threads as there are processors and written straight to a temporary file, so memory
+    does not grow with their number. The order of images is the source's. The manifest is written last.
+
+    Raises:
+        UserError: the source cannot be used; nothing is published then.
+    """
+    digest = dataset_digest(data, source.kind, source.sha256)
+    known = _published(digest, store)
+    if known is not None:
+        logger.info("data set %s is published already", digest)
+        return known
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mlpipe-") as name:
+        folder = Path(name)
+        store.get_file(source.key, folder / "source", source.sha256)
+        with _opened(folder / "source", data, source) as images:
+            manifest = _write(images, data, digest, source, folder)
+        decoded = time.monotonic()
+        manifest = _publish(manifest, folder, store)
+    for note in manifest.notes:
+        logger.warning("%s", note)
+    logger.info(
+        "published %s images as data set %s: %.1f s to prepare, %.1f s to upload",
+        f"{manifest.num_train + manifest.num_val + manifest.num_test:,}",
+        digest,
+        decoded - started,
+        time.monotonic() - decoded,
+    )
+    return manifest
+
+
+def _published(digest: str, store: ObjectStore) -> Manifest | None:
+    """The manifest, if all of its files are there as it says; else it is withdrawn."""
+    try:
+        manifest = load_manifest(digest, store)
+    except FileNotFoundError:
+        return None
+    for name, file in manifest.files.items():
+        if store.head(manifest.key(name)) != {"bytes": file.bytes, "sha256": file.sha256}:
+            logger.warning("%s of data set %s is missing or another one; it is prepared again", name, digest)
+            store.delete(manifest_key(digest))
+            return None
+    return manifest
+
+
+@contextmanager
+def _opened(path: Path, data: DataConfig, source: SourceRef) -> Iterator[ImageSet]:
+    if source.kind == "digits":
+        images_u8, labels = read_digits(path.read_bytes())
+        yield ArrayImages(tuple(map(str, range(10))), images_u8, labels)
+    elif source.kind == "cifar10":
+        official = cifar10.read_python_archive(path)
+        yield ArrayImages(official.classes, official.images_u8, official.labels, official.is_test)
+    else:
+        with named_source(redact_uri(str(data.uri))), open_archive(path) as archive:
+            layout = resolve_layout(archive)
+            check_classes(layout, data)
+            yield ArchivedImages(archive, layout)
+
+
+def _write(images: ImageSet, data: DataConfig, digest: str, source: SourceRef, folder: Path) -> Manifest:
+    """Write all arrays into `folder`."""
+    splits = plan_splits(images.labels, images.is_test, images.classes, data)
+    findings, sums = _write_images(images, splits, data.image_size, folder)
+    training_labels, test_labels = images.labels[~splits.is_test], images.labels[splits.is_test]
+    sums |= {
+        "train_labels.npy": write_array(folder / "train_labels.npy", training_labels),
+        "train_indices.npy": write_array(folder / "train_indices.npy", splits.train_indices),
+        "val_indices.npy": write_array(folder / "val_indices.npy", splits.val_indices),
+        "test_labels.npy": write_array(folder / "test_labels.npy", test_labels),
+    }
+    parts = {
+        "train": training_labels[splits.train_indices],
+        "val": training_labels[splits.val_indices],
+        "test": test_labels,
+    }
+    counts = {part: np.bincount(labels, minlength=len(images.classes)) for part, labels in parts.items()}
+    mean, std = findings.statistics(len(splits.train_indices) * data.image_size**2)
+    return Manifest(
+        dataset=data.dataset,
+        digest=digest,
+        image_size=data.image_size,
+        classes=images.classes,
+        num_train=len(parts["train"]),
+        num_val=len(parts["val"]),
+        num_test=len(parts["test"]),
+        class_counts={part: tuple(map(int, numbers)) for part, numbers in counts.items()},
+        channel_mean=mean,
+        channel_std=std,
+        files={name: StoredFile(sums[name], (folder / name).stat().st_size) for name in (*TRAIN_FILES, *TEST_FILES)},
+        source_sha256=source.sha256,
+        notes=(*images.notes, *findings.notes(), *_duplicates(findings.hashes, images, splits)),
+    )
+
+
+@dataclass
+class _Findings:
+    """What is learnt of the images in passing."""
+
+    hashes: NDArray[np.uint64]
+    """(N,) of each image's pixels."""
+    sums: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(3, np.uint64))
+    """Over the pixels of the images trained on, by channel."""
+    squares: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(3, np.uint64))
+    remarks: Counter[str] = field(default_factory=Counter)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    def statistics(self, num_pixels: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation by channel, 0 to 1; from exact sums of whole numbers."""
+        mean = self.sums / num_pixels
+        std = np.sqrt(np.maximum(self.squares / num_pixels - mean**2, 0))
+        (r, g, b), (sr, sg, sb) = (mean / 255).tolist(), (std / 255).tolist()
+        return (r, g, b), (sr, sg, sb)
+
+    def notes(self) -> list[str]:
+        """Sentences for the manifest."""
+        return [f"{count:,} images {remark}" for remark, count in sorted(self.remarks.items())]
+
+
+@dataclass
+class _Measured:
+    """A decoded run and what is learnt of it."""
+
+    run: Run
+    decoded: Decoded
+    hashes: NDArray[np.uint64]
+    sums: NDArray[np.uint64]
+    squares: NDArray[np.uint64]
+
+
+def _write_images(images: ImageSet, splits: Splits, size: int, folder: Path) -> tuple[_Findings, dict[str, str]]:
+    """Decode into `train_images.npy` and `test_images.npy`; the findings, and the files' checksums by name.
+
+    Raises:
+        UserError: some images cannot be used; names the first few.
+    """
+    num_test = int(splits.is_test.sum())
+    findings = _Findings(np.empty(len(splits.is_test), np.uint64))
+    is_trained_on = np.zeros(len(splits.is_test), bool)
+    is_trained_on[np.flatnonzero(~splits.is_test)[splits.train_indices]] = True
+    shape = (size, size, 3)
+    reported = time.monotonic()
+    with (
+        NpyWriter(folder / "train_images.npy", (len(splits.is_test) - num_test, *shape), np.uint8) as training,
+        NpyWriter(folder / "test_images.npy", (num_test, *shape), np.uint8) as test,
+    ):
+        for measured in _in_parallel(images.runs(size), lambda run: _measure(run, is_trained_on)):
+            part = slice(measured.run.start, measured.run.start + measured.run.count)
+            findings.hashes[part] = measured.hashes
+            findings.sums += measured.sums
+            findings.squares += measured.squares
+            findings.remarks += measured.decoded.remarks
+            findings.bad += measured.decoded.bad
+            if len(findings.bad) > MAX_BAD_IMAGES:
+                break
+            test.write(measured.decoded.images_u8[splits.is_test[part]])
+            training.write(measured.decoded.images_u8[~splits.is_test[part]])
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                reported = time.monotonic()
+                logger.info("decoded %s of %s images", f"{part.stop:,}", f"{len(splits.is_test):,}")
+        _refuse_bad(findings.bad, images)
+        return findings, {"train_images.npy": training.close(), "test_images.npy": test.close()}
+
+
+def _measure(run: Run, is_trained_on: NDArray[np.bool_]) -> _Measured:
+    """Decode, hash and sum up one run; called in a pool's thread."""
+    decoded = run.decode()
+    images = np.ascontiguousarray(decoded.images_u8)
+    hashes = np.frombuffer(b"".join([sha256(image).digest()[:8] for image in images]), np.uint64)
+    trained_on = images[is_trained_on[run.start : run.start + run.count]].reshape(-1, images[0].size)
+    squares = trained_on.astype(np.uint16)
+    squares *= squares  # 255² fits
+    # Adding rows is what processors do fastest; 2²⁴ squares fit 32 bits, a run has fewer rows.
+    totals = [
+        rows.sum(axis=0, dtype=np.uint32).reshape(-1, 3).sum(axis=0, dtype=np.uint64) for rows in (trained_on, squares)
+    ]
+    return _Measured(run, Decoded(images, decoded.bad, decoded.remarks), hashes, totals[0], totals[1])
+
+
+def _in_parallel(runs: Iterator[Run], work: Callable[[Run], _Measured]) -> Iterator[_Measured]:
+    """Results in order; only a few runs are in memory at any time."""
+    num_threads = len(os.sched_getaffinity(0))
+    waiting: deque[Future[_Measured]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+        try:
+            for run in runs:
+                waiting.append(pool.submit(work, run))
+                if len(waiting) > num_threads + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _refuse_bad(bad: list[tuple[int, str]], images: ImageSet) -> None:
+    if not bad:
+        return
+    some = "; ".join(f"{images.name(index)!r} {why}" for index, why in bad[:3])
+    number = f"more than {MAX_BAD_IMAGES}" if len(bad) > MAX_BAD_IMAGES else f"{len(bad)}"
+    raise UserError(
+        f"{number} of {len(images.labels):,} images cannot be used: {some}{'; …' * (len(bad) > 3)}. "
+        "Replace them or leave them out"
+    )
+
+
+def _duplicates(hashes: NDArray[np.uint64], images: ImageSet, splits: Splits) -> list[str]:
+    """Sentences about images that occur more than once; equal are those whose decoded pixels are."""
+    notes = []
+    training, test = hashes[~splits.is_test], hashes[splits.is_test]
+    leaked = np.flatnonzero(np.isin(test, training))
+    if len(leaked):
+        origins, positions = np.flatnonzero(~splits.is_test), np.flatnonzero(splits.is_test)
+        pairs = [
+            f"{images.name(int(positions[i]))} = {images.name(int(origins[np.flatnonzero(training == test[i])[0]]))}"
+            for i in leaked[:3]
+        ]
+        notes.append(
+            f"{len(leaked):,} test images are also among the training images: {', '.join(pairs)}"
+            f"{', …' * (len(leaked) > 3)}"
+        )
+    if repeated := len(training) - len(np.unique(training)):
+        notes.append(f"{repeated:,} training images are copies of others")
+    order = np.lexsort((images.labels, hashes))
+    same = hashes[order][1:] == hashes[order][:-1]
+    contradictory = int((same & (images.labels[order][1:] != images.labels[order][:-1])).sum())
+    if contradictory:
+        notes.append(f"{contradictory:,} images occur under more than one class")
+    return notes
+
+
+def _publish(manifest: Manifest, folder: Path, store: ObjectStore) -> Manifest:
+    """Upload the arrays, then the manifest.
+
+    Raises:
+        RuntimeError: somebody else published other arrays of the same digest meanwhile.
+    """
+    for name, file in manifest.files.items():
+        store.put_file(manifest.key(name), folder / name, file.sha256)
+    if store.put_bytes(manifest_key(manifest.digest), manifest.to_json(), if_absent=True):
+        return manifest
+    other = load_manifest(manifest.digest, store)
+    if other.files != manifest.files:
+        raise RuntimeError(
+            f"another worker published other arrays as data set {manifest.digest}; "
+            "install the same versions of Pillow and torchvision on all workers and run the task again"
+        )
+    return other

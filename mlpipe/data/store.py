@@ -1,0 +1,216 @@
+"""Objects by key in one bucket of an S3-compatible store.
+
+Everything that stages exchange lies here: sources, data sets, weights, checkpoints. An object appears whole or not at
+all, because S3's PUT is atomic. Address and keys come from boto3's own environment variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+
+from mlpipe.errors import UserError
+
+if TYPE_CHECKING:
+    from mlpipe.environment import Environment
+
+logger = logging.getLogger(__name__)
+
+MAX_KEY_BYTES = 1024  # S3's limit
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
+_MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
+# Few large parts: on two cores the server's work per part is what an upload costs.
+_TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
+
+
+class ObjectStore:
+    """A bucket. The network's errors (botocore's) pass through, so that a caller may try again."""
+
+    def __init__(self, bucket: str, client: Any = None) -> None:
+        """
+        Args:
+            bucket: its name; it must exist.
+            client: a boto3 S3 client; `None`: one from the environment.
+        """
+        self.bucket = bucket
+        self._client = client if client is not None else s3_client()
+
+    @classmethod
+    def from_environment(cls, environment: Environment) -> Self:
+        """The bucket that the environment names; it is created when missing."""
+        store = cls(environment.s3_bucket)
+        store.create_bucket()
+        return store
+
+    def create_bucket(self) -> None:
+        """Create the bucket unless it is there."""
+        with _credentials_needed():
+            try:
+                self._client.head_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if not _is_missing(error):
+                    raise
+                # Somebody else may create it at the same moment.
+                with contextlib.suppress(
+                    self._client.exceptions.BucketAlreadyOwnedByYou, self._client.exceptions.BucketAlreadyExists
+                ):
+                    self._client.create_bucket(Bucket=self.bucket)
+
+    def uri(self, key: str) -> str:
+        """`s3://bucket/key`."""
+        return f"s3://{self.bucket}/{_checked(key)}"
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        return self.head(key) is not None
+
+    def head(self, key: str) -> dict[str, Any] | None:
+        """Size and stored checksum of an object: `{"bytes": int, "sha256": str | None}`; `None` if there is none."""
+        with _credentials_needed():
+            try:
+                answer = self._client.head_object(Bucket=self.bucket, Key=_checked(key))
+            except ClientError as error:
+                if _is_missing(error):
+                    return None
+                raise
+        return {"bytes": answer["ContentLength"], "sha256": answer.get("Metadata", {}).get("sha256")}
+
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
+        """Upload a file, replacing the object of that key.
+
+        Args:
+            sha256: of the file, hexadecimal, kept with the object.
+        """
+        metadata = {"Metadata": {"sha256": sha256}} if sha256 else {}
+        with _credentials_needed():
+            self._client.upload_file(str(path), self.bucket, _checked(key), ExtraArgs=metadata, Config=_TRANSFER)
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write an object.
+
+        Args:
+            if_absent: leave an object that is there alone; of several writers the first wins.
+
+        Returns:
+            Whether it was written.
+        """
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        with _credentials_needed():
+            try:
+                self._client.put_object(Bucket=self.bucket, Key=_checked(key), Body=data, **condition)
+            except ClientError as error:
+                code = error.response.get("Error", {}).get("Code")
+                if if_absent and code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+                    return False
+                raise
+        return True
+
+    def get_file(self, key: str, path: Path, sha256: str | None = None) -> None:
+        """Download an object. `path` appears when all of it is there.
+
+        Args:
+            sha256: what the object must hash to.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            OSError: the object's bytes are not those of `sha256`.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with _credentials_needed(), _missing_is_not_found(self.uri(key)):
+                self._client.download_file(self.bucket, _checked(key), str(partial), Config=_TRANSFER)
+            if sha256 is not None and (found := file_sha256(partial)) != sha256:
+                raise OSError(f"{self.uri(key)} has sha256 {found} instead of {sha256}: it is damaged")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def get_bytes(self, key: str) -> bytes:
+        """An object's content.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        with _credentials_needed(), _missing_is_not_found(self.uri(key)):
+            return self._client.get_object(Bucket=self.bucket, Key=_checked(key))["Body"].read()
+
+    def delete(self, key: str) -> None:
+        """Remove an object; none of that key is no error."""
+        with _credentials_needed():
+            self._client.delete_object(Bucket=self.bucket, Key=_checked(key))
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys under `prefix/`, sorted."""
+        pages = self._client.get_paginator("list_objects_v2")
+        with _credentials_needed():
+            return sorted(
+                item["Key"]
+                for page in pages.paginate(Bucket=self.bucket, Prefix=_checked(prefix.rstrip("/")) + "/")
+                for item in page.get("Contents", [])
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def _client_config() -> Config:
+    # Adaptive waiting would hide an outage for minutes; the task's own retries are the patient ones.
+    return Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=120)
+
+
+def s3_client() -> Any:
+    """A boto3 S3 client of the environment."""
+    return boto3.client("s3", config=_client_config())
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked(key: str) -> str:
+    """The key, if it is one that stays under its own prefix."""
+    parts = key.split("/")
+    if not key or len(key.encode()) > MAX_KEY_BYTES or _UNSAFE.search(key) or {"", ".", ".."} & set(parts):
+        raise ValueError(
+            f"key: {key[:200]!r} is not allowed; give non-empty parts joined by '/', none of them '.' or '..'"
+        )
+    return key
+
+
+def _is_missing(error: ClientError) -> bool:
+    return error.response.get("Error", {}).get("Code") in _MISSING_CODES | {"NoSuchBucket"}
+
+
+@contextmanager
+def _missing_is_not_found(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in _MISSING_CODES:
+            raise FileNotFoundError(f"{uri} does not exist") from error
+        raise
+
+
+@contextmanager
+def _credentials_needed() -> Iterator[None]:
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise UserError(
+            "AWS_ACCESS_KEY_ID: no keys of the object store are set; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            "(mlpipe up does) where this task runs"
+        ) from error

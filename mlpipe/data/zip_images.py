@@ -1,0 +1,211 @@
+"""Images in a zip.
+
+Python's zipfile keeps a 660-byte object per member and reads members one at a time under its lock; for many small
+images that costs as much as decoding them, and memory grows with their number. So the directory is read here, into
+some fifty bytes per image. Layouts: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT (6.3.10).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from mlpipe.data.listing import ArchiveLimits, ImageArchive, Listing, Packed, why
+from mlpipe.errors import UserError
+
+_END = struct.Struct("<4s4H2LH")
+_END_64_LOCATOR = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_MAX_DIRECTORY_BYTES = 4 << 30
+_STORED, _DEFLATED = 0, 8
+_ENCRYPTED, _UTF8 = 0x1 | 0x40 | 0x2000, 0x800
+_UNIX = 3
+_SLACK = 256
+"""Room for the local headers' extra fields, which may be longer than the directory says, bytes."""
+
+
+class ZipImages(ImageArchive):
+    """A zip. Images can be read in any order and by many threads at once."""
+
+    def __init__(self, path: Path, limits: ArchiveLimits) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        self._offsets = array("q")  # of local headers
+        self._packed_sizes = array("q")
+        self._checksums = array("L")
+        self._methods = array("B")
+        self._name_lengths = array("H")
+        self._directory_positions = array("q")
+        try:
+            super().__init__(path, limits)
+            self._check_overlaps()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def name(self, index: int) -> str:
+        position = self._directory_positions[index]
+        entry = _CENTRAL.unpack(os.pread(self._fd, _CENTRAL.size, position))
+        return _decoded(os.pread(self._fd, entry[10], position + _CENTRAL.size), entry[3])
+
+    def stream(self, max_count: int, max_bytes: int) -> Iterator[Packed]:
+        for start, stop in self._runs(max_count, max_bytes):
+            yield Packed(start, stop - start, lambda start=start, stop=stop: self._read(start, stop))  # type: ignore[misc]
+
+    def _list(self, listing: Listing) -> None:
+        file_size = os.fstat(self._fd).st_size
+        start, size, count, shift = self._find_directory(file_size)
+        directory = os.pread(self._fd, size, start)
+        position = 0
+        unpack = _CENTRAL.unpack_from
+        while position < len(directory):
+            entry = unpack(directory, position)
+            signature, made_by, _, flags, method, _, _, checksum, packed, unpacked = entry[:10]
+            name_length, extra_length, comment_length, _, _, attributes, offset = entry[10:]
+            if signature != b"PK\x01\x02":
+                raise ValueError("its directory is broken")
+            name_at = position + _CENTRAL.size
+            name = _decoded(directory[name_at : name_at + name_length], flags)
+            if 0xFFFFFFFF in (packed, unpacked, offset):
+                extra = directory[name_at + name_length : name_at + name_length + extra_length]
+                unpacked, packed, offset = _large(extra, unpacked, packed, offset)
+            count -= 1
+            kind = stat.S_IFMT(attributes >> 16) if made_by >> 8 == _UNIX else 0
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise UserError(f"the archive's member {name[:120]!r} is a link or device; pack plain files only")
+            if name.endswith(("/", "\\")):
+                listing.add_folder(name)
+            elif listing.add(name, unpacked):
+                if flags & _ENCRYPTED:
+                    raise UserError(f"the archive's member {name[:120]!r} is encrypted; pack it without a password")
+                if method not in (_STORED, _DEFLATED):
+                    raise UserError(
+                        f"the archive's member {name[:120]!r} is packed by method {method}; "
+                        "pack it with deflate (zip's default)"
+                    )
+                if method == _STORED and packed != unpacked:
+                    raise ValueError(f"sizes of {name[:120]!r} contradict each other")
+                self._offsets.append(offset + shift)
+                self._packed_sizes.append(packed)
+                self._checksums.append(checksum)
+                self._methods.append(method)
+                self._name_lengths.append(name_length)
+                self._directory_positions.append(start + position)
+            position = name_at + name_length + extra_length + comment_length
+        if count % 65536 or position != len(directory):
+            raise ValueError("its directory is incomplete")
+
+    def _find_directory(self, file_size: int) -> tuple[int, int, int, int]:
+        """Start, size and count of entries of the central directory, and what to add to stored offsets."""
+        tail_at = max(0, file_size - _END.size - 0xFFFF)
+        tail = os.pread(self._fd, file_size - tail_at, tail_at)
+        at = tail.rfind(b"PK\x05\x06")
+        if at < 0 or at + _END.size > len(tail):
+            raise ValueError("its end is missing")
+        _, disk, first_disk, _, count, size, offset, _ = _END.unpack_from(tail, at)
+        end = tail_at + at
+        locator_at = at - _END_64_LOCATOR.size
+        if locator_at >= 0 and tail[locator_at : locator_at + 4] == b"PK\x06\x07":
+            end = _END_64_LOCATOR.unpack_from(tail, locator_at)[2]
+            record = _END_64.unpack(os.pread(self._fd, _END_64.size, end))
+            if record[0] != b"PK\x06\x06":
+                raise ValueError("its zip64 end is missing")
+            _, _, _, _, disk, first_disk, _, count, size, offset = record
+        if disk or first_disk:
+            raise UserError("the archive is one part of several; join them to one zip")
+        shift = end - size - offset  # bytes put before the archive, as self-extracting ones have
+        if shift < 0 or size > _MAX_DIRECTORY_BYTES:
+            raise ValueError("its directory lies outside of it")
+        return end - size, size, count, shift
+
+    def _check_overlaps(self) -> None:
+        """Members that share bytes are how small files unpack to petabytes (Fifield 2019, A better zip bomb)."""
+        starts = np.array(self._offsets, np.int64)
+        ends = starts + _LOCAL.size + np.array(self._name_lengths) + np.array(self._packed_sizes, np.int64)
+        order = np.argsort(starts, kind="stable")
+        if len(order) and (starts[order[0]] < 0 or ends.max() > self.path.stat().st_size):
+            raise UserError("the archive is damaged (members lie outside of it); copy or pack it again")
+        if (starts[order][1:] < ends[order][:-1]).any():
+            raise UserError("the archive is damaged (members overlap); pack it again")
+
+    def _read(self, start: int, stop: int) -> list[bytes | memoryview]:
+        first, last = self._offsets[start], stop - 1
+        span = self._offsets[last] + self._extent(last) - first
+        in_order = all(a < b for a, b in pairwise(self._offsets[start:stop]))
+        if in_order and span <= 2 * sum(self._packed_sizes[start:stop]) + (1 << 20):
+            block = _pread(self._fd, span, first)
+            return [self._unpack(i, block, self._offsets[i] - first) for i in range(start, stop)]
+        return [self._unpack(i, self._block(i), 0) for i in range(start, stop)]
+
+    def _block(self, index: int) -> memoryview:
+        return _pread(self._fd, self._extent(index), self._offsets[index])
+
+    def _extent(self, index: int) -> int:
+        """Bytes of an image's local header, name, extra field and data, at most (or nearly always)."""
+        return _LOCAL.size + self._name_lengths[index] + _SLACK + self._packed_sizes[index]
+
+    def _unpack(self, index: int, block: memoryview, at: int) -> bytes | memoryview:
+        """One image file out of a block that holds its local header at `at` and what follows it."""
+        try:
+            header = _LOCAL.unpack_from(block, at)
+            if header[0] != b"PK\x03\x04":
+                raise ValueError("its header is broken")
+            data_at = at + _LOCAL.size + header[9] + header[10]
+            packed = self._packed_sizes[index]
+            data: bytes | memoryview = block[data_at : data_at + packed]
+            if len(data) < packed:  # an extra field longer than _SLACK
+                data = os.pread(self._fd, packed, self._offsets[index] + data_at - at)
+            size = int(self.sizes[index])
+            if self._methods[index] == _DEFLATED:
+                unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+                data = unpacker.decompress(data, size + 1)  # never more than the directory promised
+            if len(data) != size or zlib.crc32(data) != self._checksums[index]:
+                raise ValueError("its checksum is wrong")
+        except (struct.error, ValueError, zlib.error) as error:
+            raise UserError(
+                f"the archive is damaged at {self.name(index)!r} ({why(error)}); copy or pack it again"
+            ) from error
+        return data
+
+
+def _pread(fd: int, size: int, offset: int) -> memoryview:
+    """Bytes at `offset`, fewer at the end of the file; writable, as torch wants them."""
+    block = bytearray(size)
+    return memoryview(block)[: os.preadv(fd, [block], offset)]
+
+
+def _decoded(name: bytes, flags: int) -> str:
+    """A member's name. Many programs write UTF-8 without saying so; the specification's other choice is cp437."""
+    if flags & _UTF8 or name.isascii():
+        return name.decode("utf-8")
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        return name.decode("cp437")
+
+
+def _large(extra: bytes, unpacked: int, packed: int, offset: int) -> tuple[int, int, int]:
+    """Sizes and offset beyond 32 bits, from the zip64 extra field."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            values = iter(struct.unpack_from(f"<{min(length, 24) // 8}Q", extra, at + 4))
+            large = [next(values) if value == 0xFFFFFFFF else value for value in (unpacked, packed, offset)]
+            return large[0], large[1], large[2]
+        at += 4 + length
+    raise ValueError("its zip64 sizes are missing")
