@@ -1,4 +1,4 @@
-"""One real stack for all integration tests of a session. A test that breaks it mends it."""
+"""One real stack for all integration and browser tests of a session. A test that breaks it mends it."""
 
 from __future__ import annotations
 
