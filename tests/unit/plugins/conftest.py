@@ -1,5 +1,5 @@
 """A private Airflow and a machine with the devices that a test asks for. Airflow reads its settings at import, and an
-executor forks: each scenario runs in an interpreter of its own."""
+executor forks: each scenario runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ def no_gpu(nvidia_smi: NvidiaSmi) -> dict[str, str]:
     return {"PATH": f"{nvidia_smi(exit_code=6, error='No devices were found')}:{os.environ['PATH']}"}
 
 
-@pytest.fixture
-def airflow_environment(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def airflow_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment of an Airflow of its own; without a database, which an executor does not need."""
     foreign = ("AIRFLOW", "MLFLOW", "MLPIPE", "CUDA", "OMP", "MKL", "OPENBLAS")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return clean | {
-        "AIRFLOW_HOME": str(tmp_path / "airflow"),
+        "AIRFLOW_HOME": str(tmp_path_factory.mktemp("airflow")),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(PLUGINS),
         "AIRFLOW__API_AUTH__JWT_SECRET": "not-a-secret",
@@ -66,22 +66,58 @@ def airflow_environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
+class Harness:
+    """The server that runs scenarios, one at a time."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(HARNESS)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def begin(self, folder: Path, script: str, environment: dict[str, str]) -> int:
+        """Start a scenario; returns the process that runs it."""
+        request = {
+            "script": script,
+            "environment": environment | {"HARNESS_RECORDS": str(folder / "records")},
+            "result": str(folder / "result"),
+            "log": str(folder / "log"),
+        }
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read_number()
+
+    def wait(self) -> int:
+        """Exit code of the scenario, negative for a signal."""
+        return self._read_number()
+
+    def _read_number(self) -> int:
+        assert self.process.stdout
+        # Airflow's import may print, too.
+        return int(next(line for line in self.process.stdout if line.strip().removeprefix("-").isdigit()))
+
+
+@pytest.fixture(scope="session")
+def harness(airflow_environment: dict[str, str]) -> Iterator[Harness]:
+    server = Harness(airflow_environment)
+    yield server
+    server.process.communicate(timeout=10)
+
+
 @pytest.fixture
-def run_scenario(tmp_path: Path, airflow_environment: dict[str, str]) -> RunScenario:
+def run_scenario(tmp_path: Path, harness: Harness) -> RunScenario:
     """Run a script in the harness; returns its `result`, with the log as `log`."""
 
     def run(script: str, environment: dict[str, str], **settings: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, str(HARNESS), str(tmp_path / "records"), script],
-            env=airflow_environment | environment | settings,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        log = done.stdout + done.stderr
-        assert done.returncode == 0, log[-6000:]
-        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-        return json.loads(line.removeprefix("RESULT ")) | {"log": log}
+        harness.begin(tmp_path, script, environment | settings)
+        exit_code = harness.wait()
+        log = (tmp_path / "log").read_text()
+        assert exit_code == 0, log[-6000:]
+        return json.loads((tmp_path / "result").read_text()) | {"log": log}
 
     return run

@@ -4,7 +4,8 @@ Only `BaseExecutor.run_workload` is replaced: below it Airflow's supervisor need
 everything is the code that runs in production. In place of a task it does what `executor_config` says and writes down
 the environment, the process and the times. It is replaced when this file is loaded, for spawned workers load it too.
 
-    python harness.py RECORDS SCRIPT    # runs SCRIPT, which finds the names below; prints its `result` as JSON
+Importing Airflow takes seconds, so this runs as a server: each line on its input asks for a script, which a fork of it
+runs with the names below; the script leaves what it found in `result`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from airflow.executors.workloads.base import BundleInfo
 from airflow.executors.workloads.callback import CallbackDTO, CallbackFetchMethod
 from airflow.executors.workloads.task import TaskInstanceDTO
 
-RECORDS = Path(sys.argv[1])
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
@@ -37,13 +37,17 @@ class CannotBeRebuiltError(Exception):
         super().__init__(first + second)
 
 
+def records_path() -> Path:
+    return Path(os.environ["HARNESS_RECORDS"])
+
+
 def record(**values: Any) -> None:
-    with RECORDS.open("a") as file:  # one short write with O_APPEND: lines of several processes do not mix
+    with records_path().open("a") as file:  # one short write with O_APPEND: lines of several processes do not mix
         file.write(json.dumps(values) + "\n")
 
 
 def records(event: str) -> list[dict[str, Any]]:
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    lines = records_path().read_text().splitlines() if records_path().exists() else []
     return [line for line in map(json.loads, lines) if line["event"] == event]
 
 
@@ -151,7 +155,26 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def run(request: dict[str, Any]) -> None:
+    """In a fork of the server: run a script; its result goes to a file, as do its output and log."""
+    with Path(request["log"]).open("a") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+    os.environ.update(request["environment"])
     names = dict(globals())
-    exec(sys.argv[2], names)  # noqa: S102 - the test's own text
-    print("RESULT " + json.dumps(names["result"]))  # noqa: T201 - how the test reads it
+    exec(request["script"], names)  # noqa: S102 - the test's own text
+    Path(request["result"]).write_text(json.dumps(names["result"]))
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            run(json.loads(line))
+            return  # the interpreter ends as it would elsewhere: it waits for the processes of multiprocessing
+        print(pid, flush=True)  # noqa: T201
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    serve()

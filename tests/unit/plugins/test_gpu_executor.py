@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from .conftest import HARNESS, RunScenario
+from .conftest import Harness, RunScenario
 
 FIVE_TASKS = """
 scheduler = Scheduler()
@@ -303,29 +303,22 @@ result = scheduler.result() | {{"children": [child.pid for child in psutil.Proce
 
 
 def test_workers_and_tasks_end_with_a_killed_scheduler(
-    tmp_path: Path, airflow_environment: dict[str, str], two_gpus: dict[str, str]
+    tmp_path: Path, harness: Harness, two_gpus: dict[str, str]
 ) -> None:
     script = """
 scheduler = Scheduler()
 scheduler.queue(task("orphan", seconds=60, child=True))
-scheduler.beat_until(lambda: records("start"))
-record(event="begun", **records("start")[0] | {"event": "begun"})
-time.sleep(60)
+scheduler.beat_until(lambda: False)
 """
     records = tmp_path / "records"
-    scheduler = subprocess.Popen(
-        [sys.executable, str(HARNESS), str(records), script],
-        env=airflow_environment | two_gpus,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    scheduler = harness.begin(tmp_path, script, two_gpus)
     try:
         wait_until(lambda: records.exists() and '"start"' in records.read_text(), timeout=60)
-        family = psutil.Process(scheduler.pid).children(recursive=True)
+        family = psutil.Process(scheduler).children(recursive=True)
         assert len(family) == 3  # two workers, one with a task
     finally:
-        scheduler.send_signal(signal.SIGKILL)
-        scheduler.wait()
+        os.kill(scheduler, signal.SIGKILL)
+        assert harness.wait() == -signal.SIGKILL
     wait_until(lambda: not any(is_alive(member.pid) for member in family), timeout=10)
 
 
