@@ -89,11 +89,15 @@ def down() -> None:
 
     console = Console(highlight=False)
     began = time.monotonic()
+    settings = StackSettings.load()
+    if not lifecycle.is_running(settings):
+        console.print(f"nothing of the stack in {_shown(settings.home)} runs")
+        return
     with console.status("Stopping the local stack"):
-        left = lifecycle.down(StackSettings.load())
+        left = lifecycle.down(settings)
     if left:
         raise UserError(f"processes {', '.join(map(str, left))} could not be stopped; end them as their owner")
-    console.print(f"down after {time.monotonic() - began:.0f} s")
+    console.print(f"down after {time.monotonic() - began:.0f} s; the data stays in {_shown(settings.home)}")
 
 
 @click.command()

@@ -91,6 +91,11 @@ def _start(settings: StackSettings, report: Report, timeout: float) -> StackSett
     return settings
 
 
+def is_running(settings: StackSettings) -> bool:
+    """Whether any process of the stack lives, be it one that its supervisor left behind."""
+    return settings.run.is_dir() and bool(Supervisor(settings).processes())
+
+
 def down(settings: StackSettings) -> list[int]:
     """Stop everything.
 

@@ -95,6 +95,15 @@ def test_stopping_what_never_ran_does_nothing(settings):
     assert not settings.home.exists()
 
 
+def test_stopping_names_the_stack_that_does_not_run(settings, monkeypatch):
+    monkeypatch.setenv("MLPIPE_HOME", str(settings.home))
+
+    result = CliRunner().invoke(commands.down)
+
+    assert result.exit_code == 0
+    assert "nothing of the stack in" in result.output
+
+
 def test_status_of_what_does_not_run_is_a_failure(settings, monkeypatch):
     monkeypatch.setenv("MLPIPE_HOME", str(settings.home))
 

@@ -1,0 +1,39 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install up demo down test lint
+
+help: ## Show these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.project-installed ## Make .venv and install everything into it; again only when the lock has changed
+
+up: install ## Start the local stack: SeaweedFS, MLflow, Airflow
+	$(BIN)/mlpipe up
+
+demo: up ## Start the stack, train three models on real digits, compare them
+	$(BIN)/mlpipe run --recipe quick
+
+down: ## Stop the local stack; its data stays
+	$(BIN)/mlpipe down
+
+test: lint ## Run the linter, the type checker and all tests, the real stack included
+	$(BIN)/python -m pytest
+
+lint: install ## Run the linter and the type checker
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(VENV)/.lock-installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+		echo 'Python 3.11 was not found as "$(PYTHON)"; install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	@touch $@
+
+$(VENV)/.project-installed: $(VENV)/.lock-installed pyproject.toml
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@
