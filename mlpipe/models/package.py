@@ -1,0 +1,198 @@
+"""A trained model as an MLflow model: logged, fetched back, and checked in a process that knows nothing of mlpipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import safetensors.torch
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema, TensorSpec
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+from torch import nn
+
+from mlpipe.errors import UserError
+from mlpipe.models import portable
+from mlpipe.models.portable import DESCRIPTION_FILE, ESTIMATOR_FILE, WEIGHTS_FILE, ModelDescription
+
+logger = logging.getLogger(__name__)
+
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "scikit-learn", "skops", "torch", "torchvision")
+"""What `portable.py` imports; given by name, for finding it out would load the model in yet another process."""
+
+TOLERANCE = 5e-3
+"""Largest difference of a probability between two loads of a model; a GPU rounds otherwise than a CPU."""
+
+MODEL_URI = re.compile(r"models:/+[^/@#]+([/@][^/@#]+)?")
+
+VERIFY_TIMEOUT_SECONDS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedModel:
+    """A logged model."""
+
+    model_uri: str
+    """`models:/<model_id>`, what `mlflow.pyfunc.load_model` takes."""
+    model_id: str
+
+
+def log_packaged_model(
+    description: ModelDescription,
+    predictor: nn.Module | Pipeline,
+    *,
+    name: str,
+    example_images_u8: NDArray[np.uint8],
+    tags: Mapping[str, str] | None = None,
+) -> PackagedModel:
+    """Log the model to the active MLflow run, with signature and input example.
+
+    Args:
+        predictor: the network with its weights, or the fitted estimator.
+        name: the logged model's name.
+        example_images_u8: (N, H, W, 3); the first two go with the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlpipe-package-") as folder:
+        description_path, parameters_path = write_files(description, predictor, Path(folder))
+        with _no_progress_bars():
+            info = mlflow.pyfunc.log_model(
+                name=name,
+                python_model=portable.__file__,
+                artifacts={"description": str(description_path), "parameters": str(parameters_path)},
+                signature=signature(description.classes),
+                input_example=np.ascontiguousarray(example_images_u8[:2]),
+                pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS],
+                tags=dict(tags or {}),
+            )
+    return PackagedModel(model_uri=info.model_uri, model_id=info.model_id)
+
+
+def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, folder: Path) -> tuple[Path, Path]:
+    """Write description and weights; their paths. Neither holds a pickle."""
+    description_path = folder / DESCRIPTION_FILE
+    description.write(description_path)
+    if isinstance(predictor, nn.Module):
+        parameters_path = folder / WEIGHTS_FILE
+        state = {key: value.contiguous() for key, value in predictor.state_dict().items()}
+        safetensors.torch.save_file(state, parameters_path)
+    else:
+        parameters_path = folder / ESTIMATOR_FILE
+        portable.import_skops().dump(predictor, parameters_path)
+    return description_path, parameters_path
+
+
+def signature(classes: tuple[str, ...]) -> ModelSignature:
+    """Raw images in, label, confidence and probabilities out."""
+    outputs = [ColSpec("string", "label"), ColSpec("float", "confidence")]
+    outputs += [ColSpec("float", f"probability_{name}") for name in classes]
+    return ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, -1))]), outputs=Schema(list(outputs))
+    )
+
+
+def download_packaged_model(model_uri: str, folder: Path) -> tuple[ModelDescription, Path]:
+    """Fetch the description and weights of a network that this project logged.
+
+    Raises:
+        UserError: no such model, or not a network of this project.
+    """
+    if not MODEL_URI.fullmatch(model_uri):
+        raise UserError(f"models: {model_uri} is not allowed; give models:/<name>/<version>, @<alias> or models:/<id>")
+    try:
+        with _no_progress_bars():
+            local = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder)))
+    except MlflowException as error:
+        if error.get_http_status_code() >= 500:
+            raise  # the server, not the user
+        raise UserError(f"models: {model_uri} cannot be had from MLflow ({str(error)[:300]})") from error
+    found = {path.name: path for path in local.rglob("*") if path.is_file()}
+    if DESCRIPTION_FILE not in found or WEIGHTS_FILE not in found:
+        raise UserError(f"models: {model_uri} is not a network that this project logged; give one that is")
+    return ModelDescription.read(found[DESCRIPTION_FILE]), found[WEIGHTS_FILE]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """MLflow draws one per file it copies; in a task's log they are litter."""
+    before = MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.get_raw()
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    try:
+        yield
+    finally:
+        if before is None:
+            MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.unset()
+        else:
+            MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(before)
+
+
+_VERIFY = """
+import sys
+sys.modules["mlpipe"] = None  # importing it now fails
+import mlflow, numpy
+model_uri, images, answers = sys.argv[1:]
+model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)  # does not compare all installed versions
+predictions = model.predict(numpy.load(images))
+predictions.to_json(answers, orient="split", double_precision=15)
+"""
+
+
+def verify_packaged_model(model_uri: str, images_u8: NDArray[np.uint8], expected: NDArray[np.floating[Any]]) -> None:
+    """Load the model as a stranger would, in a clean process without mlpipe or pickle, and compare its answers.
+
+    Args:
+        images_u8: (N, H, W, 3).
+        expected: (N, number of classes) probabilities.
+
+    Raises:
+        RuntimeError: it does not load, or answers differently.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mlpipe-verify-") as folder:
+        images, answers = Path(folder) / "images.npy", Path(folder) / "answers.json"
+        np.save(images, np.ascontiguousarray(images_u8))
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", _VERIFY, model_uri, str(images), str(answers)],
+            cwd=folder,
+            env={
+                **os.environ,
+                "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+                "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+                "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+                "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+            },
+            capture_output=True,
+            text=True,
+            timeout=VERIFY_TIMEOUT_SECONDS,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise RuntimeError(f"{model_uri} does not load in a clean process:\n{result.stderr[-4000:]}")
+        table = json.loads(answers.read_text(encoding="utf-8"))
+    columns = [i for i, name in enumerate(table["columns"]) if name.startswith("probability_")]
+    actual = np.array([[row[i] for i in columns] for row in table["data"]])
+    difference = float(np.abs(actual - expected).max())
+    if difference > TOLERANCE:
+        raise RuntimeError(f"{model_uri}: probabilities differ by {difference:.2g} after loading it in a clean process")
+    logger.info(
+        "%s loads in a clean process and answers alike (to %.1g) in %.1f s",
+        model_uri,
+        difference,
+        time.monotonic() - started,
+    )

@@ -1,0 +1,295 @@
+"""What travels with every logged model: the networks, and the class that predicts.
+
+MLflow copies this one file beside the weights and runs it when the model is loaded ("models from code"), so a
+model works where mlpipe is not installed and nothing is unpickled. Hence: no import from mlpipe in here. The
+training code imports the networks from this file; each is written once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import mlflow
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+import torchvision
+from mlflow.pyfunc import PythonModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "weights.safetensors"
+ESTIMATOR_FILE = "estimator.skops"
+DESCRIPTION_FILE = "config.json"
+
+TRUSTED_TYPES: tuple[str, ...] = ()
+"""Types beyond skops' own list that an estimator file may hold: none."""
+
+PIXELS_PER_BATCH = 256 * 32 * 32
+"""Bounds the memory of one forward pass: 256 images of 32×32, 16 of 128×128."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """All that is needed, beside the weights, to turn raw images into labels."""
+
+    kind: Literal["network", "estimator"]
+    """Whether PyTorch or scikit-learn computes the probabilities."""
+    architecture: str
+    """Name of the network or estimator."""
+    classes: tuple[str, ...]
+    """Class names in the order of the outputs."""
+    image_size: int
+    """Height and width to which images are resized, pixels."""
+    channel_mean: tuple[float, float, float]
+    """Subtracted from each channel of a network's input, in units of 0..1."""
+    channel_std: tuple[float, float, float]
+    """Divides each channel of a network's input, in units of 0..1."""
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps({"format": 1, **asdict(self)}, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The inverse of `write`."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if (version := values.pop("format")) != 1:
+            raise ValueError(f"{path.name}: format {version} is unknown; this file reads format 1")
+        for name in ("classes", "channel_mean", "channel_std"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+class CustomCNN(nn.Module):
+    """The report's network: two convolutions with pooling, then two linear layers.
+
+    Images of any size are pooled to 8×8 features, which for 32×32 images they already are.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 32, kernel_size=3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, kernel_size=3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        )
+        self.pool = nn.AdaptiveAvgPool2d(8)
+        self.classifier = nn.Sequential(
+            nn.Dropout(0.5),
+            nn.Linear(64 * 8 * 8, 128),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.25),
+            nn.Linear(128, num_classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32, normalised, to (B, num_classes) logits."""
+        features = self.features(images)
+        if features.shape[-2:] != (8, 8):
+            features = self.pool(features)
+        return self.classifier(features.flatten(1))
+
+
+def build_network(architecture: str, num_classes: int, image_size: int) -> nn.Module:
+    """A network with random weights that maps (B, 3, image_size, image_size) to (B, num_classes) logits.
+
+    Args:
+        architecture: `custom_cnn` or the name of a classification network of torchvision.
+    """
+    if architecture == "custom_cnn":
+        return CustomCNN(num_classes)
+    options: dict[str, Any] = {}
+    if architecture in ("googlenet", "inception_v3"):
+        # Their auxiliary outputs only helped before batch normalisation. transform_input makes them take the same
+        # normalisation as all others, also with ImageNet weights.
+        options = {"aux_logits": False, "transform_input": True, "init_weights": True}
+    elif architecture.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif architecture.startswith("maxvit_"):
+        options = {"input_size": (image_size, image_size)}
+    return torchvision.models.get_model(architecture, weights=None, num_classes=num_classes, **options)
+
+
+def outline_network(architecture: str, num_classes: int, image_size: int) -> nn.Module:
+    """A network as `build_network` makes it, but without weights: on the meta device it costs no time and no memory."""
+    # regnets compute their widths with tensors, which the meta device cannot.
+    with torch.device("cpu" if architecture.startswith("regnet_") else "meta"):
+        return build_network(architecture, num_classes, image_size)
+
+
+def normalise(images_u8: Tensor, channel_mean: Tensor, channel_std: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 with channels last in memory, which CPUs compute fastest with.
+
+    Args:
+        channel_mean: (3, 1, 1) in units of 0..1.
+        channel_std: (3, 1, 1) in units of 0..1.
+    """
+    images = images_u8.permute(0, 3, 1, 2).to(torch.float32)
+    return images.sub_(channel_mean * 255).mul_(1 / (channel_std * 255))
+
+
+def resize(images_u8: Tensor, image_size: int) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, image_size, image_size, 3) uint8: bilinear, with antialiasing when shrinking."""
+    if images_u8.shape[1:3] == (image_size, image_size):
+        return images_u8
+    size = [image_size, image_size]
+    return transforms.resize(images_u8.permute(0, 3, 1, 2), size, antialias=True).permute(0, 2, 3, 1)
+
+
+def flatten(images_u8: Tensor) -> NDArray[np.float32]:
+    """(B, H, W, 3) uint8 to (B, H·W·3) float32 in 0..1, an estimator's features."""
+    return images_u8.reshape(len(images_u8), -1).numpy().astype(np.float32) / np.float32(255)
+
+
+def import_skops() -> Any:
+    """`skops.io`, imported when it is needed: it asks every loaded module for scipy's functions.
+
+    That takes seconds beside many modules, and wakes the deprecation warnings of all of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import skops.io
+    return skops.io
+
+
+def check_images(values: Any) -> NDArray[np.uint8]:
+    """Bring what a caller gave into (N, H, W, C) uint8, C being 1 or 3.
+
+    Whole numbers of any type within 0..255 are accepted, so that lists and JSON work.
+
+    Raises:
+        ValueError: another shape, or values that are not pixels.
+    """
+    images = np.asarray(values)
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            f"images: shape {images.shape} is not (number, height, width, channels) with 1 or 3 channels; "
+            "a single image needs a first axis of length 1, and channels come last"
+        )
+    if len(images) and not images.size:
+        raise ValueError(f"images: shape {images.shape} has no pixels")
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype.kind not in "iufb":
+        raise ValueError(f"images: values of type {images.dtype} are not pixels; give whole numbers from 0 to 255")
+    with np.errstate(invalid="ignore"):
+        as_u8 = images.astype(np.uint8)
+    if not np.array_equal(as_u8, images):
+        raise ValueError(
+            f"images: values from {images.min()} to {images.max()} of type {images.dtype} are not all whole numbers "
+            "from 0 to 255; give raw pixels (if they were divided by 255, multiply them back)"
+        )
+    return as_u8
+
+
+class ImageClassifier(PythonModel):
+    """Raw images in, a DataFrame with `label`, `confidence` and one `probability_<class>` per class out."""
+
+    def load_context(self, context: Any) -> None:
+        """Read the description and the weights that were logged with the model."""
+        self.load(Path(context.artifacts["description"]), Path(context.artifacts["parameters"]))
+
+    def load(self, description: Path, parameters: Path) -> None:
+        """Read the two files that make a model.
+
+        Args:
+            description: JSON of a `ModelDescription`.
+            parameters: `.safetensors` of a network or `.skops` of an estimator.
+        """
+        self.description = ModelDescription.read(description)
+        self.device = torch.device("cpu")
+        if self.description.kind == "estimator":
+            self.estimator = import_skops().load(parameters, trusted=list(TRUSTED_TYPES))
+            return
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = outline_network(
+            self.description.architecture, len(self.description.classes), self.description.image_size
+        )
+        state = OrderedDict(safetensors.torch.load_file(parameters))
+        # The versions of the layers' formats, which mnasnet insists on and safetensors does not hold.
+        state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+        network.load_state_dict(state, strict=True, assign=True)
+        network = network.eval().requires_grad_(False).to(self.device)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.mean = torch.tensor(self.description.channel_mean, device=self.device).view(3, 1, 1)
+        self.std = torch.tensor(self.description.channel_std, device=self.device).view(3, 1, 1)
+
+    # The hint is plain np.ndarray because MLflow reads it and warns of any other, also of none.
+    def predict(
+        self,
+        context: Any,  # noqa: ARG002
+        model_input: np.ndarray,
+        params: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> pd.DataFrame:
+        """Label images.
+
+        Args:
+            model_input: (N, H, W, C) uint8 pixels, C being 1 (grey) or 3 (RGB), any N, H and W; or nested lists of
+                them; or a sequence of N arrays (H, W, C) of different sizes.
+
+        Returns:
+            N rows; `confidence` is the label's probability.
+
+        Raises:
+            ValueError: the input is no such images.
+        """
+        return self._frame(self.probabilities(model_input))
+
+    def probabilities(self, images: Any) -> NDArray[np.float32]:
+        """(N, number of classes) probabilities of images as in `predict`."""
+        if _differ_in_size(images):
+            parts = [self.probabilities(np.asarray(image)[None]) for image in images]
+            return np.concatenate(parts)
+        images_u8 = check_images(images)
+        if images_u8.size and images_u8.max() <= 1:
+            logger.warning("images: no pixel is above 1 in 0..255; were they divided by 255 before?")
+        num_pixels = max(self.description.image_size**2, images_u8.shape[1] * images_u8.shape[2])
+        batch_size = max(1, PIXELS_PER_BATCH // num_pixels)
+        parts = [self._batch(images_u8[i : i + batch_size]) for i in range(0, len(images_u8), batch_size)]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.description.classes)), np.float32)
+
+    @torch.inference_mode()
+    def _batch(self, images_u8: NDArray[np.uint8]) -> NDArray[np.float32]:
+        images = torch.tensor(images_u8, device=self.device)  # a copy: the array may be read-only
+        images = resize(images.expand(-1, -1, -1, 3), self.description.image_size)
+        if self.description.kind == "estimator":
+            return self.estimator.predict_proba(flatten(images)).astype(np.float32)
+        logits = self.network(normalise(images, self.mean, self.std))
+        return logits.float().softmax(dim=1).cpu().numpy()
+
+    def _frame(self, probabilities: NDArray[np.float32]) -> pd.DataFrame:
+        names = np.array(self.description.classes, dtype=object)
+        columns: dict[str, Any] = {"label": names[probabilities.argmax(axis=1)] if len(probabilities) else names[:0]}
+        columns["confidence"] = probabilities.max(axis=1, initial=0)
+        columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.description.classes)}
+        return pd.DataFrame(columns)
+
+
+def _differ_in_size(images: Any) -> bool:
+    if isinstance(images, np.ndarray) and images.dtype != object:
+        return False
+    return (
+        isinstance(images, Sequence | np.ndarray)
+        and all(isinstance(image, np.ndarray) for image in images)
+        and len({image.shape for image in images}) > 1
+    )
+
+
+if __name__ != "mlpipe.models.portable":
+    # Run by MLflow as the code of a model, not imported by the training code.
+    mlflow.models.set_model(ImageClassifier())

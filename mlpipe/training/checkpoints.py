@@ -1,0 +1,47 @@
+"""Where a training stands, kept in object storage, so that any machine can go on with it."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlpipe.data.store import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The last completed epoch of one run. One object holds everything, so it is replaced as a whole or not at all."""
+
+    def __init__(self, store: ObjectStore, run_id: str) -> None:
+        self._store = store
+        self._key = f"checkpoints/{run_id}/last.pt"
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Publish the state (tensors and plain values) in place of the one before."""
+        with tempfile.TemporaryDirectory(prefix="mlpipe-checkpoint-") as folder:
+            path = Path(folder) / "last.pt"
+            torch.save(state, path)
+            self._store.put_file(self._key, path)
+
+    def load(self) -> dict[str, Any] | None:
+        """The last saved state, on the CPU; `None` where there is none that can be read."""
+        if not self._store.exists(self._key):
+            return None
+        with tempfile.TemporaryDirectory(prefix="mlpipe-checkpoint-") as folder:
+            path = Path(folder) / "last.pt"
+            self._store.get_file(self._key, path)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                logger.warning("the checkpoint %s cannot be read, training starts anew: %s", self._key, error)
+                return None
+
+    def delete(self) -> None:
+        """Remove the checkpoint, once the model itself is published."""
+        self._store.delete(self._key)

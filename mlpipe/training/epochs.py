@@ -1,0 +1,203 @@
+"""What happens around the epochs: order and randomness, metrics, the best weights, checkpoints, progress lines."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from mlpipe.data.batches import BatchLoader
+from mlpipe.errors import UserError
+from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.module import ClassificationModule
+from mlpipe.training.protocol import TrainingLogger
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 10.0
+"""Least time between two progress lines within an epoch."""
+
+LOGGED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second")
+"""What of an epoch's record goes to the tracking; the durations are for the totals at the end."""
+
+
+class EpochKeeper(Callback):
+    """Keeps the state of a training at the end of each epoch and reports it.
+
+    All randomness of an epoch depends on the seed and the epoch's number alone. So a resumed training needs no state
+    of a random generator, on any device.
+    """
+
+    def __init__(
+        self,
+        loader: BatchLoader,
+        tracking: TrainingLogger,
+        checkpoints: CheckpointStore | None,
+        *,
+        fingerprint: str,
+        seed: int,
+        patience: int | None,
+    ) -> None:
+        """Resume from the checkpoint, where there is one of this configuration.
+
+        Args:
+            loader: the training batches.
+            fingerprint: identifies model, settings and data; a checkpoint of another one is not used.
+            patience: epochs without a better validation accuracy after which training ends.
+        """
+        self.history: list[dict[str, float]] = []
+        self.best_weights: dict[str, Tensor] = {}
+        self._loader = loader
+        self._tracking = tracking
+        self._checkpoints = checkpoints
+        self._fingerprint = fingerprint
+        self._seed = seed
+        self._patience = patience
+        self._resumed = self._load()
+        self._started = self._trained = self._reported = 0.0
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 1, of highest val/accuracy; among equals that of lowest val/loss."""
+        return 1 + max(range(len(self.history)), key=lambda i: self._merit(self.history[i]))
+
+    @property
+    def finished(self) -> bool:
+        """Whether early stopping has ended the training."""
+        accuracies = [metrics["val/accuracy"] for metrics in self.history]
+        if self._patience is None or not accuracies:
+            return False
+        last_rise = 1 + accuracies.index(max(accuracies))
+        return len(accuracies) - last_rise >= self._patience
+
+    @staticmethod
+    def _merit(metrics: dict[str, float]) -> tuple[float, float]:
+        return metrics["val/accuracy"], -metrics["val/loss"]
+
+    def _load(self) -> dict[str, Any] | None:
+        state = self._checkpoints.load() if self._checkpoints else None
+        if state is None:
+            return None
+        if state["fingerprint"] != self._fingerprint:
+            logger.warning("the checkpoint of this run is of another configuration or data set; training starts anew")
+            return None
+        self.history, self.best_weights = state["history"], state["best_weights"]
+        logger.info("resuming after epoch %d", len(self.history))
+        last_logged = self._tracking.last_logged_step("val/accuracy")
+        for epoch in range(last_logged + 1, len(self.history) + 1):  # saved, but interrupted before it was logged
+            self._log(epoch)
+        return state
+
+    def _save(self, trainer: Trainer, module: ClassificationModule) -> None:
+        if self._checkpoints is None:
+            return
+        schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        self._checkpoints.save(
+            {
+                "fingerprint": self._fingerprint,
+                "history": self.history,
+                "best_weights": self.best_weights,
+                "weights": module.network.state_dict(),
+                "optimizer": trainer.optimizers[0].state_dict(),
+                "schedules": schedules,
+            }
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
+        """Put the network, the optimizer and the schedule where the last try left them."""
+        if self._resumed is None:
+            return
+        pl_module.network.load_state_dict(self._resumed["weights"])
+        trainer.optimizers[0].load_state_dict(self._resumed["optimizer"])
+        for config, state in zip(trainer.lr_scheduler_configs, self._resumed["schedules"], strict=True):
+            config.scheduler.load_state_dict(state)
+        self._resumed = None  # its memory
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override] # noqa: ARG002
+        """Set the order and the random numbers of this epoch."""
+        epoch = trainer.current_epoch
+        self._loader.set_epoch(epoch)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()[:8], "big"))
+        self._started = self._reported = time.monotonic()
+
+    def on_train_batch_end(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: ClassificationModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Say now and then how far a long epoch is."""
+        now = time.monotonic()
+        if now - self._reported < PROGRESS_SECONDS:
+            return
+        self._reported = now
+        totals = pl_module.training_totals
+        rate = totals.num_images / (now - self._started)
+        logger.info(
+            "epoch %d/%d: batch %d of %d, train/loss %.4f, train/accuracy %.4f, %.0f images/s",
+            trainer.current_epoch + 1, trainer.max_epochs, batch_idx + 1, trainer.num_training_batches,
+            totals.mean_loss(), totals.accuracy(), rate,
+        )  # fmt: skip
+
+    def on_validation_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override] # noqa: ARG002
+        """Note how long the training part of the epoch took; reading the loss waits for the device."""
+        pl_module.training_totals.mean_loss()
+        self._trained = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
+        """Record, save, log and decide whether to go on, in this order.
+
+        Saved before it is logged: an epoch that was logged is never trained again, and one that was saved but not
+        logged is logged on resuming.
+        """
+        metrics = self._measure(trainer, pl_module)
+        epoch = trainer.current_epoch + 1
+        if not math.isfinite(metrics["train/loss"] + metrics["val/loss"]):
+            rate = pl_module.train_config.learning_rate
+            raise UserError(
+                f"learning_rate: {rate:g} made the loss infinite in epoch {epoch}; "
+                f"choose a smaller one, such as {rate / 10:g}"
+            )
+        self.history.append(metrics)
+        if self.best_epoch == epoch:
+            self.best_weights = {key: value.cpu().clone() for key, value in pl_module.network.state_dict().items()}
+        self._save(trainer, pl_module)
+        self._log(epoch)
+        self._report(epoch, trainer)
+        if self.finished:
+            logger.info("val/accuracy has not risen for %d epochs: stopping early", self._patience)
+            trainer.should_stop = True
+
+    def _measure(self, trainer: Trainer, module: ClassificationModule) -> dict[str, float]:
+        seconds = self._trained - self._started
+        return {
+            "train/loss": module.training_totals.mean_loss(),
+            "train/accuracy": module.training_totals.accuracy(),
+            "val/loss": module.validation_totals.mean_loss(),
+            "val/accuracy": module.validation_totals.accuracy(),
+            "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
+            "images_per_second": module.training_totals.num_images / seconds,
+            "train_seconds": seconds,
+            "epoch_seconds": time.monotonic() - self._started,
+        }
+
+    def _log(self, epoch: int) -> None:
+        self._tracking.log_metrics({name: self.history[epoch - 1][name] for name in LOGGED}, step=epoch)
+
+    def _report(self, epoch: int, trainer: Trainer) -> None:
+        last = self.history[-1]
+        remaining = (int(trainer.max_epochs or epoch) - epoch) * last["epoch_seconds"]
+        logger.info(
+            "epoch %d/%d: train/loss %.4f, train/accuracy %.4f, val/loss %.4f, val/accuracy %.4f%s, %.0f images/s, "
+            "eta %.0f s",
+            epoch, trainer.max_epochs, last["train/loss"], last["train/accuracy"], last["val/loss"],
+            last["val/accuracy"], " (best)" if self.best_epoch == epoch else "", last["images_per_second"], remaining,
+        )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Fitting a scikit-learn estimator."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score, log_loss
+from sklearn.pipeline import Pipeline
+
+from mlpipe.config import ModelConfig
+from mlpipe.data.dataset import Dataset, Split
+from mlpipe.models.portable import ModelDescription, flatten, resize
+from mlpipe.models.registry import build_estimator
+from mlpipe.training.protocol import TrainedModel, TrainingLogger
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGE_SIZE = 32
+"""Larger images are shrunk to this, pixels: more does not help a linear model, and memory grows with the square."""
+
+IMAGES_PER_READ = 1024
+
+
+def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogger) -> TrainedModel:
+    """Fit on the training split and measure on the validation split; the test split is not touched.
+
+    Raises:
+        UserError: the architecture is no estimator.
+    """
+    manifest = dataset.manifest
+    image_size = min(manifest.image_size, MAX_IMAGE_SIZE)
+    features, labels = _features(dataset.train_split(), image_size)
+    estimator = build_estimator(
+        model.architecture, model.train, num_images=len(features), num_features=features.shape[1]
+    )
+    logger.info("fitting %s to %d images of %d features", model.architecture, *features.shape)
+    started = time.monotonic()
+    converged = _fit(estimator, features, labels)
+    seconds = time.monotonic() - started
+    metrics = {
+        **_measure("train", estimator, features, labels),
+        **_measure("val", estimator, *_features(dataset.val_split(), image_size)),
+    }
+    iterations = int(np.max(estimator[-1].n_iter_))
+    if not converged:
+        logger.info("the solver stopped at its limit of %d iterations, before it converged", iterations)
+    rate = len(features) / seconds
+    tracking.log_metrics(
+        {**metrics, "images_per_second": rate, "iterations": iterations, "converged": float(converged)}, step=1
+    )
+    logger.info(
+        "fitted in %.1f s: train/accuracy %.4f, val/loss %.4f, val/accuracy %.4f, %.0f images/s",
+        seconds, metrics["train/accuracy"], metrics["val/loss"], metrics["val/accuracy"], rate,
+    )  # fmt: skip
+    return TrainedModel(
+        description=ModelDescription(
+            kind="estimator",
+            architecture=model.architecture,
+            classes=manifest.classes,
+            image_size=image_size,
+            channel_mean=manifest.channel_mean,
+            channel_std=manifest.channel_std,
+        ),
+        predictor=estimator,
+        metrics={name: metrics[name] for name in ("val/accuracy", "val/loss")},
+        train_seconds=seconds,
+        images_per_second=rate,
+        epochs_run=1,
+        best_epoch=1,
+    )
+
+
+def _features(split: Split, image_size: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(N, image_size² · 3) float32 in 0..1, and (N,) labels; read piece by piece, the images may not fit in memory."""
+    features = np.empty((len(split.labels), image_size * image_size * 3), np.float32)
+    for start in range(0, len(features), IMAGES_PER_READ):
+        images = torch.from_numpy(np.array(split.images_u8[start : start + IMAGES_PER_READ]))
+        features[start : start + IMAGES_PER_READ] = flatten(resize(images, image_size))
+    return features, np.asarray(split.labels)
+
+
+def _fit(estimator: Pipeline, features: NDArray[np.float32], labels: NDArray[np.int64]) -> bool:
+    """Fit; whether the solver converged."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimator.fit(features, labels)
+    for warning in caught:
+        if not issubclass(warning.category, ConvergenceWarning):
+            logger.warning("%s", warning.message)
+    return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+
+
+def _measure(
+    part: str, estimator: Pipeline, features: NDArray[np.float32], labels: NDArray[np.int64]
+) -> dict[str, float]:
+    probabilities = estimator.predict_proba(features)
+    return {
+        f"{part}/loss": float(log_loss(labels, probabilities, labels=estimator.classes_)),
+        f"{part}/accuracy": float(accuracy_score(labels, estimator.classes_[probabilities.argmax(axis=1)])),
+    }

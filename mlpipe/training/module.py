@@ -1,0 +1,114 @@
+"""The Lightning module: one for all networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlpipe.config import TrainConfig
+from mlpipe.models.portable import normalise
+from mlpipe.training.augmentation import augment
+
+
+class EpochTotals:
+    """Sums of loss and hits over an epoch, kept on the device: reading them is the only synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss = torch.zeros((), device=device)
+        self._hits = torch.zeros((), device=device, dtype=torch.int64)
+        self.num_images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            loss: () mean over the batch.
+            logits: (B, num_classes).
+            labels: (B,) int64.
+        """
+        self._loss += loss.detach() * len(labels)
+        self._hits += (logits.detach().argmax(dim=1) == labels).sum()
+        self.num_images += len(labels)
+
+    def mean_loss(self) -> float:
+        """Mean over the images counted so far."""
+        return float(self._loss) / max(1, self.num_images)
+
+    def accuracy(self) -> float:
+        """Share of hits among the images counted so far, 0 to 1."""
+        return float(self._hits) / max(1, self.num_images)
+
+
+class ClassificationModule(LightningModule):
+    """Trains a network on batches of (B, H, W, 3) uint8 images and (B,) int64 labels.
+
+    Augmentation and normalisation act on whole batches, on the device.
+    """
+
+    mean: Tensor
+    std: Tensor
+    training_totals: EpochTotals
+    validation_totals: EpochTotals
+
+    def __init__(
+        self,
+        network: nn.Module,
+        train: TrainConfig,
+        *,
+        channel_mean: tuple[float, float, float],
+        channel_std: tuple[float, float, float],
+        total_steps: int,
+    ) -> None:
+        """Prepare for `total_steps` optimizer steps; mean and deviation are in units of 0..1."""
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+        self.train_config = train
+        self.total_steps = total_steps
+        self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(channel_std).view(3, 1, 1), persistent=False)
+
+    def on_train_epoch_start(self) -> None:
+        """Count anew."""
+        self.training_totals = EpochTotals(self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self.validation_totals = EpochTotals(self.device)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Loss of one batch."""
+        images_u8, labels = batch
+        images_u8 = augment(images_u8, self.train_config.augmentation)
+        logits = self.network(normalise(images_u8, self.mean, self.std))
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
+        self.training_totals.add(loss, logits, labels)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+        """Count one batch, without augmentation."""
+        images_u8, labels = batch
+        logits = self.network(normalise(images_u8, self.mean, self.std))
+        self.validation_totals.add(F.cross_entropy(logits, labels), logits, labels)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of the configuration in its fused form, and its schedule."""
+        config = self.train_config
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(self.network.parameters(), momentum=0.9, nesterov=True, **options)
+        elif config.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(self.network.parameters(), **options)
+        else:
+            optimizer = torch.optim.Adam(self.network.parameters(), **options)
+        if config.schedule == "constant":
+            return {"optimizer": optimizer}
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=config.learning_rate, total_steps=self.total_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

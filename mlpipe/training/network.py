@@ -1,0 +1,170 @@
+"""Training a network with Lightning's Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Literal
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from mlpipe.config import ModelConfig
+from mlpipe.data.batches import BatchLoader
+from mlpipe.data.dataset import Dataset
+from mlpipe.models.portable import ModelDescription
+from mlpipe.models.weights import InitialWeights
+from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.epochs import EpochKeeper
+from mlpipe.training.module import ClassificationModule
+from mlpipe.training.protocol import TrainedModel, TrainingLogger
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_BATCH_SIZE = 256
+
+
+def train_network(
+    model: ModelConfig,
+    dataset: Dataset,
+    tracking: TrainingLogger,
+    *,
+    network: nn.Module,
+    initial: InitialWeights,
+    checkpoints: CheckpointStore | None = None,
+) -> TrainedModel:
+    """Train on the training split; keep the weights of the epoch of highest validation accuracy.
+
+    The test split is not touched. Where `checkpoints` holds a state of the same configuration, training goes on after
+    its last epoch and ends with the same weights as if it had never been interrupted.
+
+    Args:
+        network: with its initial weights; trained in place.
+        initial: what those are; decides the normalisation.
+
+    Raises:
+        UserError: the loss became infinite.
+    """
+    config, manifest = model.train, dataset.manifest
+    mean = initial.channel_mean or manifest.channel_mean
+    std = initial.channel_std or manifest.channel_std
+    training = BatchLoader(dataset.train_split(), config.batch_size, seed=config.seed, shuffle=True)
+    validation = BatchLoader(dataset.val_split(), VALIDATION_BATCH_SIZE, seed=config.seed, shuffle=False)
+    keeper = EpochKeeper(
+        training,
+        tracking,
+        checkpoints,
+        fingerprint=json.dumps([asdict(model), manifest.digest, initial.description], sort_keys=True),
+        seed=config.seed,
+        patience=config.early_stopping_patience,
+    )
+    module = ClassificationModule(
+        network, config, channel_mean=mean, channel_std=std, total_steps=config.num_epochs * len(training)
+    )
+    precision = choose_precision(config.precision)
+    tracking.log_params({"precision": precision, "device": _device_name(), "threads": torch.get_num_threads()})
+    if len(keeper.history) < config.num_epochs and not keeper.finished:
+        _fit(module, keeper, training, validation, num_epochs=config.num_epochs, precision=precision)
+    network = network.cpu()
+    network.load_state_dict(keeper.best_weights)
+    best = keeper.history[keeper.best_epoch - 1]
+    num_images = sum(epoch["images_per_second"] * epoch["train_seconds"] for epoch in keeper.history)
+    return TrainedModel(
+        description=ModelDescription(
+            kind="network",
+            architecture=model.architecture,
+            classes=manifest.classes,
+            image_size=manifest.image_size,
+            channel_mean=mean,
+            channel_std=std,
+        ),
+        predictor=network.eval(),
+        metrics={name: best[name] for name in ("val/accuracy", "val/loss")},
+        train_seconds=sum(epoch["epoch_seconds"] for epoch in keeper.history),
+        images_per_second=num_images / sum(epoch["train_seconds"] for epoch in keeper.history),
+        epochs_run=len(keeper.history),
+        best_epoch=keeper.best_epoch,
+    )
+
+
+def choose_precision(wanted: Literal["auto", "32-true", "bf16-mixed"]) -> Literal["32-true", "bf16-mixed"]:
+    """`auto` becomes bfloat16 where the processor computes with it in hardware."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        in_hardware = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16-mixed" if in_hardware else "32-true"
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return str(torch.cpu.get_capabilities().get("cpu_name", "CPU"))
+
+
+def _fit(
+    module: ClassificationModule,
+    keeper: EpochKeeper,
+    training: BatchLoader,
+    validation: BatchLoader,
+    *,
+    num_epochs: int,
+    precision: Literal["32-true", "bf16-mixed"],
+) -> None:
+    on_gpu = torch.cuda.is_available()
+    with _quiet_lightning():
+        trainer = Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=1,
+            precision=precision,
+            max_epochs=num_epochs,
+            callbacks=[keeper],
+            deterministic="warn" if on_gpu else None,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        # Lightning's own count of completed epochs, from which it goes on.
+        trainer.fit_loop.epoch_progress.current.processed = len(keeper.history)  # type: ignore[attr-defined]
+        trainer.fit(module, _Iterable(training), _Iterable(validation))
+
+
+class _Iterable:
+    """What Lightning sees of a loader: with its sampler in sight it would treat it as torch's `DataLoader`."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._loader)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep what Lightning says about itself out of the task's log."""
+    names = ("lightning.pytorch", "lightning.fabric")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    with warnings.catch_warnings():
+        # Lightning 2.6.6 uses a part of PyTorch's pytree that 2.14 has deprecated.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        try:
+            for each in loggers:
+                each.setLevel(logging.WARNING)
+            yield
+        finally:
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)

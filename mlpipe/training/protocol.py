@@ -1,0 +1,61 @@
+"""What training needs from outside, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+from torch import nn
+
+from mlpipe.models.portable import ModelDescription, flatten, normalise, resize
+
+
+class TrainingLogger(Protocol):
+    """Where metrics go. Trainers know nothing more about tracking."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write metrics of one epoch; `step` is the epoch, from 1."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Write facts that hold for the whole run; repeating them, as a retry does, is harmless."""
+
+    def last_logged_step(self, metric: str) -> int:
+        """The largest step at which a try before this one wrote the metric; 0: never.
+
+        A resumed training logs each later epoch, and none of those up to this one again.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A model that has learned, and how it went."""
+
+    description: ModelDescription
+    """How raw images become its input, and its outputs class names."""
+    predictor: nn.Module | Pipeline
+    """The network, on the CPU, with the weights of its best epoch; or the fitted scikit-learn estimator."""
+    metrics: Mapping[str, float]
+    """val/accuracy and val/loss of these weights."""
+    train_seconds: float
+    """Duration of all epochs with their validation, over all tries; of an estimator's fit."""
+    images_per_second: float
+    """Training images over seconds of training proper."""
+    epochs_run: int
+    """Epochs until training ended; 1 for estimators."""
+    best_epoch: int
+    """The epoch, from 1, whose weights these are."""
+
+    @torch.inference_mode()
+    def probabilities(self, images_u8: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
+        """What the model in memory makes of (N, H, W, 3) images: (N, number of classes). Packaging is checked by it."""
+        images = resize(torch.from_numpy(images_u8), self.description.image_size)
+        if not isinstance(self.predictor, nn.Module):
+            return self.predictor.predict_proba(flatten(images))
+        mean = torch.tensor(self.description.channel_mean).view(3, 1, 1)
+        std = torch.tensor(self.description.channel_std).view(3, 1, 1)
+        return self.predictor(normalise(images, mean, std)).softmax(dim=1).numpy()

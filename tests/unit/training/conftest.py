@@ -1,0 +1,148 @@
+"""A data set of a hundred tiny images, and stand-ins for what is outside of training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpipe.config import ModelConfig, TrainConfig
+from mlpipe.data.dataset import Split
+from mlpipe.models import registry
+from mlpipe.models.weights import InitialWeights
+from mlpipe.training.network import train_network
+from mlpipe.training.protocol import TrainedModel
+
+CLASSES = ("bars", "columns", "dots")
+
+
+def draw(num_images: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy stripes and dots, `(N, size, size, 3)` uint8, with their labels."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(num_images) % len(CLASSES)).astype(np.int64)
+    rows, columns = np.mgrid[:size, :size]
+    patterns = np.stack([rows % 4 < 2, columns % 4 < 2, (rows + columns) % 2 == 0])
+    noise = rng.integers(0, 60, (num_images, size, size, 3))
+    return (patterns[labels][..., None] * 180 + noise).astype(np.uint8), labels
+
+
+class TinyDataset:
+    """As `mlpipe.data.dataset.Dataset`, in memory; asking for the test split is a fault."""
+
+    def __init__(self, num_train: int = 96, num_val: int = 30, size: int = 16) -> None:
+        self.train = draw(num_train, size, seed=1)
+        self.val = draw(num_val, size, seed=2)
+        self.manifest = SimpleNamespace(
+            digest="0" * 32,
+            classes=CLASSES,
+            image_size=size,
+            channel_mean=(0.4, 0.4, 0.4),
+            channel_std=(0.3, 0.3, 0.3),
+        )
+
+    def train_split(self) -> Split:
+        return Split.of(*self.train)
+
+    def val_split(self) -> Split:
+        return Split.of(*self.val)
+
+    def test_split(self) -> Split:
+        raise AssertionError("training must not read the test split")
+
+
+class RecordingLogger:
+    """Keeps what is logged, across tries; can fail in place of writing the metrics of one step."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.metrics: list[dict[str, float]] = []
+        self.params: dict[str, Any] = {}
+        self.fail_at: int | None = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        if step == self.fail_at:
+            raise ConnectionError("MLflow is away")
+        self.steps.append(step)
+        self.metrics.append(dict(metrics))
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        self.params |= params
+
+    def last_logged_step(self, metric: str) -> int:
+        return max((step for step, row in zip(self.steps, self.metrics, strict=True) if metric in row), default=0)
+
+
+class FolderStore:
+    """As `mlpipe.data.store.ObjectStore`, in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        return self.root / key
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:  # noqa: ARG002
+        self.path(key).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, self.path(key))
+
+    def get_file(self, key: str, path: Path) -> None:
+        shutil.copy(self.path(key), path)
+
+    def delete(self, key: str) -> None:
+        self.path(key).unlink()
+
+
+RANDOM = InitialWeights(description="random", replaced_head=False, sha256=None)
+
+
+def make_config(architecture: str = "custom_cnn", **train: Any) -> ModelConfig:
+    """Two quick epochs, unless told otherwise."""
+    defaults = TrainConfig(num_epochs=2, batch_size=32, seed=0)
+    return ModelConfig(architecture=architecture, weights="random", name=architecture, train=replace(defaults, **train))
+
+
+def run_training(model: ModelConfig, dataset: TinyDataset, tracking: RecordingLogger, **options: Any) -> TrainedModel:
+    """Train from random weights."""
+    network = options.pop("network", None) or registry.build_network(
+        model.architecture, num_classes=len(CLASSES), image_size=dataset.manifest.image_size, seed=model.train.seed
+    )
+    return train_network(model, dataset, tracking, network=network, initial=RANDOM, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def new_dataset() -> type[TinyDataset]:
+    return TinyDataset
+
+
+@pytest.fixture
+def dataset() -> TinyDataset:
+    return TinyDataset()
+
+
+@pytest.fixture
+def tracking() -> RecordingLogger:
+    return RecordingLogger()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "store")
+
+
+@pytest.fixture
+def config() -> Callable[..., ModelConfig]:
+    return make_config
+
+
+@pytest.fixture
+def train() -> Callable[..., TrainedModel]:
+    return run_training

@@ -1,0 +1,54 @@
+"""Random changes of training images."""
+
+from __future__ import annotations
+
+import torch
+
+from mlpipe.training.augmentation import augment
+
+
+def numbered(batch: int, size: int) -> torch.Tensor:
+    """Images whose pixels tell their row, column and image."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros_like(rows)], dim=-1).to(torch.uint8)
+    images = image.repeat(batch, 1, 1, 1)
+    images[..., 2] = torch.arange(batch, dtype=torch.uint8)[:, None, None]
+    return images
+
+
+def test_none_changes_nothing() -> None:
+    images = numbered(4, 8)
+    assert augment(images, "none") is images
+
+
+def test_flip_mirrors_about_half_of_the_images_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    images = numbered(200, 8)
+    changed = augment(images, "flip")
+    mirrored = images.flip(2)
+    is_same = (changed == images).flatten(1).all(dim=1)
+    is_mirrored = (changed == mirrored).flatten(1).all(dim=1)
+    assert (is_same ^ is_mirrored).all()
+    assert 70 < int(is_mirrored.sum()) < 130
+
+
+def test_flip_crop_shifts_each_image_by_its_own_offset_within_reach() -> None:
+    torch.manual_seed(0)
+    images = numbered(300, 32)
+    changed = augment(images, "flip_crop")
+    assert (changed.shape, changed.dtype) == (images.shape, torch.uint8)
+    assert (changed[..., 2] == images[..., 2]).all(), "no image may get another's pixels"
+    offsets = changed[:, 16, 0, 0].to(torch.int64) - 16  # no reflection in the middle rows
+    assert set(offsets.tolist()) == set(range(-4, 5))
+    for image, offset in zip(changed, offsets.tolist(), strict=True):
+        expected = [min(abs(row + offset), 62 - abs(row + offset)) for row in range(32)]
+        assert image[:, 0, 0].tolist() == expected
+
+
+def test_the_generator_decides() -> None:
+    images = numbered(16, 16)
+    torch.manual_seed(1)
+    first = augment(images, "flip_crop")
+    torch.manual_seed(1)
+    assert torch.equal(first, augment(images, "flip_crop"))
+    assert not torch.equal(first, augment(images, "flip_crop"))

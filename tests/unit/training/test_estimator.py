@@ -1,0 +1,47 @@
+"""Fitting the linear model."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+
+from mlpipe.errors import UserError
+from mlpipe.training.estimator import train_estimator
+
+
+def test_it_learns_and_reports_like_the_networks(new_dataset, config, tracking) -> None:
+    trained = train_estimator(config("logistic_regression"), new_dataset(num_train=300), tracking)
+    assert trained.metrics["val/accuracy"] > 0.9
+    assert set(trained.metrics) == {"val/accuracy", "val/loss"}
+    assert tracking.steps == [1]
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "images_per_second"} <= set(tracking.metrics[0])
+    assert tracking.metrics[0]["val/accuracy"] == trained.metrics["val/accuracy"]
+    assert tracking.metrics[0]["converged"] == 1
+
+
+def test_the_same_seed_gives_the_same_coefficients(dataset, config, tracking) -> None:
+    first, second = (train_estimator(config("logistic_regression"), dataset, tracking).predictor for _ in range(2))
+    assert np.array_equal(first[-1].coef_, second[-1].coef_)
+
+
+def test_stopping_before_convergence_is_a_line_and_a_metric_not_a_warning(dataset, config, tracking, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_estimator(config("logistic_regression", max_iterations=1), dataset, tracking)
+    assert "stopped at its limit of 1 iterations" in caplog.text
+    assert (tracking.metrics[0]["converged"], tracking.metrics[0]["iterations"]) == (0, 1)
+
+
+def test_large_images_are_shrunk(new_dataset, config, tracking) -> None:
+    trained = train_estimator(config("logistic_regression"), new_dataset(num_train=60, size=64), tracking)
+    assert trained.description.image_size == 32
+    assert trained.predictor.n_features_in_ == 32 * 32 * 3
+
+
+def test_a_network_is_no_estimator(dataset, config, tracking) -> None:
+    with pytest.raises(UserError, match="'resnet18' is not an estimator"):
+        train_estimator(config("resnet18"), dataset, tracking)

@@ -1,0 +1,278 @@
+"""Training networks: what is learned, repeated, resumed and reported."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mlpipe.errors import UserError
+from mlpipe.models.portable import normalise
+from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.network import choose_precision
+
+METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
+
+
+def weights(trained: Any) -> dict[str, Tensor]:
+    return trained.predictor.state_dict()
+
+
+def same(first: Any, second: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(second).values(), strict=True))
+
+
+class Spy(nn.Module):
+    """A linear network that keeps the images it is shown while it is evaluated, and while it is trained."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size * size * 3, 3)
+        self.seen: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen[self.training].append(images.float().clone())
+        return self.linear(images.flatten(1))
+
+
+@pytest.mark.parametrize("architecture", ["custom_cnn", "resnet18"])
+def test_a_batch_can_be_overfitted(architecture, new_dataset, config, train, tracking) -> None:
+    dataset = new_dataset(num_train=24, size=32)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)  # nothing to generalise from
+    dataset.train = dataset.val = (noise, rng.integers(0, 3, 24))
+    model = config(architecture, num_epochs=30, batch_size=24, learning_rate=1e-3)
+    assert train(model, dataset, tracking).metrics["val/accuracy"] == 1
+
+
+def test_the_same_seed_gives_the_same_weights(dataset, config, train, tracking) -> None:
+    model = config(augmentation="flip_crop", schedule="one_cycle")
+    first, second = train(model, dataset, tracking), train(model, dataset, tracking)
+    other = train(config(augmentation="flip_crop", schedule="one_cycle", seed=1), dataset, tracking)
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_validation_images_are_only_normalised(dataset, config, train, tracking) -> None:
+    spy = Spy(size=16)
+    train(config(augmentation="flip_crop", precision="32-true"), dataset, tracking, network=spy)
+    images_u8 = torch.from_numpy(dataset.val[0])
+    expected = normalise(images_u8, torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3))
+    shown = torch.cat(spy.seen[False])
+    assert torch.equal(shown, torch.cat([expected, expected]))  # two epochs
+    originals = normalise(torch.from_numpy(dataset.train[0]), torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3))
+    unchanged = [any(torch.equal(image, original) for original in originals) for image in torch.cat(spy.seen[True])]
+    assert sum(unchanged) < len(unchanged) / 2
+
+
+def test_every_training_image_is_shown_once_per_epoch(dataset, config, train, tracking) -> None:
+    spy = Spy(size=16)
+    train(config(num_epochs=3, precision="32-true"), dataset, tracking, network=spy)
+    first, second, third = torch.cat(spy.seen[True]).flatten(1).split(96)
+    for epoch in (first, second, third):
+        assert torch.equal(epoch.sum(dim=1).sort().values, first.sum(dim=1).sort().values)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_each_epoch_is_logged_once_under_the_names_all_models_share(dataset, config, train, tracking) -> None:
+    trained = train(config(num_epochs=3), dataset, tracking)
+    assert tracking.steps == [1, 2, 3]
+    assert all(set(row) == METRICS for row in tracking.metrics)
+    best = max(tracking.metrics, key=lambda row: (row["val/accuracy"], -row["val/loss"]))
+    assert trained.best_epoch == 1 + tracking.metrics.index(best)
+    assert trained.metrics == {name: best[name] for name in ("val/accuracy", "val/loss")}
+    assert trained.epochs_run == 3
+    assert trained.train_seconds > 0
+    assert trained.images_per_second > 0
+
+
+def test_the_best_weights_are_returned_not_the_last(new_dataset, config, train, tracking) -> None:
+    dataset = new_dataset()
+    # A rate at which training wanders.
+    trained = train(config(num_epochs=8, learning_rate=3e-2, precision="32-true"), dataset, tracking)
+    images_u8, labels = (torch.from_numpy(part) for part in dataset.val)
+    images = normalise(images_u8, torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3))
+    with torch.no_grad():
+        accuracy = (trained.predictor(images).argmax(dim=1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(max(row["val/accuracy"] for row in tracking.metrics))
+
+
+def test_early_stopping_ends_after_patience_epochs_without_a_better_one(
+    dataset, config, train, tracking, store
+) -> None:
+    model = config(num_epochs=50, learning_rate=3e-3, early_stopping_patience=3)
+    checkpoints = CheckpointStore(store, "run")
+    trained = train(model, dataset, tracking, checkpoints=checkpoints)
+    assert trained.epochs_run < 50
+    accuracies = [row["val/accuracy"] for row in tracking.metrics]
+    assert trained.epochs_run - (1 + accuracies.index(max(accuracies))) == 3
+    again = train(model, dataset, tracking, checkpoints=checkpoints)
+    assert again.epochs_run == trained.epochs_run, "a retry must not train on"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer": "sgd", "learning_rate": 0.01, "schedule": "one_cycle", "augmentation": "flip_crop"},
+        {"optimizer": "adamw", "weight_decay": 0.01, "schedule": "one_cycle", "label_smoothing": 0.1},
+    ],
+    ids=["adam", "sgd", "adamw"],
+)
+def test_an_interrupted_training_ends_like_an_unbroken_one(
+    settings, dataset, config, train, tracking, store, monkeypatch
+) -> None:
+    model = config(num_epochs=4, **settings)
+    unbroken = train(model, dataset, tracking)
+    expected = tracking.metrics
+    tracking.steps, tracking.metrics = [], []
+
+    checkpoints = CheckpointStore(store, "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("mlpipe.training.module.augment", _fails_in_epoch(3, batches_per_epoch=3))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(model, dataset, tracking, checkpoints=checkpoints)
+    assert tracking.steps == [1, 2]
+    torch.manual_seed(12345)  # another process has other random numbers
+    resumed = train(model, dataset, tracking, checkpoints=checkpoints)
+
+    assert same(unbroken, resumed)
+    assert tracking.steps == [1, 2, 3, 4]
+    durations = {"images_per_second"}
+    for before, after in zip(expected, tracking.metrics, strict=True):
+        assert {k: v for k, v in before.items() if k not in durations} == {
+            k: v for k, v in after.items() if k not in durations
+        }
+    assert (resumed.best_epoch, resumed.epochs_run) == (unbroken.best_epoch, 4)
+
+
+def _fails_in_epoch(epoch: int, batches_per_epoch: int) -> Any:
+    from mlpipe.training.augmentation import augment
+
+    calls = 0
+
+    def failing(images_u8: Tensor, kind: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == (epoch - 1) * batches_per_epoch + 2:  # in mid-epoch
+            raise RuntimeError("killed")
+        return augment(images_u8, kind)
+
+    return failing
+
+
+def test_an_epoch_that_was_saved_but_not_logged_is_logged_on_resuming(dataset, config, train, tracking, store) -> None:
+    model, checkpoints = config(num_epochs=3), CheckpointStore(store, "run")
+    tracking.fail_at = 2
+    with pytest.raises(ConnectionError):
+        train(model, dataset, tracking, checkpoints=checkpoints)
+    tracking.fail_at = None
+    train(model, dataset, tracking, checkpoints=checkpoints)
+    assert tracking.steps == [1, 2, 3]
+
+
+def test_the_last_epoch_too_is_logged_when_only_its_logging_failed(dataset, config, train, tracking, store) -> None:
+    model, checkpoints = config(num_epochs=2), CheckpointStore(store, "run")
+    tracking.fail_at = 2
+    with pytest.raises(ConnectionError):
+        train(model, dataset, tracking, checkpoints=checkpoints)
+    tracking.fail_at = None
+    train(model, dataset, tracking, checkpoints=checkpoints)
+    assert tracking.steps == [1, 2]
+
+
+def test_a_finished_training_is_not_repeated(dataset, config, train, tracking, store) -> None:
+    checkpoints = CheckpointStore(store, "run")
+    first = train(config(), dataset, tracking, checkpoints=checkpoints)
+    second = train(config(), dataset, tracking, checkpoints=checkpoints)
+    assert same(first, second)
+    assert first.train_seconds == second.train_seconds
+    assert tracking.steps == [1, 2]
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.01}, {"num_epochs": 3}, {"seed": 1}])
+def test_a_checkpoint_of_other_settings_is_not_used(change, dataset, config, train, tracking, store) -> None:
+    checkpoints = CheckpointStore(store, "run")
+    train(config(), dataset, tracking, checkpoints=checkpoints)
+    resumed = train(config(**change), dataset, tracking, checkpoints=checkpoints)
+    tracking.steps, tracking.metrics = [], []
+    assert same(resumed, train(config(**change), dataset, tracking))
+
+
+def test_an_unreadable_checkpoint_means_starting_anew(dataset, config, train, tracking, store, caplog) -> None:
+    checkpoints = CheckpointStore(store, "run")
+    train(config(), dataset, tracking, checkpoints=checkpoints)
+    store.path("checkpoints/run/last.pt").write_bytes(b"not a checkpoint")
+    train(config(), dataset, tracking, checkpoints=checkpoints)
+    assert "cannot be read" in caplog.text
+
+
+def test_deleting_the_checkpoint_leaves_nothing(dataset, config, train, tracking, store) -> None:
+    checkpoints = CheckpointStore(store, "run")
+    train(config(), dataset, tracking, checkpoints=checkpoints)
+    assert [path.name for path in store.root.rglob("*") if path.is_file()] == ["last.pt"]
+    checkpoints.delete()
+    assert checkpoints.load() is None
+    assert not [path for path in store.root.rglob("*") if path.is_file()]
+
+
+def test_an_infinite_loss_names_the_learning_rate(dataset, config, train, tracking, store) -> None:
+    model = config(optimizer="sgd", learning_rate=10.0, num_epochs=5, precision="32-true")
+    with pytest.raises(UserError, match=r"learning_rate: 10 made the loss infinite in epoch \d; choose"):
+        train(model, dataset, tracking, checkpoints=CheckpointStore(store, "run"))
+
+
+def test_a_remainder_of_one_image_does_no_harm(new_dataset, config, train, tracking) -> None:
+    train(config("resnet18", num_epochs=1), new_dataset(num_train=33, size=32), tracking)
+    assert tracking.steps == [1]
+
+
+def test_the_log_has_a_line_per_epoch_and_nothing_else_is_said_or_written(
+    dataset, config, train, tracking, caplog, capfd, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(config(num_epochs=3, schedule="one_cycle"), dataset, tracking)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert all(part in lines[0] for part in ("train/loss", "val/accuracy", "images/s", "eta"))
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_epoch_says_how_far_it_is(dataset, config, train, tracking, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("mlpipe.training.epochs.PROGRESS_SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+    train(config(num_epochs=1), dataset, tracking)
+    assert "epoch 1/1: batch 2 of 3, train/loss" in caplog.text
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bf16-mixed"), ("avx2", "32-true")])
+def test_bfloat16_only_where_the_processor_has_it(capability, precision, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    assert choose_precision("auto") == precision
+    assert choose_precision("32-true") == "32-true"
+
+
+def test_how_it_was_computed_is_logged(dataset, config, train, tracking) -> None:
+    train(config(num_epochs=1), dataset, tracking)
+    assert set(tracking.params) == {"precision", "device", "threads"}
+
+
+def test_nothing_is_left_in_the_temporary_folder(
+    dataset, config, train, tracking, store, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    Path(tmp_path / "tmp").mkdir()
+    train(config(), dataset, tracking, checkpoints=CheckpointStore(store, "run"))
+    assert list((tmp_path / "tmp").iterdir()) == []
