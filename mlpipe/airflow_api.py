@@ -17,6 +17,10 @@ TIMEOUT = 30
 """Seconds until a call without an answer is given up."""
 
 
+AIRFLOWS_OWN_LOGGERS = ("task", "task.stderr")
+"""What they log as errors are not the messages of the task itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskInstance:
     """One task of a DAG run."""
@@ -105,11 +109,9 @@ class AirflowApi:
         except UserError:
             return None
         errors = [event for event in events if isinstance(event, dict) and event.get("level") in ("error", "critical")]
-        told = [
-            event["event"] for event in errors if event["event"] not in ("Task exited", "Task failed with exception")
-        ]
+        told = [str(event["event"]) for event in errors if str(event.get("logger")) not in AIRFLOWS_OWN_LOGGERS]
         if told:
-            return str(told[-1])
+            return told[-1]
         for event in errors:
             if detail := event.get("error_detail"):
                 return f"{detail[-1].get('exc_type')}: {detail[-1].get('exc_value')}"

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import click
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Table
 
@@ -22,6 +23,9 @@ from mlpipe.stack.local import StackSettings
 
 DAG_ID = "image_classification"
 POLL_SECONDS = 0.5
+WIDTH_OF_A_FILE = 120
+"""Columns where the output is no terminal."""
+
 DONE = {"success": "[green]✔[/]", "failed": "[red]✘[/]", "upstream_failed": "[yellow]–[/]", "skipped": "[dim]–[/]"}
 
 
@@ -56,6 +60,8 @@ def run(json_path: Path | None, **values: Any) -> None:
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; make it first")
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_OF_A_FILE)
     use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
     began = time.monotonic()
@@ -71,8 +77,7 @@ def run(json_path: Path | None, **values: Any) -> None:
     for item in tasks:
         if item.state == "failed":
             reason = api.last_error(DAG_ID, run_id, item) or "see its log in Airflow"
-            console.print(f"[red]{item.label} failed:[/] ", end="")
-            console.print(reason, markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{item.label} failed: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
     if result["models"]:
         _print_comparison(result, console)
     if state != "success":
@@ -118,7 +123,7 @@ def _progress(tasks: list[TaskInstance], seconds: float) -> Table:
     for item in tasks:
         mark = DONE.get(item.state or "", Spinner("dots") if item.state == "running" else "[dim]·[/]")
         took = f"{item.seconds:.1f} s" if item.seconds is not None else ""
-        table.add_row(mark, item.label, f"[dim]{item.state or 'waiting'}[/]", took)
+        table.add_row(mark, escape(item.label), f"[dim]{item.state or 'waiting'}[/]", took)
     table.add_row("", "", "", f"[dim]{seconds:.0f} s[/]")
     return table
 

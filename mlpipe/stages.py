@@ -92,7 +92,7 @@ def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, A
         UserError: an unknown model, or a source that cannot be had.
     """
     for model in config.models:
-        check_architecture(model.architecture)
+        check_architecture(model.architecture, config.data.image_size)
     source = fetch_source(config.data, ObjectStore.from_environment(Environment.from_env()))
     parent = TrackedRun(_parent(config, origin, _experiment(config)))
     on_run(parent.url)
@@ -198,8 +198,8 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
             model_uri=logged.model_uri,
             run_id=tracked.run_id,
             tags={**_model_tags(model, dataset), "dag_run_id": origin.dag_run_id},
-            description=f"{display_name(model)}, trained on {data['name']} ({len(dataset.manifest.classes)} classes) by "
-            f"recipe {config.recipe}. {origin.link}",
+            description=f"{display_name(model)}, trained on {data['name']} ({len(dataset.manifest.classes)} classes) "
+            f"by recipe {config.recipe}. {origin.link}",
         )
         tracked.set_tags({"model_version": f"{version.name}/{version.version}"})
         checkpoints.delete()

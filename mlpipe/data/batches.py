@@ -16,29 +16,6 @@ from torch import Tensor
 from mlpipe.data.dataset import Split
 
 
-class EpochSampler:
-    """The order of images in an epoch: a function of seed and epoch alone.
-
-    Lightning calls `set_epoch` of a loader's `sampler` before each epoch, also when it resumes.
-    """
-
-    def __init__(self, num_images: int, seed: int, *, shuffle: bool) -> None:
-        self._num_images = num_images
-        self._seed = seed
-        self._shuffle = shuffle
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, whose order comes next."""
-        self._epoch = epoch
-
-    def order(self) -> NDArray[np.int64]:
-        """(N,) positions, each once."""
-        if not self._shuffle:
-            return np.arange(self._num_images, dtype=np.int64)
-        return np.random.default_rng([self._seed, self._epoch]).permutation(self._num_images)
-
-
 class BatchLoader:
     """Batches of a split: uint8 images (B, H, W, 3) and int64 labels (B,), on the CPU.
 
@@ -58,12 +35,20 @@ class BatchLoader:
         self._split = split
         self._labels = torch.from_numpy(np.array(split.labels, np.int64))
         self.batch_size = batch_size
-        self.sampler = EpochSampler(len(split), seed, shuffle=shuffle)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
         self._bounds = _bounds(len(split), batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration goes through."""
-        self.sampler.set_epoch(epoch)
+        self._epoch = epoch
+
+    def order(self) -> NDArray[np.int64]:
+        """(N,) positions in the split, each once: a function of seed and epoch alone."""
+        if not self._shuffle:
+            return np.arange(self.num_images, dtype=np.int64)
+        return np.random.default_rng([self._seed, self._epoch]).permutation(self.num_images)
 
     @property
     def num_images(self) -> int:
@@ -74,8 +59,7 @@ class BatchLoader:
         return len(self._bounds) - 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # A generator: the epoch is read when the first batch is asked for, after Lightning has set it.
-        order = self.sampler.order()
+        order = self.order()
         for start, stop in zip(self._bounds[:-1], self._bounds[1:], strict=True):
             rows = order[start:stop]
             yield torch.from_numpy(self._split.images_u8.take(rows)), self._labels[torch.from_numpy(rows)]
