@@ -76,7 +76,7 @@ def link_to_run(url: str) -> None:
 
 def close_runs(context: dict[str, Any]) -> None:
     """End the MLflow runs that a failed DAG run left open."""
-    from mlpipe.stages import abandon
+    from mlpipe.stages.runs import abandon
     from mlpipe.tracking.runs import Origin
 
     run = context["dag_run"]
@@ -104,18 +104,18 @@ def close_runs(context: dict[str, Any]) -> None:
 def image_classification() -> None:
     @task(doc_md="Bring the source's bytes into object storage.")
     def download() -> dict[str, Any]:
-        from mlpipe import stages
+        from mlpipe.stages import download as stage
 
         with mistakes_in_one_line():
-            return stages.download(run_config(), origin(), on_run=link_to_run)
+            return stage.download(run_config(), origin(), on_run=link_to_run)
 
     @task(doc_md="Decode, check, split and publish the images; log them to MLflow.", outlets=[DATASETS])
     def preprocess(source: dict[str, Any]) -> list[dict[str, Any]]:
-        from mlpipe import stages
+        from mlpipe.stages import preprocess as stage
 
         with mistakes_in_one_line():
             config = run_config()
-            dataset = stages.preprocess(config, origin(), source, on_run=link_to_run)
+            dataset = stage.preprocess(config, origin(), source, on_run=link_to_run)
         asset = Asset(name=dataset["name"], uri=dataset["uri"])
         get_current_context()["outlet_events"][DATASETS].add(asset, extra={"digest": dataset["digest"]})
         return [{"model": model.name, "dataset": dataset} for model in config.models]
@@ -127,10 +127,10 @@ def image_classification() -> None:
         queue=GPU,
     )
     def train(model: str, dataset: dict[str, Any]) -> dict[str, Any]:
-        from mlpipe import stages
+        from mlpipe.stages import train as stage
 
         with mistakes_in_one_line():
-            return stages.train(run_config(), origin(), model, dataset, on_run=link_to_run)
+            return stage.train(run_config(), origin(), model, dataset, on_run=link_to_run)
 
     @task(
         doc_md="Measure the models on the test images, compare them, promote the best.",
@@ -138,10 +138,10 @@ def image_classification() -> None:
         outlets=[CHAMPIONS],
     )
     def evaluate(trained: list[dict[str, Any]]) -> dict[str, Any]:
-        from mlpipe import stages
+        from mlpipe.stages import evaluate as stage
 
         with mistakes_in_one_line():
-            result = stages.evaluate(run_config(), origin(), list(trained), on_run=link_to_run)
+            result = stage.evaluate(run_config(), origin(), list(trained), on_run=link_to_run)
         if champion := result["promoted"]:
             asset = Asset(name=champion["name"], uri=f"mlflow://registered-models/{champion['name']}/champion")
             get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra={"version": champion["version"]})

@@ -5,23 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-import mlflow
-from mlflow.data.dataset_source_registry import resolve_dataset_source
-from mlflow.data.meta_dataset import MetaDataset
-
 from mlpipe.data import figures
 from mlpipe.data.dataset import Dataset
-from mlpipe.data.prepare import Manifest
+from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.runs import TrackedRun
-
-
-def log_input(manifest: Manifest, uri: str, context: str) -> None:
-    """Name the data set as an input of the active run. Its digest covers every byte of it.
-
-    `mlflow.data.from_numpy` would hash the first 10,000 numbers, which are three images.
-    """
-    source = resolve_dataset_source(uri)
-    mlflow.log_input(MetaDataset(source, name=manifest.dataset, digest=manifest.digest), context=context)
 
 
 def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:

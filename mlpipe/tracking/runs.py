@@ -218,8 +218,8 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     """Make `run` the active one; end it as FINISHED, as FAILED on an error, as KILLED when stopped from outside."""
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
-        # It announces start and end on stderr, which Airflow shows as errors.
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    # Its notices go to stderr, which Airflow shows as errors.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow.start_run(run_id=run.info.run_id, log_system_metrics=system_metrics)
     status = RunStatus.KILLED
     try:

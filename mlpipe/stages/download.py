@@ -1,0 +1,33 @@
+"""Bring the source's bytes into object storage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from mlpipe.config import RunConfig
+from mlpipe.data.sources import fetch_source
+from mlpipe.data.store import ObjectStore
+from mlpipe.environment import Environment
+from mlpipe.models.registry import check_architecture
+from mlpipe.stages.runs import OnRun, parent_run
+from mlpipe.tracking.runs import Origin, TrackedRun
+
+
+def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, Any]:
+    """Bring the source's bytes into object storage and open the MLflow run of this DAG run.
+
+    Returns:
+        `key`, `sha256` and `kind` of the source.
+
+    Raises:
+        UserError: an unknown model, or a source that cannot be had.
+    """
+    for model in config.models:
+        check_architecture(model.architecture, config.data.image_size)
+    source = fetch_source(config.data, ObjectStore.from_environment(Environment.from_env()))
+    parent = TrackedRun(parent_run(config, origin))
+    on_run(parent.url)
+    parent.log_params({"recipe": config.recipe, "models": ",".join(model.name for model in config.models)})
+    parent.log_params({f"data/{name}": value for name, value in asdict(config.data).items()})
+    return asdict(source)

@@ -1,0 +1,63 @@
+"""Publish the images as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlpipe.config import RunConfig
+from mlpipe.data.dataset import open_dataset
+from mlpipe.data.manifest import Manifest
+from mlpipe.data.prepare import prepare_dataset
+from mlpipe.data.sources import SourceRef
+from mlpipe.data.store import ObjectStore
+from mlpipe.environment import Environment
+from mlpipe.stages.runs import OnRun, experiment, parent_run
+from mlpipe.tracking import runs
+from mlpipe.tracking.data_run import log_data
+from mlpipe.tracking.runs import Origin
+
+
+def preprocess(config: RunConfig, origin: Origin, source: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
+    """Publish the images as arrays, and log what they look like.
+
+    Returns:
+        `name`, `digest` and `uri`, `num_train`, `num_val`, `num_test` and `classes` of the published data.
+
+    Raises:
+        UserError: the archive or its images cannot be used.
+    """
+    environment = Environment.from_env()
+    store = ObjectStore.from_environment(environment)
+    reference = SourceRef(key=source["key"], sha256=source["sha256"], kind=source["kind"])
+    manifest = prepare_dataset(config.data, reference, store)
+    dataset = open_dataset(manifest.digest, store, environment.cache_dir)
+    run = runs.open_run(
+        experiment(config),
+        origin.key("data"),
+        name=f"data · {manifest.dataset}",
+        tags={**origin.tags(), "stage": "data", "dataset": manifest.dataset, "data_digest": manifest.digest},
+        description=_data_description(manifest, origin),
+        parent_run_id=parent_run(config, origin).info.run_id,
+    )
+    with runs.active(run) as tracked:
+        on_run(tracked.url)
+        log_data(tracked, dataset, store.uri(f"datasets/{manifest.digest}"))
+    return {
+        "name": manifest.dataset,
+        "digest": manifest.digest,
+        "uri": store.uri(f"datasets/{manifest.digest}"),
+        "num_train": manifest.num_train,
+        "num_val": manifest.num_val,
+        "num_test": manifest.num_test,
+        "classes": list(manifest.classes),
+    }
+
+
+def _data_description(manifest: Manifest, origin: Origin) -> str:
+    notes = "\n".join(f"- {note}" for note in manifest.notes)
+    return (
+        f"{origin.link}\n\n{manifest.num_train:,} images to train on, {manifest.num_val:,} to validate, "
+        f"{manifest.num_test:,} to test; {len(manifest.classes)} classes; "
+        f"{manifest.image_size} × {manifest.image_size} pixels.\n\n{notes}"
+    )

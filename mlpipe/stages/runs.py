@@ -1,0 +1,41 @@
+"""What the stages share: the MLflow experiment and parent run of a DAG run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlflow.entities import Run
+
+from mlpipe.config import RunConfig
+from mlpipe.tracking import runs
+from mlpipe.tracking.runs import Origin
+
+OnRun = Callable[[str], None]
+"""Told the address of the MLflow run as soon as there is one."""
+
+
+def experiment_name(dataset: str) -> str:
+    """Name of the MLflow experiment that holds all runs on a data set."""
+    return f"image-classification-{dataset}"
+
+
+def experiment(config: RunConfig) -> str:
+    """Id of the run's MLflow experiment."""
+    return runs.experiment_id(experiment_name(config.data.dataset))
+
+
+def parent_run(config: RunConfig, origin: Origin) -> Run:
+    """The MLflow run of the whole DAG run."""
+    names = ", ".join(model.name for model in config.models)
+    return runs.open_run(
+        experiment(config),
+        origin.key("parent"),
+        name=f"{config.recipe} · {config.data.dataset} · {origin.dag_run_id}",
+        tags={**origin.tags(), "stage": "parent", "recipe": config.recipe, "dataset": config.data.dataset},
+        description=f"{origin.link}\n\n{names} on {config.data.dataset}: not compared yet.",
+    )
+
+
+def abandon(dataset: str, origin: Origin, reason: str) -> None:
+    """End the MLflow runs that a failed DAG run left open: parent and children become FAILED, with the reason."""
+    runs.abandon(experiment_name(dataset), origin, reason)

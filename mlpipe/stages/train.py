@@ -1,0 +1,165 @@
+"""Train one model, log it, check that it loads elsewhere, register it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlpipe.config import ESTIMATORS, ModelConfig, RunConfig
+from mlpipe.data.dataset import Dataset, open_dataset
+from mlpipe.data.store import ObjectStore
+from mlpipe.environment import Environment
+from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
+from mlpipe.models.portable import build_network
+from mlpipe.models.weights import InitialWeights, load_initial_weights
+from mlpipe.stages.runs import OnRun, experiment, parent_run
+from mlpipe.tracking import registry, runs
+from mlpipe.tracking.data_input import log_input
+from mlpipe.tracking.runs import Origin, TrackedRun
+from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.protocol import TrainedModel
+
+NUM_EXAMPLES = 8
+"""Images by which a logged model is checked and shown; more than one, so that the batch size is seen to be free."""
+
+NETWORK_SETTINGS = frozenset(
+    {
+        "num_epochs",
+        "batch_size",
+        "learning_rate",
+        "optimizer",
+        "weight_decay",
+        "schedule",
+        "label_smoothing",
+        "augmentation",
+        "early_stopping_patience",
+        "precision",
+    }
+)
+"""Fields of `TrainConfig` that say nothing about an estimator; the others of these say nothing about a network."""
+ESTIMATOR_SETTINGS = frozenset({"inverse_regularization", "max_iterations"})
+
+
+def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
+    """Train one model, log it, check that it loads elsewhere, and register it.
+
+    Returns:
+        `name`, `architecture` and `weights` of the model, its `run_id`, `model_uri` and `version`, `train_seconds`,
+        `images_per_second`, the validation `metrics`, and the `dataset` that it was trained on.
+
+    Raises:
+        UserError: initial weights that cannot be had or do not fit, or settings with which nothing is learned.
+    """
+    model = config.model(name)
+    environment = Environment.from_env()
+    store = ObjectStore.from_environment(environment)
+    dataset = open_dataset(data["digest"], store, environment.cache_dir)
+    # Before the run is opened: weights that cannot be had leave no run behind.
+    start = None if model.architecture in ESTIMATORS else _start(model, dataset, store)
+    run = runs.open_run(
+        experiment(config),
+        origin.key(model.name),
+        name=display_name(model),
+        tags={**origin.tags(), "stage": "train", **_model_tags(model, dataset)},
+        description=f"{origin.link}\n\n{display_name(model)} on {data['name']}, recipe {config.recipe}.",
+        parent_run_id=parent_run(config, origin).info.run_id,
+    )
+    with runs.active(run, system_metrics=True) as tracked:
+        on_run(tracked.url)
+        tracked.log_params(_params(config, model, dataset))
+        log_input(dataset.manifest, data["uri"], context="training")
+        checkpoints = CheckpointStore(store, tracked.run_id)
+        trained = _fit(model, dataset, tracked, start, checkpoints)
+        tracked.log_metrics({"train_seconds": trained.train_seconds, "best_epoch": trained.best_epoch})
+        logged = _package(model, dataset, trained)
+        version = registry.register(
+            registry.registered_name(data["name"]),
+            model_uri=logged.model_uri,
+            run_id=tracked.run_id,
+            tags={**_model_tags(model, dataset), "dag_run_id": origin.dag_run_id},
+            description=f"{display_name(model)}, trained on {data['name']} ({len(dataset.manifest.classes)} classes) "
+            f"by recipe {config.recipe}. {origin.link}",
+        )
+        tracked.set_tags({"model_version": f"{version.name}/{version.version}"})
+        checkpoints.delete()
+    return {
+        "name": model.name,
+        "architecture": model.architecture,
+        "weights": model.weights,
+        "run_id": run.info.run_id,
+        "run_url": tracked.url,
+        "model_uri": version.uri,
+        "model_id": logged.model_id,
+        "version": version.version,
+        "train_seconds": trained.train_seconds,
+        "images_per_second": trained.images_per_second,
+        "metrics": dict(trained.metrics),
+        "dataset": dict(data),
+    }
+
+
+def _start(model: ModelConfig, dataset: Dataset, store: ObjectStore) -> tuple[nn.Module, InitialWeights]:
+    """The network with its initial weights."""
+    manifest = dataset.manifest
+    torch.manual_seed(model.train.seed)
+    network = build_network(model.architecture, len(manifest.classes), manifest.image_size)
+    return network, load_initial_weights(network, model, classes=manifest.classes, store=store)
+
+
+def _fit(
+    model: ModelConfig,
+    dataset: Dataset,
+    tracked: TrackedRun,
+    start: tuple[nn.Module, InitialWeights] | None,
+    checkpoints: CheckpointStore,
+) -> TrainedModel:
+    if start is None:
+        from mlpipe.training.estimator import train_estimator
+
+        return train_estimator(model, dataset, tracked)
+    from mlpipe.training.network import train_network
+
+    network, initial = start
+    tracked.log_params({"initial_weights": initial.description})
+    return train_network(model, dataset, tracked, network=network, initial=initial, checkpoints=checkpoints)
+
+
+def _package(model: ModelConfig, dataset: Dataset, trained: TrainedModel) -> PackagedModel:
+    """Log the model, and see that a process without this project gets the same answers from it."""
+    examples_u8 = np.ascontiguousarray(dataset.val_split().images_u8[:NUM_EXAMPLES])
+    logged = log_packaged_model(
+        trained.description,
+        trained.predictor,
+        name=model.name,
+        example_images_u8=examples_u8,
+        tags=_model_tags(model, dataset),
+    )
+    verify_packaged_model(logged.model_uri, examples_u8, trained.probabilities(examples_u8))
+    return logged
+
+
+def display_name(model: ModelConfig) -> str:
+    """The model's name for people; says so where a network starts from random weights."""
+    return f"{model.name} (random weights)" if model.weights == "random" else model.name
+
+
+def _model_tags(model: ModelConfig, dataset: Dataset) -> dict[str, str]:
+    return {
+        "model": model.name,
+        "architecture": model.architecture,
+        "weights": model.weights,
+        "dataset": dataset.manifest.dataset,
+        "data_digest": dataset.manifest.digest,
+    }
+
+
+def _params(config: RunConfig, model: ModelConfig, dataset: Dataset) -> dict[str, Any]:
+    """The same names for every model; a setting that says nothing about this kind of model is `n/a`."""
+    foreign = NETWORK_SETTINGS if model.architecture in ESTIMATORS else ESTIMATOR_SETTINGS
+    settings = {name: "n/a" if name in foreign else value for name, value in asdict(model.train).items()}
+    return {"recipe": config.recipe, **_model_tags(model, dataset), **settings, "image_size": config.data.image_size}
