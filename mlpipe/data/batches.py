@@ -19,9 +19,9 @@ from mlpipe.data.dataset import Split
 class BatchLoader:
     """Batches of a split: uint8 images (B, H, W, 3) and int64 labels (B,), on the CPU.
 
-    Can be given to Lightning's Trainer as a data loader. Every image comes once an epoch. Batches have `batch_size`
-    images but for the last; a last image left alone joins the batch before it, since a batch of one has no variance
-    to normalise by.
+    Can be given to Lightning's Trainer as a data loader; whoever trains calls `set_epoch` as an epoch starts. Every
+    image comes once an epoch. Batches have `batch_size` images but for the last; a last image left alone joins the
+    batch before it, since a batch of one has no variance to normalise by.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, shuffle: bool) -> None:
@@ -59,6 +59,7 @@ class BatchLoader:
         return len(self._bounds) - 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator: Lightning asks for the iterator before its epoch begins; the order is made at the first batch.
         order = self.order()
         for start, stop in zip(self._bounds[:-1], self._bounds[1:], strict=True):
             rows = order[start:stop]

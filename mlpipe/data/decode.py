@@ -2,9 +2,9 @@
 
 Every file becomes 8-bit RGB of one size: turned upright by its EXIF orientation, transparency laid on white, the first
 picture of an animation, 16 bits cut to the upper 8, CMYK and palettes converted by Pillow, embedded colour profiles
-ignored. Files that already have the wanted size and are plain JPEG or PNG take a shorter way through torchvision,
-which runs the same libraries (the pixels are the same, a test holds it) without Pillow's 35 µs of bookkeeping per image
-and without holding Python's lock.
+ignored. Plain JPEGs that already have the wanted size take a shorter way through torchvision, which runs the same
+libjpeg-turbo (the pixels are the same, a test holds it) without Pillow's 35 µs of bookkeeping per image, most of them
+under Python's lock. torchvision's PNG decoder is not used: damaged files crash it (0.29.1).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_SIDE = 25_000
 TINY_SIDE = 4
 """An image of a side shorter than this is reported, pixels."""
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "MPO")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 _ORIENTATION = 0x0112
 _DRAFT_MARGIN = 4
 """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT) while that leaves this many times the wanted
@@ -144,31 +144,19 @@ def _to_rgb(image: Image.Image, remarks: Counter[str]) -> Image.Image:
 
 
 def _decode_plain(data: bytes | memoryview, size: int) -> NDArray[np.uint8] | None:
-    """The short way: `None` where the file is not plain, has another size, or is damaged; Pillow then judges it."""
-    if data[:2] == b"\xff\xd8":
-        decode = _decode_jpeg if _is_plain_jpeg(data, size) else None
-    else:
-        decode = _decode_png if _is_plain_png(data, size) else None
-    if decode is None:
+    """The short way: `None` where the file is no plain JPEG, has another size, or is damaged; Pillow then judges it."""
+    if data[:2] != b"\xff\xd8" or not _is_plain_jpeg(data, size):
         return None
     # torch warns of buffers that it could not write to, though nobody writes
     writable = data if isinstance(data, memoryview) and not data.readonly else bytearray(data)
     try:
-        return decode(torch.frombuffer(writable, dtype=torch.uint8)).permute(1, 2, 0).numpy()
+        chw = torch.ops.image.decode_jpeg(torch.frombuffer(writable, dtype=torch.uint8), _RGB, False)
     except RuntimeError:
         return None
+    return chw.permute(1, 2, 0).numpy()
 
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
-
-
-def _decode_jpeg(data: torch.Tensor) -> torch.Tensor:
-    return torch.ops.image.decode_jpeg(data, _RGB, False)
-
-
-def _decode_png(data: torch.Tensor) -> torch.Tensor:
-    return torch.ops.image.decode_png(data, _RGB, False)
-
 
 # Segments that say nothing about what the pixels mean: JFIF, comment, quantisation and Huffman tables, restarts.
 # Others (EXIF, Adobe's colour transform, several pictures in one file) are Pillow's.
@@ -192,17 +180,3 @@ def _is_plain_jpeg(data: bytes | memoryview, size: int) -> bool:
             return False
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return False
-
-
-_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-
-
-def _is_plain_png(data: bytes | memoryview, size: int) -> bool:
-    """8-bit grey or RGB of `size` × `size`, no transparency, orientation or animation (PNG, 3rd edition, 11.2.1)."""
-    if data[:16] != _PNG_START or len(data) < 33:
-        return False
-    width, height, depth, color = struct.unpack_from(">IIBB", data, 16)
-    if width != size or height != size or depth != 8 or color not in (0, 2):
-        return False
-    content = bytes(data)
-    return not any(chunk in content for chunk in (b"tRNS", b"eXIf", b"acTL"))

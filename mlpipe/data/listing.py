@@ -77,7 +77,7 @@ class Listing:
     num_others: int = 0
     others: list[str] = field(default_factory=list)
     _name_hashes: array[int] = field(default_factory=lambda: array("q"))
-    _known: dict[str, int | None] = field(default_factory=dict)
+    _known: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     _num_members: int = 0
     _total: int = 0
 
@@ -88,16 +88,20 @@ class Listing:
             raise UserError(f"the archive has more than {self.limits.max_members:,} members; split it")
         folder, _, file_name = name.rpartition("/")
         if folder in self._known and "\\" not in name:
-            folder_id = self._known[folder]
+            parts = self._known[folder]
             if not file_name.isprintable() or file_name in ("", ".", "..") or len(name) > 250:
                 safe_parts(name)
         else:
             *above, file_name = safe_parts(name)
-            folder_id = self._folder_id(tuple(above))
+            if len(self._known) >= self.limits.max_folders:
+                raise UserError(
+                    f"the archive has more than {self.limits.max_folders:,} folders; images belong in one per class"
+                )
+            parts = None if any(map(is_hidden, above)) else tuple(above)
             if "\\" not in name:
-                self._known[folder] = folder_id
+                self._known[folder] = parts
         role = role_of(file_name)
-        if folder_id is None or role == "hidden":
+        if parts is None or role == "hidden":
             return False
         if role == "other":
             self.num_others += 1
@@ -112,7 +116,7 @@ class Listing:
         if len(self.folder_ids) >= self.limits.max_images:
             raise UserError(f"the archive has more than {self.limits.max_images:,} images; split it")
         self._total += size
-        self.folder_ids.append(folder_id)
+        self.folder_ids.append(self._folder_id(parts))
         self.sizes.append(size)
         self._name_hashes.append(hash(name))
         return True
@@ -124,13 +128,7 @@ class Listing:
         if not any(map(is_hidden, parts)) and len(self.empty_folders) < self.limits.max_folders:
             self.empty_folders.add(parts)
 
-    def _folder_id(self, parts: tuple[str, ...]) -> int | None:
-        if any(map(is_hidden, parts)):
-            return None
-        if len(self.folders) > self.limits.max_folders:
-            raise UserError(
-                f"the archive has more than {self.limits.max_folders:,} folders; images belong in one per class"
-            )
+    def _folder_id(self, parts: tuple[str, ...]) -> int:
         return self.folders.setdefault(parts, len(self.folders))
 
     def check(self, packed_bytes: int) -> None:

@@ -14,7 +14,7 @@ from mlpipe.config import DataConfig
 from mlpipe.errors import UserError
 
 MIN_TRAINING_IMAGES = 5
-"""Of each class, validation images included."""
+"""Of each class in a source with a split of its own, validation images included."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ def plan_splits(
         is_test = np.zeros(len(labels), bool)
         num_test = max(math.ceil(data.test_fraction * len(labels)), len(classes))
         is_test[_stratified_part(labels, num_test, data.split_seed)] = True
-    _check_counts(labels[is_test], classes, 1, "in test/")
+    else:
+        _check_counts(labels[is_test], classes, 1, "in test/")
+        _check_counts(labels[~is_test], classes, MIN_TRAINING_IMAGES, "in train/")
     training = labels[~is_test]
-    _check_counts(training, classes, MIN_TRAINING_IMAGES, "to train on")
     num_val = max(math.ceil(data.validation_fraction * len(training)), len(classes))
     val_indices = _stratified_part(training, num_val, data.split_seed)
     train_indices = np.setdiff1d(np.arange(len(training), dtype=np.int64), val_indices)

@@ -7,7 +7,6 @@ all, because S3's PUT is atomic. Address and keys come from boto3's own environm
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
 import os
@@ -32,6 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_KEY_BYTES = 1024  # S3's limit
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 _MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
+_CLIENT_RETRIES = {"mode": "standard", "max_attempts": 5}  # the task's own retries are the patient ones
 # Few large parts: on two cores the server's work per part is what an upload costs.
 _TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
 
@@ -164,15 +164,10 @@ class ObjectStore:
             )
 
 
-@functools.lru_cache(maxsize=1)
-def _client_config() -> Config:
-    # Adaptive waiting would hide an outage for minutes; the task's own retries are the patient ones.
-    return Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=120)
-
-
 def s3_client() -> Any:
-    """A boto3 S3 client of the environment."""
-    return boto3.client("s3", config=_client_config())
+    """A boto3 S3 client of the environment as it is now; boto3's default session would keep the first keys it saw."""
+    session = boto3.session.Session()
+    return session.client("s3", config=Config(retries=_CLIENT_RETRIES, connect_timeout=10, read_timeout=120))
 
 
 def file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ import lzma
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class TarImages(ImageArchive):
         """Members one by one; none is kept, so that memory does not grow with their number."""
         with (
             _unpacked(self.path) as unpacked,
-            tarfile.open(fileobj=_Bounded(unpacked, self.limits), mode="r:") as tar,
+            closing(_Bounded(unpacked, self.limits)) as bounded,
+            tarfile.open(fileobj=bounded, mode="r:") as tar,
         ):
             while (member := tar.next()) is not None:
                 if not (member.isreg() or member.isdir()) or member.issparse():
@@ -74,7 +76,7 @@ class TarImages(ImageArchive):
                     )
                 yield tar, member
                 tar.members.clear()  # type: ignore[attr-defined]
-            _check_end(unpacked)
+            _check_end(unpacked, bounded.last_read)
 
 
 def _unpacked(path: Path) -> Any:
@@ -89,8 +91,11 @@ def _unpacked(path: Path) -> Any:
     return path.open("rb")
 
 
-def _check_end(unpacked: Any) -> None:
-    """Read what follows the last member: that is where a packed stream's own checksum is."""
+def _check_end(unpacked: Any, last_block: bytes) -> None:
+    """tarfile takes a damaged or cut header for the archive's end; that is a block of zeros."""
+    if len(last_block) != tarfile.BLOCKSIZE or any(last_block):
+        raise EOFError("its end is missing or a header is broken")
+    # What follows the last member holds a packed stream's own checksum.
     while unpacked.read(1 << 20):
         pass
 
@@ -101,12 +106,14 @@ class _Bounded(io.RawIOBase):
     def __init__(self, unpacked: Any, limits: ArchiveLimits) -> None:
         self._unpacked = unpacked
         self._limits = limits
+        self.last_read = b""
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > self._limits.max_image_bytes:
             raise UserError("the archive has a member or header of an absurd size; pack it again")
         content: bytes = self._unpacked.read(size)
         self._check()
+        self.last_read = content
         return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

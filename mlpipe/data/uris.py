@@ -283,9 +283,7 @@ def _http_errors(address: str, field: str) -> Iterator[None]:
         reason = getattr(error.args[0], "reason", None) if error.args else None
         if isinstance(reason, urllib3.exceptions.NameResolutionError):
             raise _UnreachableError(f"the host of {shown} is not known (name resolution failed)") from None
-        if isinstance(reason, urllib3.exceptions.NewConnectionError) and not isinstance(
-            reason, urllib3.exceptions.ConnectTimeoutError
-        ):
+        if isinstance(reason, urllib3.exceptions.NewConnectionError):
             raise _UnreachableError(f"{shown} cannot be reached ({_last_words(reason)})") from None
         raise ConnectionError(f"{shown}: the connection failed ({type(error).__name__})") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:

@@ -68,7 +68,7 @@ class ZipImages(ImageArchive):
 
     def _list(self, listing: Listing) -> None:
         file_size = os.fstat(self._fd).st_size
-        start, size, count, shift = self._find_directory(file_size)
+        start, size, count = self._find_directory(file_size)
         directory = os.pread(self._fd, size, start)
         position = 0
         unpack = _CENTRAL.unpack_from
@@ -99,7 +99,7 @@ class ZipImages(ImageArchive):
                     )
                 if method == _STORED and packed != unpacked:
                     raise ValueError(f"sizes of {name[:120]!r} contradict each other")
-                self._offsets.append(offset + shift)
+                self._offsets.append(offset)
                 self._packed_sizes.append(packed)
                 self._checksums.append(checksum)
                 self._methods.append(method)
@@ -109,8 +109,8 @@ class ZipImages(ImageArchive):
         if count % 65536 or position != len(directory):
             raise ValueError("its directory is incomplete")
 
-    def _find_directory(self, file_size: int) -> tuple[int, int, int, int]:
-        """Start, size and count of entries of the central directory, and what to add to stored offsets."""
+    def _find_directory(self, file_size: int) -> tuple[int, int, int]:
+        """Start, size and count of entries of the central directory."""
         tail_at = max(0, file_size - _END.size - 0xFFFF)
         tail = os.pread(self._fd, file_size - tail_at, tail_at)
         at = tail.rfind(b"PK\x05\x06")
@@ -127,10 +127,9 @@ class ZipImages(ImageArchive):
             _, _, _, _, disk, first_disk, _, count, size, offset = record
         if disk or first_disk:
             raise UserError("the archive is one part of several; join them to one zip")
-        shift = end - size - offset  # bytes put before the archive, as self-extracting ones have
-        if shift < 0 or size > _MAX_DIRECTORY_BYTES:
+        if offset + size != end or size > _MAX_DIRECTORY_BYTES:
             raise ValueError("its directory lies outside of it")
-        return end - size, size, count, shift
+        return offset, size, count
 
     def _check_overlaps(self) -> None:
         """Members that share bytes are how small files unpack to petabytes (Fifield 2019, A better zip bomb)."""

@@ -1,0 +1,28 @@
+"""SeaweedFS with boto3's checksum trailers, which some servers have stored as content (seaweedfs#6548)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpipe.data.store import ObjectStore
+
+MIB = 1 << 20
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("num_bytes", [0, 1, 5 * MIB + 3, 64 * MIB, 64 * MIB + 7, 100 * MIB + 1])
+def test_every_size_comes_back_byte_for_byte(store: ObjectStore, tmp_path: Path, num_bytes: int) -> None:
+    content = np.random.default_rng(num_bytes).bytes(num_bytes)
+    sha256 = hashlib.sha256(content).hexdigest()
+    (tmp_path / "sent").write_bytes(content)
+    store.put_file("a/file", tmp_path / "sent", sha256)
+    store.get_file("a/file", tmp_path / "received", sha256)
+    assert (tmp_path / "received").read_bytes() == content
+    assert store.head("a/file") == {"bytes": num_bytes, "sha256": sha256}
+    if num_bytes < 10 * MIB:
+        store.put_bytes("a/bytes", content)
+        assert store.get_bytes("a/bytes") == content

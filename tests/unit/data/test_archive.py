@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlpipe.data.archive import ArchiveLimits, open_archive
+from mlpipe.data.layout import resolve_layout
+from mlpipe.errors import UserError
+
+PIXEL = b"not really pixels"  # the archive's reader does not decode
+
+
+def contents(path: Path, max_count: int = 3, max_bytes: int = 1 << 20) -> dict[str, bytes]:
+    """Everything that the reader sees, in its order."""
+    with open_archive(path) as archive:
+        found: dict[str, bytes] = {}
+        for packed in archive.stream(max_count, max_bytes):
+            assert packed.start == len(found)
+            assert 1 <= packed.count <= max_count
+            files = packed.read()
+            assert len(files) == packed.count
+            for offset, data in enumerate(files):
+                found[archive.name(packed.start + offset)] = bytes(data)
+        assert len(found) == len(archive) == len(archive.sizes)
+        return found
+
+
+def refused(path: Path, match: str, limits: ArchiveLimits | None = None) -> None:
+    def read_all() -> None:
+        with open_archive(path, limits) as archive:
+            for packed in archive.stream(8, 1 << 20):
+                packed.read()
+
+    with pytest.raises(UserError, match=match):
+        read_all()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip_is_read_as_zipfile_reads_it(make: SimpleNamespace, tmp_path: Path, compression: int) -> None:
+    rng = np.random.default_rng(0)
+    files = {f"c{i % 3}/{i}.png": rng.bytes(int(rng.integers(0, 5000))) for i in range(50)}
+    assert contents(make.pack_zip(tmp_path / "a.zip", files, compression)) == files
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_tar_is_read_as_tarfile_reads_it(make: SimpleNamespace, tmp_path: Path, mode: str) -> None:
+    files = {f"./c{i % 3}/{'long' * 40}{i}.png": bytes([i]) * i * 100 for i in range(20)}
+    assert contents(make.pack_tar(tmp_path / "a.tar", files, mode)) == files
+
+
+def test_zip64_and_comment(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("a/1.png", "w", force_zip64=True) as member:  # 20 bytes of extra field
+            member.write(PIXEL)
+        archive.writestr("b/2.png", PIXEL)
+        archive.comment = b"PK\x05 a comment"
+    assert contents(path) == {"a/1.png": PIXEL, "b/2.png": PIXEL}
+
+
+def test_zip_of_more_than_65535_members(make: SimpleNamespace, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", {f"c{i % 2}/{i}.png": b"" for i in range(66_000)})
+    with open_archive(path) as archive:
+        assert len(archive) == 66_000
+        assert archive.name(65_999) == "c1/65999.png"
+
+
+def test_zip_with_unseekable_output(tmp_path: Path) -> None:
+    class Pipe(io.RawIOBase):
+        def __init__(self) -> None:
+            self.content = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            self.content += bytes(data)
+            return len(data)
+
+    pipe = Pipe()
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as archive:  # sizes follow the data
+        archive.writestr("a/1.png", PIXEL * 10)
+    (tmp_path / "a.zip").write_bytes(pipe.content)
+    assert contents(tmp_path / "a.zip") == {"a/1.png": PIXEL * 10}
+
+
+def test_names_in_every_script(make: SimpleNamespace, tmp_path: Path) -> None:
+    names = ["кошка", "猫", "قطة", "γάτα", "बिल्ली", "고양이", "🐈", "naïve café", "a'b\"c", "$x$", "..."]
+    files = {f"{name}/图{i}.PNG": PIXEL for i, name in enumerate(names)}
+    for path in (make.pack_zip(tmp_path / "a.zip", files), make.pack_tar(tmp_path / "a.tar", files)):
+        with open_archive(path) as archive:
+            shown = [folder[0] for folder in archive.folders]
+        assert sorted(shown) == sorted(name for name in names if name != "...")
+
+
+def test_utf8_without_its_flag(make: SimpleNamespace, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", {"кот/1.png": PIXEL})
+    content = path.read_bytes().replace(b"\x14\x00\x00\x08\x00\x00", b"\x14\x00\x00\x00\x00\x00")
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    assert list(contents(path)) == ["кот/1.png"]
+
+
+def test_what_systems_leave_behind_is_passed_over(make: SimpleNamespace, tmp_path: Path) -> None:
+    litter = {
+        "__MACOSX/a/._1.png": b"",
+        "a/.DS_Store": b"",
+        "a/Thumbs.db": b"",
+        ".git/x.png": b"",
+        "a/.hidden.png": b"",
+    }
+    other = {"README.md": b"", "a/labels.csv": b"", "more.zip": b""}
+    with open_archive(
+        make.pack_zip(tmp_path / "a.zip", {"a/1.png": PIXEL, "b/1.png": PIXEL, **litter, **other})
+    ) as archive:
+        assert len(archive) == 2
+        assert archive.num_others == 3
+        assert "3 files that are not images were left out: README.md" in resolve_layout(archive).notes[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["../a/1.png", "/etc/1.png", "a/../../1.png", "C:/a/1.png", "..\\a\\1.png", "a\\..\\..\\1.png"]
+)
+def test_names_that_climb_out(make: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    refused(make.pack_zip(tmp_path / "a.zip", {name: PIXEL}), "points outside")
+    refused(make.pack_tar(tmp_path / "a.tar", {name: PIXEL}), "points outside")
+
+
+def test_control_characters(make: SimpleNamespace, tmp_path: Path) -> None:
+    refused(make.pack_zip(tmp_path / "a.zip", {"a/1\n2.png": PIXEL}), "control characters")
+    refused(make.pack_tar(tmp_path / "a.tar", {"a\x1b[31m/1.png": PIXEL}), "control characters")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_tar_links_and_devices(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("a/1.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    refused(tmp_path / "a.tar", "link or device")
+
+
+def test_zip_links(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        member = zipfile.ZipInfo("a/1.png")
+        member.external_attr = 0o120777 << 16
+        archive.writestr(member, "/etc/passwd")
+    refused(tmp_path / "a.zip", "link or device")
+
+
+def test_encrypted_zip(make: SimpleNamespace, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", {"a/1.png": PIXEL})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    refused(path, "'a/1.png' is encrypted; pack it without a password")
+
+
+def test_unknown_compression(make: SimpleNamespace, tmp_path: Path) -> None:
+    refused(make.pack_zip(tmp_path / "a.zip", {"a/1.png": PIXEL * 9}, zipfile.ZIP_LZMA), "packed by method 14")
+
+
+def test_wrong_checksum(make: SimpleNamespace, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", {"a/1.png": PIXEL, "a/2.png": b"other"})
+    path.write_bytes(path.read_bytes().replace(b"other", b"0ther"))
+    refused(path, "damaged at 'a/2.png' .*checksum")
+
+
+def test_deflated_member_larger_than_promised(make: SimpleNamespace, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", {"a/1.png": b"\0" * 1_000_000}, zipfile.ZIP_DEFLATED)
+    path.write_bytes(path.read_bytes().replace(struct.pack("<L", 1_000_000), struct.pack("<L", 10)))
+    refused(path, "damaged at 'a/1.png'")
+
+
+def test_overlapping_members(make: SimpleNamespace, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", {"a/1.png": PIXEL, "a/2.png": PIXEL})
+    content = bytearray(path.read_bytes())
+    second = content.rindex(b"PK\x01\x02")
+    content[second + 42 : second + 46] = struct.pack("<L", 0)
+    path.write_bytes(content)
+    refused(path, "overlap")
+
+
+def test_bombs(make: SimpleNamespace, tmp_path: Path) -> None:
+    big = make.pack_zip(tmp_path / "a.zip", {f"a/{i}.bmp": b"\0" * 200_000 for i in range(20)}, zipfile.ZIP_DEFLATED)
+    refused(big, "decompression bomb", ArchiveLimits(ratio_from_bytes=1_000_000))
+    refused(big, "at most 0 MB are read", ArchiveLimits(max_image_bytes=100_000))
+    refused(big, "decompression bomb", ArchiveLimits(max_total_bytes=1_000_000))
+    refused(big, "more than 5 images", ArchiveLimits(max_images=5))
+    refused(big, "more than 7 members", ArchiveLimits(max_members=7))
+    tar = make.pack_tar(tmp_path / "a.tar", {"a/1.png": PIXEL, "zeros": b"\0" * 3_000_000})
+    refused(tar, "decompression bomb", ArchiveLimits(max_total_bytes=1_000_000))
+    folders = make.pack_zip(tmp_path / "b.zip", {f"{i}/1.png": PIXEL for i in range(20)})
+    refused(folders, "more than 10 folders", ArchiveLimits(max_folders=10))
+
+
+def test_tar_header_of_absurd_size(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"\0" * 10240)
+    refused(tmp_path / "a.tar", "absurd size")
+
+
+def test_nested_archives_are_not_entered(make: SimpleNamespace, tmp_path: Path) -> None:
+    inner = make.pack_zip(tmp_path / "inner.zip", {"a/1.png": PIXEL}).read_bytes()
+    path = make.pack_zip(tmp_path / "a.zip", {f"{i}.zip": inner for i in range(4)})
+    with open_archive(path) as archive, pytest.raises(UserError, match=r"no images .*it has '0.zip', '1.zip'"):
+        resolve_layout(archive)
+
+
+def test_same_name_twice(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("a/1.png", "1")
+        archive.writestr("a/1.png", "2")
+    refused(tmp_path / "a.zip", "same name")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "neither a zip nor a tar"),
+        (b"hello", "neither a zip nor a tar"),
+        (b"\n<!DOCTYPE html><html>", "web page"),
+        (b"7z\xbc\xaf'\x1c", "7z archive"),
+        (b"Rar!\x1a\x07", "rar archive"),
+        (b"PK\x03\x04", "damaged"),
+        (b"\x1f\x8b\x08", "damaged"),
+        (b"\x1f\x8b" + b"x" * 100, "damaged"),
+        (b"BZh9" + b"x" * 100, "damaged"),
+        (b"\xfd7zXZ\x00" + b"x" * 100, "damaged"),
+    ],
+)
+def test_not_an_archive(tmp_path: Path, content: bytes, match: str) -> None:
+    (tmp_path / "a").write_bytes(content)
+    refused(tmp_path / "a", match)
+
+
+@pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
+def test_cut_off_anywhere(make: SimpleNamespace, tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    files = {f"c{i}/1.png": rng.bytes(700) for i in range(6)}
+    whole = make.pack_zip(tmp_path / "a", files) if kind == "zip" else make.pack_tar(tmp_path / "a", files, kind)
+    content = whole.read_bytes()
+    # An unpacked tar ends in zeros to a multiple of 10,240; cutting off some of those is no damage.
+    end = len(content) if kind != "w" else 6 * 1536
+    for length in (*range(0, end, 97), end - 1):
+        (tmp_path / "cut").write_bytes(content[:length])
+        refused(tmp_path / "cut", "damaged|neither a zip nor a tar")
+
+
+@pytest.fixture(scope="module")
+def samples(make: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    folder = tmp_path_factory.mktemp("samples")
+    files = {f"c{i}/1.png": bytes(range(i, 200)) for i in range(3)}
+    packed = [make.pack_zip(folder / "a", files), make.pack_zip(folder / "b", files, zipfile.ZIP_DEFLATED)]
+    packed += [make.pack_tar(folder / mode.replace(":", ""), files, mode) for mode in ("w", "w:gz", "w:xz")]
+    return [path.read_bytes() for path in packed]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_is_a_user_error_or_harmless(samples: list[bytes], tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(data.draw(st.sampled_from(samples)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=4))
+    (tmp_path / "a").write_bytes(content)
+    try:
+        with open_archive(tmp_path / "a") as archive:
+            for packed in archive.stream(4, 1 << 16):
+                for file in packed.read():
+                    assert len(file) <= 1 << 20
+            resolve_layout(archive)
+    except UserError as error:
+        assert "\n" not in str(error)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpipe.config import DataConfig
+from mlpipe.data.dataset import ImageRows, open_dataset
+from mlpipe.data.manifest import Manifest
+from mlpipe.data.prepare import prepare_dataset
+from mlpipe.data.sources import fetch_source
+from mlpipe.data.store import ObjectStore
+
+DIGITS = DataConfig(dataset="digits", image_size=8)
+
+
+@pytest.fixture
+def manifest(store: ObjectStore) -> Manifest:
+    return prepare_dataset(DIGITS, fetch_source(DIGITS, store), store)
+
+
+def cached(cache: Path, manifest: Manifest) -> set[str]:
+    return {path.name for path in (cache / "datasets" / manifest.digest).glob("*.npy")}
+
+
+def test_training_fetches_no_test_images(manifest: Manifest, store: ObjectStore, tmp_path: Path) -> None:
+    dataset = open_dataset(manifest.digest, store, tmp_path)
+    dataset.train_split()
+    dataset.val_split()
+    assert cached(tmp_path, manifest) == {
+        "train_images.npy",
+        "train_labels.npy",
+        "train_indices.npy",
+        "val_indices.npy",
+    }
+    dataset.test_split()
+    assert {"test_images.npy", "test_labels.npy"} < cached(tmp_path, manifest)
+
+
+def test_second_opening_needs_only_the_manifest(manifest: Manifest, store: ObjectStore, tmp_path: Path) -> None:
+    first = open_dataset(manifest.digest, store, tmp_path).train_split()
+    for name in manifest.files:
+        store.delete(manifest.key(name))
+    second = open_dataset(manifest.digest, store, tmp_path).train_split()
+    np.testing.assert_array_equal(first.images_u8[:], second.images_u8[:])
+
+
+def test_cut_off_copy_is_fetched_again(manifest: Manifest, store: ObjectStore, tmp_path: Path) -> None:
+    whole = open_dataset(manifest.digest, store, tmp_path).train_split().images_u8[:]
+    path = tmp_path / "datasets" / manifest.digest / "train_images.npy"
+    path.write_bytes(path.read_bytes()[:1000])
+    np.testing.assert_array_equal(open_dataset(manifest.digest, store, tmp_path).train_split().images_u8[:], whole)
+
+
+def test_damaged_object_is_not_used(manifest: Manifest, store: ObjectStore, tmp_path: Path) -> None:
+    store.put_bytes(manifest.key("train_images.npy"), b"x" * manifest.files["train_images.npy"].bytes)
+    with pytest.raises(OSError, match="damaged"):
+        open_dataset(manifest.digest, store, tmp_path).train_split()
+    assert "train_images.npy" not in cached(tmp_path, manifest)
+
+
+def test_opened_by_several_at_once(manifest: Manifest, store: ObjectStore, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        splits = list(pool.map(lambda _: open_dataset(manifest.digest, store, tmp_path).test_split(), range(4)))
+    assert all((split.images_u8[:] == splits[0].images_u8[:]).all() for split in splits)
+
+
+def test_unknown_digest(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_dataset("0" * 32, store, tmp_path)
+
+
+def test_arrays_are_mapped_and_not_written_to(manifest: Manifest, store: ObjectStore, tmp_path: Path) -> None:
+    split = open_dataset(manifest.digest, store, tmp_path).test_split()
+    assert isinstance(split.images_u8._stored_u8, np.memmap)
+    before = split.images_u8[0].copy()
+    split.images_u8[0][:] = 0  # a copy
+    np.testing.assert_array_equal(split.images_u8[0], before)
+
+
+@pytest.mark.parametrize("indices", [None, np.array([4, 2, 0])])
+def test_rows(indices: np.ndarray | None) -> None:
+    stored = np.arange(5 * 2 * 2 * 3, dtype=np.uint8).reshape(5, 2, 2, 3)
+    chosen = stored if indices is None else stored[indices]
+    rows = ImageRows(stored, indices)
+    assert rows.shape == chosen.shape
+    assert len(rows) == len(chosen)
+    for key in (0, -1, slice(None), slice(1, 3), np.array([2, 0])):
+        np.testing.assert_array_equal(rows[key], chosen[key])
+    np.testing.assert_array_equal(rows.take(np.array([2, 0])), chosen[[2, 0]])
+    np.testing.assert_array_equal(np.asarray(rows), chosen)
+    assert np.asarray(rows, np.float32).dtype == np.float32

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import logging
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlpipe.config import DataConfig
+from mlpipe.data import imageset, prepare
+from mlpipe.data.dataset import Dataset, open_dataset
+from mlpipe.data.decode import resize_pixels
+from mlpipe.data.manifest import Manifest, load_manifest, manifest_key
+from mlpipe.data.prepare import prepare_dataset
+from mlpipe.data.sources import fetch_source
+from mlpipe.data.store import ObjectStore
+from mlpipe.errors import UserError
+
+SIZE = 8
+
+
+def config(path: Path, **changes: object) -> DataConfig:
+    return replace(DataConfig(dataset="images", uri=str(path), image_size=SIZE), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def published(store: ObjectStore, tmp_path: Path):
+    def publish(data: DataConfig) -> Dataset:
+        manifest = prepare_dataset(data, fetch_source(data, store), store)
+        return open_dataset(manifest.digest, store, tmp_path / "cache")
+
+    return publish
+
+
+def refused(data: DataConfig, store: ObjectStore, match: str) -> str:
+    with pytest.raises(UserError, match=match) as caught:
+        prepare_dataset(data, fetch_source(data, store), store)
+    assert str(caught.value).startswith("data_uri: ")
+    assert store.list("datasets") == []
+    return str(caught.value)
+
+
+def test_images_labels_and_splits_are_the_sources(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    train, test = {"b": 20, "a": 12}, {"a": 5, "b": 4}
+    files = make.split_tree(train, test)
+    dataset = published(config(make.pack_zip(tmp_path / "a.zip", files)))
+    manifest = dataset.manifest
+    assert manifest.classes == ("a", "b")
+    assert (manifest.num_train, manifest.num_val, manifest.num_test) == (28, 4, 9)
+    assert manifest.class_counts["test"] == (5, 4)
+    assert manifest.notes == ()
+
+    def pixels(prefix: str, counts: dict[str, int]) -> list[tuple[int, bytes]]:
+        import io
+
+        from PIL import Image
+
+        return [
+            ("ab".index(name), np.asarray(Image.open(io.BytesIO(files[f"{prefix}/{name}/{i}.png"]))).tobytes())
+            for name, count in counts.items()
+            for i in range(count)
+        ]
+
+    test_split = dataset.test_split()
+    assert [
+        (int(label), image.tobytes()) for label, image in zip(test_split.labels, test_split.images_u8[:], strict=True)
+    ] == pixels("test", test)
+    training, validation = dataset.train_split(), dataset.val_split()
+    seen = [
+        (int(label), image.tobytes())
+        for split in (training, validation)
+        for label, image in zip(split.labels, split.images_u8[:], strict=True)
+    ]
+    assert sorted(seen) == sorted(pixels("train", train))
+    values = training.images_u8[:] / 255
+    np.testing.assert_allclose(manifest.channel_mean, values.mean((0, 1, 2)), atol=1e-12)
+    np.testing.assert_allclose(manifest.channel_std, values.std((0, 1, 2)), atol=1e-12)
+
+
+def test_classes_alone_are_split(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    dataset = published(config(make.pack_tar(tmp_path / "a.tar.gz", make.image_tree({"a": 30, "b": 20}))))
+    assert dataset.manifest.class_counts == {"train": (22, 14), "val": (2, 2), "test": (6, 4)}
+    images = [
+        image.tobytes()
+        for split in (dataset.train_split(), dataset.val_split(), dataset.test_split())
+        for image in split.images_u8[:]
+    ]
+    assert len(set(images)) == 50
+
+
+def test_zip_and_tar_give_the_same_arrays(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    files = make.split_tree({"a": 9, "b": 9}, {"a": 2, "b": 2})
+    manifests = [
+        published(config(path)).manifest
+        for path in (
+            make.pack_zip(tmp_path / "a.zip", files),
+            make.pack_zip(tmp_path / "b.zip", files, zipfile.ZIP_DEFLATED),
+            make.pack_tar(tmp_path / "a.tar", files, "w"),
+            make.pack_tar(tmp_path / "a.tgz", {f"wrapped/{name}": content for name, content in files.items()}),
+        )
+    ]
+    assert len({manifest.digest for manifest in manifests}) == 4
+    assert all(manifest.files == manifests[0].files for manifest in manifests)
+
+
+def test_many_runs_keep_their_order(make: SimpleNamespace, published, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(imageset, "RUN_IMAGES", 3)
+    files = make.image_tree({"a": 40, "b": 41})
+    dataset = published(config(make.pack_zip(tmp_path / "a.zip", files)))
+    assert dataset.manifest.num_train + dataset.manifest.num_val + dataset.manifest.num_test == 81
+    monkeypatch.setattr(imageset, "RUN_IMAGES", 1000)
+    again = published(config(make.pack_zip(tmp_path / "b.zip", files, zipfile.ZIP_DEFLATED)))
+    assert again.manifest.files == dataset.manifest.files
+
+
+def test_any_size_and_mode(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    files = make.image_tree({"a": 6, "b": 6})
+    files["a/wide.jpg"] = make.encoded(np.zeros((10, 300, 3), np.uint8), "JPEG")
+    files["b/alpha.png"] = make.encoded(np.zeros((20, 20, 4), np.uint8))
+    notes = published(config(make.pack_zip(tmp_path / "a.zip", files), image_size=16)).manifest.notes
+    assert notes == ("1 images with transparency, laid on white",)
+
+
+def test_published_data_is_left_alone(make: SimpleNamespace, store: ObjectStore, tmp_path: Path, monkeypatch) -> None:
+    data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
+    source = fetch_source(data, store)
+    first = prepare_dataset(data, source, store)
+    monkeypatch.setattr(prepare, "_write", None)
+    assert prepare_dataset(replace(data, uri="elsewhere"), source, store) == first
+    assert load_manifest(first.digest, store) == first == Manifest.from_json(first.to_json())
+
+
+def test_digest_covers_source_and_settings(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 12, "b": 12}))
+    changes = [{}, {"image_size": 9}, {"split_seed": 1}, {"validation_fraction": 0.2}, {"test_fraction": 0.3}]
+    digests = [published(config(path, **change)).manifest.digest for change in changes]
+    other = make.pack_zip(tmp_path / "b.zip", make.image_tree({"a": 12, "b": 12}, seed=1))
+    digests.append(published(config(other)).manifest.digest)
+    assert len(set(digests)) == 6
+    assert {len(digest) for digest in digests} == {32}
+
+
+@pytest.mark.parametrize("harm", ["delete", "replace"])
+def test_damaged_publication_is_mended(make: SimpleNamespace, store: ObjectStore, tmp_path: Path, harm: str) -> None:
+    data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
+    source = fetch_source(data, store)
+    first = prepare_dataset(data, source, store)
+    key = first.key("train_images.npy")
+    if harm == "delete":
+        store.delete(key)
+    else:
+        store.put_bytes(key, b"x" * first.files["train_images.npy"].bytes)
+    assert prepare_dataset(data, source, store) == first
+    open_dataset(first.digest, store, tmp_path / "cache").train_split()
+
+
+def test_failed_upload_publishes_nothing(
+    make: SimpleNamespace, store: ObjectStore, tmp_path: Path, monkeypatch
+) -> None:
+    data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
+    source = fetch_source(data, store)
+    put_file, calls = store.put_file, []
+
+    def failing(key: str, path: Path, sha256: str | None = None) -> None:
+        calls.append(key)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        put_file(key, path, sha256)
+
+    monkeypatch.setattr(store, "put_file", failing)
+    with pytest.raises(OSError, match="No space"):
+        prepare_dataset(data, source, store)
+    assert not any(key.endswith("manifest.json") for key in store.list("datasets"))
+    monkeypatch.undo()
+    assert prepare_dataset(data, source, store).num_train
+
+
+def test_two_at_once(make: SimpleNamespace, store: ObjectStore, tmp_path: Path, monkeypatch) -> None:
+    data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
+    source = fetch_source(data, store)
+    meet = threading.Barrier(2)
+    publish = prepare._publish
+
+    def together(*args):
+        meet.wait(30)
+        return publish(*args)
+
+    monkeypatch.setattr(prepare, "_publish", together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: prepare_dataset(data, source, store), range(2))
+    assert first == second == load_manifest(first.digest, store)
+
+
+def test_another_workers_other_arrays_are_noticed(
+    make: SimpleNamespace, store: ObjectStore, tmp_path: Path, monkeypatch
+) -> None:
+    data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
+    source = fetch_source(data, store)
+    put_file = store.put_file
+
+    def raced(key: str, path: Path, sha256: str | None = None) -> None:
+        put_file(key, path, sha256)
+        if key.endswith("train_images.npy"):
+            digest = key.split("/")[1]
+            store.put_bytes(manifest_key(digest), other.to_json(), if_absent=True)
+
+    other = replace(prepare_dataset(data, source, store), files={})
+    store.delete(manifest_key(other.digest))
+    monkeypatch.setattr(store, "put_file", raced)
+    with pytest.raises(RuntimeError, match="same versions of Pillow"):
+        prepare_dataset(data, source, store)
+
+
+def test_bad_images_are_named(make: SimpleNamespace, store: ObjectStore, tmp_path: Path) -> None:
+    files = make.split_tree({"a": 9, "b": 9}, {"a": 2, "b": 2})
+    whole = files["train/a/3.png"]
+    bad = {
+        "train/a/3.png": whole[: len(whole) // 2],
+        "train/b/4.png": b"",
+        "test/a/1.png": b"GIF89a",
+        "test/b/0.png": b"text",
+    }
+    data = config(make.pack_zip(tmp_path / "a.zip", files | bad))
+    message = refused(data, store, "4 of 22 images cannot be used")
+    assert "'train/a/3.png' is damaged" in message
+    assert "'train/b/4.png' is empty" in message
+    assert message.count(".png'") == 3
+    assert message.endswith("Replace them or leave them out")
+
+
+def test_many_bad_images_stop_early(make: SimpleNamespace, store: ObjectStore, tmp_path: Path) -> None:
+    files = dict.fromkeys(make.image_tree({"a": 150, "b": 150}), b"text")
+    refused(config(make.pack_zip(tmp_path / "a.zip", files)), store, "more than 100 of 300 images cannot be used")
+
+
+def test_a_class_with_too_few_images(make: SimpleNamespace, store: ObjectStore, tmp_path: Path) -> None:
+    path = make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 30, "lonely": 1}))
+    refused(config(path), store, "at least 6 images .*'lonely' has 1")
+    path = make.pack_zip(tmp_path / "b.zip", make.split_tree({"a": 30, "b": 30}, {"a": 3}))
+    refused(config(path), store, "at least 1 image in test/, but 'b' has 0")
+    path = make.pack_zip(tmp_path / "c.zip", make.split_tree({"a": 30}, {"a": 3, "b": 3}))
+    refused(config(path), store, "at least 5 images in train/, but 'b' has 0")
+
+
+def test_shared_and_repeated_images_are_reported(
+    make: SimpleNamespace, published, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = make.split_tree({"a": 9, "b": 9}, {"a": 2, "b": 2})
+    files["test/a/1.png"] = make.encoded(make.random_pixels(7))
+    files["train/a/3.png"] = make.encoded(make.random_pixels(7), compress_level=1)  # other bytes, same pixels
+    files["train/b/1.png"] = files["train/b/2.png"]
+    files["train/b/5.png"] = files["train/a/6.png"]
+    with caplog.at_level(logging.WARNING):
+        notes = published(config(make.pack_zip(tmp_path / "a.zip", files))).manifest.notes
+    assert notes == (
+        "1 test images are also among the training images: test/a/1.png = train/a/3.png",
+        "2 training images are copies of others",
+        "1 images occur under more than one class",
+    )
+    assert all(note in caplog.text for note in notes)
+
+
+def test_digits(published) -> None:
+    from mlpipe.data.sources import digits_bytes, read_digits
+
+    dataset = published(DataConfig(dataset="digits"))
+    manifest = dataset.manifest
+    assert manifest.classes == tuple("0123456789")
+    assert (manifest.num_train, manifest.num_val, manifest.num_test) == (1293, 144, 360)
+    images, labels = read_digits(digits_bytes())
+    shown = {resize_pixels(image, 32).tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    test = dataset.test_split()
+    assert [shown[image.tobytes()] for image in test.images_u8[:]] == test.labels.tolist()

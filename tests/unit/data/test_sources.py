@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from sklearn.datasets import load_digits
+
+from mlpipe.config import DataConfig
+from mlpipe.data.sources import digits_bytes, fetch_source, read_digits
+from mlpipe.data.store import ObjectStore
+from mlpipe.errors import UserError
+
+
+@pytest.fixture
+def archive(make: SimpleNamespace, tmp_path: Path) -> Path:
+    return make.pack_zip(tmp_path / "images.zip", make.image_tree({"a": 2, "b": 2}))
+
+
+def images(uri: str | Path) -> DataConfig:
+    return DataConfig(dataset="images", uri=str(uri))
+
+
+def test_local_archive(archive: Path, store: ObjectStore) -> None:
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    for uri in (archive, archive.as_uri()):
+        source = fetch_source(images(uri), store)
+        assert (source.key, source.sha256, source.kind) == (f"sources/{sha256}", sha256, "images")
+    assert store.get_bytes(source.key) == archive.read_bytes()
+
+
+def test_remote_archive_is_fetched_again_only_when_it_changed(
+    make: SimpleNamespace, archive: Path, store: ObjectStore
+) -> None:
+    content = archive.read_bytes()
+    with make.web_server((200, {"ETag": '"1"'}, content)) as (address, requests):
+        first = fetch_source(images(f"{address}/images.zip?sig=secret"), store)
+        assert fetch_source(images(f"{address}/images.zip?sig=secret"), store) == first
+        assert [request.split()[0] for request in requests] == ["HEAD", "GET", "HEAD"]
+    assert not any("secret" in key for key in store.list("sources"))
+    with make.web_server((200, {}, content)) as (address, requests):
+        for _ in range(2):
+            assert fetch_source(images(f"{address}/images.zip"), store) == first
+        assert [request.split()[0] for request in requests] == ["HEAD", "GET", "HEAD", "GET"]
+
+
+def test_address_with_checksum_is_fetched_once(make: SimpleNamespace, archive: Path, store: ObjectStore) -> None:
+    content = archive.read_bytes()
+    with make.web_server((200, {}, content)) as (address, requests):
+        uri = f"{address}/images.zip#sha256={hashlib.sha256(content).hexdigest()}"
+        assert fetch_source(images(uri), store) == fetch_source(images(uri), store)
+    assert [request.split()[0] for request in requests].count("GET") == 1
+
+
+def test_s3_archive(archive: Path, store: ObjectStore) -> None:
+    store.put_file("mine/images.zip", archive)
+    uri = store.uri("mine/images.zip")
+    source = fetch_source(images(uri), store)
+    assert fetch_source(images(uri), store) == source
+    store.put_bytes("mine/images.zip", b"something else")
+    with pytest.raises(UserError, match="neither a zip nor a tar"):
+        fetch_source(images(uri), store)
+
+
+def test_unusable_archive_is_not_stored(make: SimpleNamespace, store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 and no more")
+    one_class = make.pack_zip(tmp_path / "b.zip", make.image_tree({"a": 9}))
+    with make.web_server((200, {}, (tmp_path / "a.zip").read_bytes())) as (address, _):
+        for uri, match in (
+            (str(tmp_path / "a.zip"), "a.zip: the archive is damaged"),
+            (str(one_class), "b.zip: the archive has one class"),
+            (f"{address.replace('//', '//me:pw@')}/a.zip?sig=secret", "damaged"),
+        ):
+            with pytest.raises(UserError, match=f"^data_uri: .*{match}") as caught:
+                fetch_source(images(uri), store)
+            assert "secret" not in str(caught.value)
+            assert "pw" not in str(caught.value)
+    assert store.list("sources") == []
+
+
+def test_digits_are_scikit_learns(store: ObjectStore) -> None:
+    source = fetch_source(DataConfig(dataset="digits"), store)
+    assert fetch_source(DataConfig(dataset="digits"), store) == source
+    images_u8, labels = read_digits(digits_bytes())
+    known = load_digits()
+    assert (labels == known.target).all()
+    assert ((images_u8 / 255 * 16).round() == known.images).all()
+    assert images_u8.max() == 255
