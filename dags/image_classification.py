@@ -70,7 +70,8 @@ def origin() -> Origin:
 
 
 def link_to_run(url: str) -> None:
-    """Give the task its button to the MLflow run while it still runs."""
+    """Give the task its button to the MLflow run, and its log a link, while it still runs."""
+    log.info("MLflow run: %s", url)
     get_current_context()["ti"].xcom_push(key="mlflow_run_url", value=url)
 
 
@@ -102,7 +103,7 @@ def close_runs(context: dict[str, Any]) -> None:
     tags=["image-classification", "mlflow"],
 )
 def image_classification() -> None:
-    @task(doc_md="Bring the source's bytes into object storage.")
+    @task(doc_md="Bring the source's bytes into object storage.", multiple_outputs=False)
     def download() -> dict[str, Any]:
         from mlpipe.stages import download as stage
 
@@ -122,6 +123,7 @@ def image_classification() -> None:
 
     @task(
         doc_md="Train one model, log and register it.",
+        multiple_outputs=False,
         map_index_template="{{ task.op_kwargs['model'] }}",
         executor=GPU if HAS_GPU_EXECUTOR else None,
         queue=GPU,
@@ -134,6 +136,7 @@ def image_classification() -> None:
 
     @task(
         doc_md="Measure the models on the test images, compare them, promote the best.",
+        multiple_outputs=False,
         trigger_rule="all_done_min_one_success",
         outlets=[CHAMPIONS],
     )

@@ -75,6 +75,13 @@ class RunParams:
         exclusiveMinimum=0,
         maximum=10,
     )
+    early_stopping: int | None = describe(
+        None,
+        "Early stopping",
+        "Epochs without a better validation accuracy after which training ends. Empty: the recipe's.",
+        minimum=1,
+        maximum=1000,
+    )
     image_size: int | None = describe(
         None,
         "Image size",

@@ -67,6 +67,7 @@ def resolve(params: RunParams) -> RunConfig:
         "num_epochs": params.epochs,
         "batch_size": params.batch_size,
         "learning_rate": params.learning_rate,
+        "early_stopping_patience": params.early_stopping,
         "seed": params.seed,
     }
     chosen = {name: value for name, value in chosen.items() if value is not None}

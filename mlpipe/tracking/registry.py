@@ -67,7 +67,7 @@ def by_alias(name: str, alias: str) -> RegisteredVersion | None:
         if error.error_code in (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    return RegisteredVersion(name=name, version=str(version.version), run_id=version.run_id, tags=version.tags)
+    return RegisteredVersion(name=name, version=str(version.version), run_id=version.run_id or "", tags=version.tags)
 
 
 def move_alias(name: str, alias: str, version: str) -> None:

@@ -107,14 +107,14 @@ def compare_url(run_ids: Sequence[str], experiment: str) -> str:
 def experiment_id(name: str) -> str:
     """Id of the experiment, which is created on first use, also when several runs start at once."""
     client = mlflow.MlflowClient()
-    if experiment := client.get_experiment_by_name(name):
-        return experiment.experiment_id
+    if known := client.get_experiment_by_name(name):
+        return known.experiment_id
     try:
-        return client.create_experiment(name)
+        return client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"})
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    return mlflow.get_experiment_by_name(name).experiment_id
+    return experiment_id(name)
 
 
 def find_run(experiment: str, key: str) -> Run | None:

@@ -45,7 +45,7 @@ def test_the_graph_has_the_four_tasks(logged_in: Page, environment: dict[str, st
 
 def test_a_task_leads_to_its_mlflow_run(logged_in: Page, environment: dict[str, str], demo: dict[str, Any]) -> None:
     page = logged_in
-    page.goto(f"{environment['MLPIPE_AIRFLOW_URL']}{DAG}/runs/{demo['dag_run_id']}/tasks/train/mapped/0")
+    page.goto(f"{environment['MLPIPE_AIRFLOW_URL']}{DAG}/runs/{demo['dag_run_id']}/tasks/train/mapped/0/details")
     button = page.get_by_role("link", name="MLflow run")
     expect(button).to_be_visible()
     target = button.get_attribute("href") or ""

@@ -62,7 +62,10 @@ def test_tasks_follow_each_other(run_python: RunPython) -> None:
 
 
 def test_the_form_is_the_configurations(run_python: RunPython) -> None:
-    script = LOAD + "print(json.dumps({n: [p.value, {**p.schema, 'description': p.description}] for n, p in dag.params.items()}, default=str))"
+    script = (
+        LOAD
+        + "print(json.dumps({n: [p.value, {**p.schema, 'description': p.description}] for n, p in dag.params.items()}, default=str))"
+    )
     shown = json.loads(run_python(script).splitlines()[-1])
     for name, schema in RunParams.json_schema().items():
         default = schema.pop("default")

@@ -118,7 +118,9 @@ def test_an_estimator_answers_alike_in_a_clean_process(experiment, description, 
 
 @pytest.mark.slow
 def test_mlflow_models_serve_answers_json(logged, images_u8, expected, tmp_path, unused_port) -> None:
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    # `mlflow models serve` looks for uvicorn in PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", logged.model_uri, "--env-manager", "local"]
     address = f"http://127.0.0.1:{unused_port}"
     with (tmp_path / "log").open("wb") as log:
@@ -135,7 +137,8 @@ def test_mlflow_models_serve_answers_json(logged, images_u8, expected, tmp_path,
             refused = requests.post(f"{address}/invocations", json={"inputs": wrong}, timeout=60)
             assert refused.status_code == 400, json.dumps(wrong)
     finally:
-        os.killpg(server.pid, 15)
+        if server.poll() is None:
+            os.killpg(server.pid, 15)
         server.wait(timeout=30)
 
 
