@@ -97,13 +97,15 @@ class EpochKeeper(Callback):
     def _save(self, trainer: Trainer, module: ClassificationModule) -> None:
         if self._checkpoints is None:
             return
+        weights = module.network.state_dict()
         schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         self._checkpoints.save(
             {
                 "fingerprint": self._fingerprint,
                 "history": self.history,
-                "best_weights": self.best_weights,
-                "weights": module.network.state_dict(),
+                # The same tensors where this epoch is the best: they are then stored once.
+                "best_weights": weights if self.best_epoch == len(self.history) else self.best_weights,
+                "weights": weights,
                 "optimizer": trainer.optimizers[0].state_dict(),
                 "schedules": schedules,
             }
