@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -207,8 +208,15 @@ def reliability_figure(evaluation: Evaluation, name: str) -> Figure:
     return figure
 
 
+class Images(Protocol):
+    """Images by row: an array, or something that reads them when they are asked for."""
+
+    def __getitem__(self, row: Any, /) -> NDArray[np.uint8]:
+        """The image of a row, (H, W, 3)."""
+
+
 def mistakes_figure(
-    images_u8: NDArray[np.uint8],
+    images_u8: Images,
     labels: NDArray[np.integer],
     probabilities: NDArray[np.floating],
     classes: Sequence[str],

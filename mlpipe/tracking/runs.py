@@ -215,7 +215,11 @@ def tracked(run_id: str) -> TrackedRun:
 
 @contextmanager
 def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
-    """Make `run` the active one; end it as FINISHED, as FAILED on an error, as KILLED when stopped from outside."""
+    """Make `run` the active one; end it as FINISHED, as FAILED on an error, as KILLED when stopped from outside.
+
+    What stops a task from outside stops its DAG run as well, or is followed by a retry, which opens the parent again:
+    with a killed run its parent ends, too.
+    """
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
     # Its notices go to stderr, which Airflow shows as errors.
@@ -231,6 +235,9 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+        parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+        if status == RunStatus.KILLED and parent:
+            mlflow.MlflowClient().set_terminated(parent, RunStatus.to_string(status))
 
 
 def abandon(experiment_name: str, origin: Origin, reason: str) -> None:

@@ -64,7 +64,10 @@ def test_tasks_follow_each_other(run_python: RunPython) -> None:
 def test_the_form_is_the_configurations(run_python: RunPython) -> None:
     script = (
         LOAD
-        + "print(json.dumps({n: [p.value, {**p.schema, 'description': p.description}] for n, p in dag.params.items()}, default=str))"
+        + """
+form = {name: [param.value, {**param.schema, "description": param.description}] for name, param in dag.params.items()}
+print(json.dumps(form, default=str))
+"""
     )
     shown = json.loads(run_python(script).splitlines()[-1])
     for name, schema in RunParams.json_schema().items():

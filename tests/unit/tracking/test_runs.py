@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -22,7 +23,8 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def experiment(_store: None, request: pytest.FixtureRequest) -> str:
+def experiment(_store: None, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)  # MLflow's default artifact folder is relative
     return runs.experiment_id(request.node.name)
 
 
@@ -63,11 +65,12 @@ def test_other_dag_runs_and_other_parts_have_runs_of_their_own(experiment: str) 
     assert len(ids) == 4
 
 
-def test_a_run_stopped_from_outside_is_killed(experiment: str) -> None:
-    run = opened(experiment, origin())
+def test_a_run_stopped_from_outside_is_killed_with_its_parent(experiment: str) -> None:
+    parent = opened(experiment, origin(), "parent")
+    run = runs.open_run(experiment, "k", name="child", tags={}, description="", parent_run_id=parent.info.run_id)
     with pytest.raises(KeyboardInterrupt), runs.active(run):
         raise KeyboardInterrupt
-    assert fetched(run).info.status == "KILLED"
+    assert [fetched(each).info.status for each in (run, parent)] == ["KILLED", "KILLED"]
 
 
 def test_parameters_of_the_first_try_stay(experiment: str) -> None:
