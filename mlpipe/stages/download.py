@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mlpipe.config import RunConfig
-from mlpipe.data.sources import fetch_source
+from mlpipe.data.sources import fetch_source, redact_uri
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.models.registry import check_architecture
@@ -29,5 +29,6 @@ def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, A
     parent = TrackedRun(parent_run(config, origin))
     on_run(parent.url)
     parent.log_params({"recipe": config.recipe, "models": ",".join(model.name for model in config.models)})
-    parent.log_params({f"data/{name}": value for name, value in asdict(config.data).items()})
+    data = asdict(config.data) | {"uri": redact_uri(config.data.uri or "")}
+    parent.log_params({f"data/{name}": value for name, value in data.items()})
     return asdict(source)
