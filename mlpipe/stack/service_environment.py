@@ -70,10 +70,6 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
             "min_serialized_dag_update_interval": 5,
             "dagbag_import_timeout": 120,
         },
-        "gpu_executor": {
-            # The slowest model trains alone for most of the time, and then has all cores; waiting threads sleep.
-            "threads_per_slot": os.cpu_count() or 1,
-        },
         "database": {"sql_alchemy_conn": f"sqlite:///{settings.airflow_database}?timeout=60"},
         "logging": {
             "base_log_folder": settings.logs / "airflow",
