@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.spinner import Spinner
-from rich.table import Table
+from rich.table import Column, Table
 
 from mlpipe.airflow_api import AirflowApi, TaskInstance
 from mlpipe.config import RunParams
@@ -59,9 +59,7 @@ def run(json_path: Path | None, **values: Any) -> None:
     resolve(params)
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; make it first")
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH_OF_A_FILE)
+    console = _console()
     use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
     began = time.monotonic()
@@ -82,6 +80,13 @@ def run(json_path: Path | None, **values: Any) -> None:
         _print_comparison(result, console)
     if state != "success":
         raise SystemExit(1)
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH_OF_A_FILE)
+    return console
 
 
 def use_local_stack(variable: str) -> None:
@@ -208,9 +213,11 @@ def predict(model_uri: str, images: tuple[Path, ...]) -> None:
     use_local_stack("MLFLOW_TRACKING_URI")
     import mlflow
     import numpy as np
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
     from mlflow.exceptions import MlflowException
     from PIL import Image, UnidentifiedImageError
 
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     try:
         model = mlflow.pyfunc.load_model(model_uri)
     except (MlflowException, OSError) as error:
@@ -218,7 +225,7 @@ def predict(model_uri: str, images: tuple[Path, ...]) -> None:
         raise UserError(
             f"MODEL_URI: {model_uri!r} cannot be loaded ({reason}); see the Models page of MLflow"
         ) from None
-    table = Table("image", "label", "confidence")
+    table = Table(Column("image", overflow="fold"), "label", "confidence")
     for path in images:
         try:
             with Image.open(path) as image:
@@ -227,4 +234,4 @@ def predict(model_uri: str, images: tuple[Path, ...]) -> None:
             raise UserError(f"IMAGE: {str(path)!r} cannot be read as an image ({error})") from None
         row = model.predict(pixels).iloc[0]
         table.add_row(str(path), str(row["label"]), f"{row['confidence']:.4f}")
-    Console().print(table)
+    _console().print(table)

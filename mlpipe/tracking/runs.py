@@ -23,6 +23,10 @@ from urllib.parse import quote
 import mlflow
 from matplotlib.figure import Figure
 from mlflow.entities import Run, RunStatus
+from mlflow.environment_variables import (
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
@@ -213,6 +217,13 @@ def tracked(run_id: str) -> TrackedRun:
     return TrackedRun(mlflow.MlflowClient().get_run(run_id))
 
 
+def _keep_quiet() -> None:
+    """Keep MLflow's notices and progress bars from stderr, which Airflow shows as errors."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
+
+
 @contextmanager
 def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     """Make `run` the active one; end it as FINISHED, as FAILED on an error, as KILLED when stopped from outside.
@@ -222,8 +233,7 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     """
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
-    # Its notices go to stderr, which Airflow shows as errors.
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    _keep_quiet()
     mlflow.start_run(run_id=run.info.run_id, log_system_metrics=system_metrics)
     status = RunStatus.KILLED
     try:
