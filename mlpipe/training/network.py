@@ -59,7 +59,7 @@ def train_network(
         training,
         tracking,
         checkpoints,
-        fingerprint=json.dumps([asdict(model), manifest.digest, initial.description], sort_keys=True),
+        fingerprint=_fingerprint(model, dataset, initial, network),
         seed=config.seed,
         patience=config.early_stopping_patience,
     )
@@ -90,6 +90,12 @@ def train_network(
         epochs_run=len(keeper.history),
         best_epoch=keeper.best_epoch,
     )
+
+
+def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:
+    """What a checkpoint must agree with to be gone on from; the shapes, since the code may change between two tries."""
+    shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
+    return json.dumps([asdict(model), dataset.manifest.digest, initial.description, shapes], sort_keys=True)
 
 
 def choose_precision(wanted: Literal["auto", "32-true", "bf16-mixed"]) -> Literal["32-true", "bf16-mixed"]:
