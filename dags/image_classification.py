@@ -117,8 +117,9 @@ def image_classification() -> None:
         with mistakes_in_one_line():
             config = run_config()
             dataset = stage.preprocess(config, origin(), source, on_run=link_to_run)
-        asset = Asset(name=dataset["name"], uri=dataset["uri"])
-        get_current_context()["outlet_events"][DATASETS].add(asset, extra={"digest": dataset["digest"]})
+        asset = Asset(name=dataset["name"], uri=f"mlpipe://datasets/{dataset['name']}")
+        extra = {"digest": dataset["digest"], "uri": dataset["uri"]}
+        get_current_context()["outlet_events"][DATASETS].add(asset, extra=extra)
         return [{"model": model.name, "dataset": dataset} for model in config.models]
 
     @task(

@@ -17,6 +17,8 @@ import mlflow
 import numpy as np
 import pytest
 
+from mlpipe.stack.local import StackSettings
+
 pytestmark = pytest.mark.integration
 
 MODELS = {"custom_cnn", "logistic_regression", "resnet18"}
@@ -108,6 +110,24 @@ def test_training_tasks_ran_side_by_side(demo: dict[str, Any], airflow_get: Call
     latest_start = max(datetime.fromisoformat(row["start_date"]) for row in rows)
     earliest_end = min(datetime.fromisoformat(row["end_date"]) for row in rows)
     assert latest_start < earliest_end
+
+
+def test_the_data_set_and_the_champion_are_announced(demo: dict[str, Any], airflow_get: Callable[[str], Any]) -> None:
+    events = airflow_get("/assets/events?limit=100")["asset_events"]
+    mine = {event["name"]: event["extra"] for event in events if event["source_run_id"] == demo["dag_run_id"]}
+    assert mine["digits"]["digest"] == demo["dataset"]["digest"]
+    assert mine["digits-classifier"]["version"] == demo["champion"]["version"]
+
+
+def test_no_secret_is_written_down(demo: dict[str, Any], stack: StackSettings) -> None:
+    assert demo
+    secrets = [value for value in json.loads(stack.credentials_path.read_text()).values() if len(value) > 8]
+    meant_for_it = {stack.credentials_path, stack.home / "airflow" / "passwords.json"}
+    for path in stack.home.rglob("*"):
+        if not path.is_file() or path in meant_for_it:
+            continue
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
 
 
 def test_a_stranger_loads_the_champion(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
