@@ -7,23 +7,14 @@ from functools import lru_cache
 
 import torch
 import torchvision
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline
 from torch import nn
 
-from mlpipe.config import ESTIMATORS, TrainConfig
+from mlpipe.config import ESTIMATORS
 from mlpipe.errors import UserError
 from mlpipe.models import portable
 
 IMAGE_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 """Sizes to suggest where a network cannot take the one that was asked for, pixels."""
-
-MAX_DIMENSIONS = 256
-"""Principal components that the linear model sees at most."""
-
-IMAGES_PER_DIMENSION = 20
-"""Training images that each of them needs; whitening would blow up what fewer images cannot tell from noise."""
 
 
 @lru_cache(maxsize=1)
@@ -75,25 +66,3 @@ def build_network(architecture: str, *, num_classes: int, image_size: int, seed:
     check_architecture(architecture, image_size)
     torch.manual_seed(seed)
     return portable.build_network(architecture, num_classes, image_size)
-
-
-def build_estimator(architecture: str, train: TrainConfig, *, num_images: int, num_features: int) -> Pipeline:
-    """A scikit-learn pipeline that takes (N, num_features) float32 in 0..1.
-
-    Whitening makes the optimisation well-conditioned: it converges in a few steps where raw pixels take hundreds.
-
-    Raises:
-        UserError: no such estimator.
-    """
-    if architecture != "logistic_regression":
-        raise UserError(f"models: {architecture!r} is not an estimator; known are {', '.join(sorted(ESTIMATORS))}")
-    whiten = PCA(
-        n_components=max(1, min(MAX_DIMENSIONS, num_images // IMAGES_PER_DIMENSION, num_features)),
-        whiten=True,
-        svd_solver="randomized",
-        random_state=train.seed,
-    )
-    classify = LogisticRegression(
-        C=train.inverse_regularization, max_iter=train.max_iterations, random_state=train.seed
-    )
-    return Pipeline([("whiten", whiten), ("classify", classify)])

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from mlpipe.config import ESTIMATORS, ModelConfig, RunConfig
@@ -15,7 +14,7 @@ from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
-from mlpipe.models.portable import build_network
+from mlpipe.models.registry import build_network
 from mlpipe.models.weights import InitialWeights, load_initial_weights
 from mlpipe.stages.runs import OnRun, experiment, parent_run
 from mlpipe.tracking import registry, runs
@@ -106,8 +105,12 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
 def _start(model: ModelConfig, dataset: Dataset, store: ObjectStore) -> tuple[nn.Module, InitialWeights]:
     """The network with its initial weights."""
     manifest = dataset.manifest
-    torch.manual_seed(model.train.seed)
-    network = build_network(model.architecture, len(manifest.classes), manifest.image_size)
+    network = build_network(
+        model.architecture,
+        num_classes=len(manifest.classes),
+        image_size=manifest.image_size,
+        seed=model.train.seed,
+    )
     return network, load_initial_weights(network, model, classes=manifest.classes, store=store)
 
 

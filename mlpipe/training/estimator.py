@@ -15,8 +15,8 @@ from sklearn.pipeline import Pipeline
 
 from mlpipe.config import ModelConfig
 from mlpipe.data.dataset import Dataset, Split
+from mlpipe.models.estimators import build_estimator
 from mlpipe.models.portable import ModelDescription, flatten, resize
-from mlpipe.models.registry import build_estimator
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from mlpipe.config import ModelConfig
 from mlpipe.data.batches import BatchLoader
@@ -142,20 +142,7 @@ def _fit(
         )
         # Lightning's own count of completed epochs, from which it goes on.
         trainer.fit_loop.epoch_progress.current.processed = len(keeper.history)  # type: ignore[attr-defined]
-        trainer.fit(module, _Iterable(training), _Iterable(validation))
-
-
-class _Iterable:
-    """What Lightning sees of a loader: with its sampler in sight it would treat it as torch's `DataLoader`."""
-
-    def __init__(self, loader: BatchLoader) -> None:
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._loader)
+        trainer.fit(module, training, validation)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import nn
 from mlpipe.config import ModelConfig, TrainConfig
 from mlpipe.errors import UserError
 from mlpipe.models import package, registry
+from mlpipe.models.estimators import build_estimator
 from mlpipe.models.package import PackagedModel
 from mlpipe.models.portable import ImageClassifier, ModelDescription, flatten
 from mlpipe.models.weights import load_initial_weights
@@ -107,7 +108,7 @@ def test_verifying_notices_a_model_that_needs_this_project(logged, images_u8, ex
 
 @pytest.mark.slow
 def test_an_estimator_answers_alike_in_a_clean_process(experiment, description, images_u8) -> None:
-    estimator = registry.build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
+    estimator = build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
     features = flatten(torch.from_numpy(images_u8))
     estimator.fit(features, np.array([0, 1, 2, 0, 1, 2, 0]))
     linear = replace(description, kind="estimator", architecture="logistic_regression")

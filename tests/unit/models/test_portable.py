@@ -15,6 +15,7 @@ from torch import nn
 
 from mlpipe.config import TrainConfig
 from mlpipe.models import package, portable, registry
+from mlpipe.models.estimators import build_estimator
 from mlpipe.models.portable import ImageClassifier, ModelDescription
 
 
@@ -164,7 +165,7 @@ def test_any_network_survives_being_written_and_read(architecture, description, 
 
 def test_an_estimator_survives_being_written_and_read(description, images_u8, tmp_path) -> None:
     features = portable.flatten(torch.from_numpy(images_u8))
-    estimator = registry.build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
+    estimator = build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
     estimator.fit(features, np.array([0, 1, 2, 0, 1, 2, 0]))
     values = {**description.__dict__, "kind": "estimator", "architecture": "logistic_regression"}
     classifier = ImageClassifier()

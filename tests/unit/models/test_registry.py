@@ -9,6 +9,7 @@ import torchvision
 from mlpipe.config import MODEL_NAME, TrainConfig
 from mlpipe.errors import UserError
 from mlpipe.models import registry
+from mlpipe.models.estimators import build_estimator
 
 
 def test_every_classification_network_of_torchvision_is_known_by_a_name_the_form_allows() -> None:
@@ -67,6 +68,6 @@ def test_the_seed_decides_the_initial_weights() -> None:
 
 
 def test_whitening_uses_no_more_dimensions_than_the_images_can_tell_from_noise() -> None:
-    few = registry.build_estimator("logistic_regression", TrainConfig(), num_images=1000, num_features=3072)
-    many = registry.build_estimator("logistic_regression", TrainConfig(), num_images=50000, num_features=3072)
+    few = build_estimator("logistic_regression", TrainConfig(), num_images=1000, num_features=3072)
+    many = build_estimator("logistic_regression", TrainConfig(), num_images=50000, num_features=3072)
     assert (few[0].n_components, many[0].n_components) == (50, 256)
