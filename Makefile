@@ -20,7 +20,8 @@ down: ## Stop the local stack; its data stays
 	$(BIN)/mlpipe down
 
 test: lint ## Run the linter, the type checker and all tests, the real stack included
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not integration"
+	$(BIN)/python -m pytest -m integration
 
 lint: install ## Run the linter and the type checker
 	$(BIN)/ruff check
