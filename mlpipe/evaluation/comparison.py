@@ -16,6 +16,8 @@ from statsmodels.stats.multitest import multipletests
 from mlpipe.evaluation.metrics import Evaluation
 
 SIGNIFICANCE = 0.05
+SMALLEST_P = 1e-100
+"""Smaller ones are given as smaller than this; they come out as 0 at some point."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -264,8 +266,8 @@ def _test_row(test: PairedTest) -> list[str]:
         f"{100 * test.difference:.2f}",
         str(test.only_better_right),
         str(test.only_worse_right),
-        f"{test.p_value:.3g}",
-        f"{test.p_adjusted:.3g}",
+        _p_cell(test.p_value),
+        _p_cell(test.p_adjusted),
     ]
 
 
@@ -313,6 +315,10 @@ def _percent(share: float, num_images: int) -> str:
 
 def _percent_range(interval: tuple[float, float], num_images: int) -> str:
     return "–".join(_percent(limit, num_images) for limit in interval)
+
+
+def _p_cell(p_value: float) -> str:
+    return f"{p_value:.3g}" if p_value >= SMALLEST_P else f"< {SMALLEST_P:g}"
 
 
 def _p_text(p_value: float) -> str:

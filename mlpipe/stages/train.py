@@ -162,7 +162,12 @@ def _model_tags(model: ModelConfig, dataset: Dataset) -> dict[str, str]:
 
 
 def _params(config: RunConfig, model: ModelConfig, dataset: Dataset) -> dict[str, Any]:
-    """The same names for every model; a setting that says nothing about this kind of model is `n/a`."""
+    """The same names for every model; a setting that says nothing about this kind of model is `n/a`.
+
+    `precision` is left to the training of a network, which knows what `auto` came to.
+    """
     foreign = NETWORK_SETTINGS if model.architecture in ESTIMATORS else ESTIMATOR_SETTINGS
     settings = {name: "n/a" if name in foreign else value for name, value in asdict(model.train).items()}
+    if model.architecture not in ESTIMATORS:
+        del settings["precision"]
     return {"recipe": config.recipe, **_model_tags(model, dataset), **settings, "image_size": config.data.image_size}
