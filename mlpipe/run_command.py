@@ -26,6 +26,8 @@ POLL_SECONDS = 0.5
 WIDTH_OF_A_FILE = 120
 """Columns where the output is no terminal."""
 
+WIDTH_FOR_ALL_COLUMNS = 110
+
 DONE = {"success": "[green]✔[/]", "failed": "[red]✘[/]", "upstream_failed": "[yellow]–[/]", "skipped": "[dim]–[/]"}
 
 
@@ -173,8 +175,12 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{data['name']}: {data['num_test']:,} test images, {len(data['classes'])} classes", title_justify="left"
     )
-    for column in ("model", "weights", "accuracy", "95 % interval", "precision", "recall", "F1", "training"):
-        table.add_column(column, justify="left" if column in ("model", "weights") else "right", no_wrap=True)
+    # Names are folded before a number is cut off; in a narrow terminal two columns stay out.
+    macro = ("precision", "recall", "f1") if console.width >= WIDTH_FOR_ALL_COLUMNS else ("f1",)
+    for column in ("model", "weights"):
+        table.add_column(column, overflow="fold")
+    for column in ("accuracy", "95 % interval", *macro, "training"):
+        table.add_column(column, justify="right", no_wrap=True)
     for model in result["models"]:
         metrics = model["metrics"]
         table.add_row(
@@ -182,8 +188,8 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
             model["weights"],
             f"{metrics['test/accuracy']:.4f}",
             f"{metrics['test/accuracy_ci_low']:.4f} – {metrics['test/accuracy_ci_high']:.4f}",
-            *(f"{metrics[f'test/{name}_macro']:.4f}" for name in ("precision", "recall", "f1")),
-            f"{model['train_seconds']:.1f} s",
+            *(f"{metrics[f'test/{name}_macro']:.4f}" for name in macro),
+            f"{model['train_seconds']:,.1f} s",
         )
     console.print(table)
     if result["summary"]:

@@ -1,0 +1,65 @@
+"""What `mlpipe run` prints and refuses before anything is triggered."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mlpipe import run_command
+from mlpipe.config import RunParams
+from mlpipe.errors import UserError
+
+SCORES = {
+    "test/accuracy": 0.5889,
+    "test/accuracy_ci_low": 0.4889,
+    "test/accuracy_ci_high": 0.7012,
+    "test/precision_macro": 0.6276,
+    "test/recall_macro": 0.5888,
+    "test/f1_macro": 0.5974,
+}
+
+
+def result() -> dict[str, Any]:
+    model = {
+        "name": "resnet18_cifar10_classifier_champion",
+        "weights": "models:/cifar10-classifier@champion",
+        "metrics": SCORES,
+        "train_seconds": 1019.73,
+    }
+    return {
+        "dataset": {"name": "images", "num_test": 90, "classes": ["cat", "dog"]},
+        "models": [model],
+        "summary": None,
+        "airflow_url": "http://a",
+        "mlflow_url": "http://m",
+        "compare_url": "http://c",
+        "champion": None,
+    }
+
+
+@pytest.mark.parametrize(("width", "all_columns"), [(80, False), (120, True)])
+def test_no_number_of_the_table_is_cut_off(width: int, all_columns: bool) -> None:
+    printed = io.StringIO()
+    run_command._print_comparison(result(), Console(file=printed, width=width))
+    for number in ("0.5889", "0.4889 – 0.7012", "0.5974", "1,019.7 s"):
+        assert number in printed.getvalue()
+    assert ("0.6276" in printed.getvalue()) == all_columns
+    assert "…" not in printed.getvalue()
+
+
+def test_every_field_of_the_form_is_an_option() -> None:
+    options = {option.name for option in run_command.run.params}
+    assert options == {*RunParams.json_schema(), "json_path"}
+
+
+def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.zip").touch()
+    assert run_command._absolute("a.zip") == str(tmp_path / "a.zip")
+    assert run_command._absolute("s3://bucket/a.zip") == "s3://bucket/a.zip"
+    with pytest.raises(UserError, match="data_uri: no file at"):
+        run_command._absolute("b.zip")
