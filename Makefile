@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo down test lint
+.PHONY: help install up demo down test lint bench
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ lint: install ## Run the linter and the type checker
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: install ## Measure training throughput into benchmarks/RESULTS.md: make bench DATA=cifar10-images.zip
+	@test -f "$(DATA)" || { echo 'name the images: make bench DATA=cifar10-images.zip' >&2; exit 1; }
+	$(BIN)/python benchmarks/training.py "$(DATA)" > benchmarks/RESULTS.md.partial
+	mv benchmarks/RESULTS.md.partial benchmarks/RESULTS.md
+	cat benchmarks/RESULTS.md
 
 $(VENV)/.lock-installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \

@@ -1,6 +1,6 @@
 """Training throughput, in pairs: this project, the loop everybody writes, and the same arithmetic without a framework.
 
-    python benchmarks/training.py --data-uri cifar10-images.zip --model custom_cnn --batch-size 64
+    make bench DATA=cifar10-images.zip
 
 Each round runs all contestants one after the other on the same images; what is compared are the rounds. Images per
 second are those of the training steps of one epoch, without validation, after an epoch to warm up.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import platform
 import statistics
 import time
@@ -19,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from mlpipe.config import ModelConfig, TrainConfig
+from mlpipe.config import TrainConfig
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Split
 from mlpipe.models.registry import build_network
@@ -41,6 +42,17 @@ from mlpipe.training.network import choose_precision
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+
+
+class Setting(NamedTuple):
+    """What is measured."""
+
+    architecture: str
+    batch_size: int
+    num_images: int
+
+
+SETTINGS = (Setting("custom_cnn", 64, 12_800), Setting("resnet18", 64, 3_200), Setting("resnet18", 256, 3_072))
 
 
 def read_images(path: Path, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -150,52 +162,72 @@ def best_workers(new: Callable[[], nn.Module], images: Any, labels: Any, batch_s
     return max(rates, key=lambda workers: rates[workers])
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):,.2f} ({min(values):,.2f} to {max(values):,.2f})"
+def spread(values: list[float], digits: int) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
-def report(model: ModelConfig, batch_size: int, threads: int, rates: Mapping[str, list[float]], workers: int) -> str:
+def heading() -> str:
+    return "\n".join(
+        [
+            "# Training throughput",
+            "",
+            "`make bench DATA=cifar10-images.zip`. *reference*: a Lightning module, torchvision transforms per image,",
+            "`DataLoader` with the best of 0, 1, 2 persistent workers, Adam. *bare*: the same arithmetic as ours,",
+            "tensors in memory, no framework. One epoch after an epoch to warm up; the loops take turns in each of the rounds.",
+            "",
+            f"{datetime.now(UTC):%Y-%m-%d}; {platform.machine()} {torch.cpu.get_capabilities().get('cpu_name', '')}, "
+            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {choose_precision('auto')}; "
+            f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning {pl.__version__}; seed 0.",
+        ]
+    )
+
+
+def report(setting: Setting, rates: Mapping[str, list[float]], workers: int) -> str:
     lines = [
-        f"### {model.architecture}, batch {batch_size}",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.processor() or platform.machine()}, {threads} threads, "
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning {pl.__version__}, "
-        f"{choose_precision('auto')}; reference with {workers} loader processes, the best of 0, 1, 2.",
+        f"## {setting.architecture}, batch {setting.batch_size}",
+        "",
+        f"{setting.num_images:,} images, {len(rates['ours'])} rounds; reference with {workers} workers.",
         "",
         "| loop | images/s, median (range) |",
         "| --- | ---: |",
-        *(f"| {name} | {spread(values)} |" for name, values in rates.items()),
+        *(f"| {name} | {spread(values, 0)} |" for name, values in rates.items()),
         "",
+        "| ratio, round by round | median (range) |",
+        "| --- | ---: |",
     ]
     for other in ("reference", "bare"):
         ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates[other], strict=True)]
-        lines.append(f"ours / {other}: {spread(ratios)}")
+        lines.append(f"| ours / {other} | {spread(ratios, 2)} |")
     return "\n".join(lines)
+
+
+def measure(setting: Setting, path: Path, rounds: int) -> str:
+    images, labels = read_images(path, setting.num_images)
+
+    def new() -> nn.Module:
+        return build_network(setting.architecture, num_classes=10, image_size=32, seed=0)
+
+    workers = best_workers(new, images, labels, setting.batch_size)
+    rates: dict[str, list[float]] = {"reference": [], "bare": [], "ours": []}
+    for _ in range(rounds):
+        rates["reference"].append(reference(new, images, labels, setting.batch_size, workers))
+        rates["bare"].append(bare(new, images, labels, setting.batch_size))
+        rates["ours"].append(ours(new, images, labels, setting.batch_size))
+    return report(setting, rates, workers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-uri", type=Path, required=True)
-    parser.add_argument("--model", default="custom_cnn")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--images", type=int, default=6400)
+    parser.add_argument("data", type=Path, help="zip of train/<class>/…, 32×32 pixels")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    images, labels = read_images(arguments.data_uri, arguments.images)
-    model = ModelConfig(architecture=arguments.model, weights="random", name=arguments.model, train=TrainConfig())
-
-    def new() -> nn.Module:
-        return build_network(model.architecture, num_classes=10, image_size=32, seed=0)
-
-    workers = best_workers(new, images, labels, arguments.batch_size)
-    rates: dict[str, list[float]] = {"reference": [], "bare": [], "ours": []}
-    for _ in range(arguments.rounds):
-        rates["reference"].append(reference(new, images, labels, arguments.batch_size, workers))
-        rates["bare"].append(bare(new, images, labels, arguments.batch_size))
-        rates["ours"].append(ours(new, images, labels, arguments.batch_size))
-    print(report(model, arguments.batch_size, torch.get_num_threads(), rates, workers))
+    print(heading())
+    for setting in SETTINGS:
+        print(measure(setting, arguments.data, arguments.rounds), flush=True)
 
 
 if __name__ == "__main__":
