@@ -174,7 +174,8 @@ def heading() -> str:
             "",
             "`make bench DATA=cifar10-images.zip`. *reference*: a Lightning module, torchvision transforms per image,",
             "`DataLoader` with the best of 0, 1, 2 persistent workers, Adam. *bare*: the same arithmetic as ours,",
-            "tensors in memory, no framework. One epoch after an epoch to warm up; the loops take turns in each of the rounds.",
+            "tensors in memory, no framework. One epoch after an epoch to warm up; the loops take turns in each of the",
+            "rounds.",
             "",
             f"{datetime.now(UTC):%Y-%m-%d}; {platform.machine()} {torch.cpu.get_capabilities().get('cpu_name', '')}, "
             f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {choose_precision('auto')}; "
