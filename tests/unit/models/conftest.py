@@ -67,13 +67,12 @@ def images_u8() -> np.ndarray:
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An experiment in a store of its own."""
     folder = tmp_path_factory.mktemp("mlflow")
-    tracking, registry_uri = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     mlflow.set_registry_uri(f"sqlite:///{folder}/mlflow.db")
     with contextlib.chdir(folder):  # MLflow makes a folder ./mlruns, whether it is used or not
         yield mlflow.create_experiment("models", artifact_location=(folder / "artifacts").as_uri())
-    mlflow.set_tracking_uri(tracking)
-    mlflow.set_registry_uri(registry_uri)
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri("")  # follows the tracking URI again; what was read before would pin it
 
 
 @pytest.fixture
