@@ -24,18 +24,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackSettings]:
         yield settings
 
 
-@pytest.fixture
-def stack_environment(stack: StackSettings, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What a client of the stack needs, set in this process for the time of a test."""
-    variables = stack.client_environment()
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    return variables
-
-
 @pytest.fixture(scope="session")
 def environment(stack: StackSettings) -> dict[str, str]:
-    """The same for other processes."""
+    """What a client of the stack needs, as environment variables of another process."""
     return stack.client_environment()
 
 

@@ -73,10 +73,3 @@ def by_alias(name: str, alias: str) -> RegisteredVersion | None:
 def move_alias(name: str, alias: str, version: str) -> None:
     """Point the alias at the version."""
     mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
-
-
-def tag_version(name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Set tags on a version."""
-    client = mlflow.MlflowClient()
-    for tag, value in tags.items():
-        client.set_model_version_tag(name, version, tag, value)
