@@ -1,4 +1,8 @@
-"""The one exception that a user can mend."""
+"""What can be mended from outside: by the user, or by time."""
+
+from __future__ import annotations
+
+import unicodedata
 
 
 class UserError(ValueError):
@@ -9,4 +13,13 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        # What the user gave is quoted in it, and must not steer a terminal.
+        super().__init__("".join(c if unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in line))
+
+
+class ServiceUnavailableError(ConnectionError):
+    """A service that this project needs does not answer; trying again later may help.
+
+    The message is one line and says which, and what to do when it stays away.
+    """
