@@ -111,7 +111,7 @@ def _decode_run(packed: Packed, size: int) -> Decoded:
     decoded = Decoded(np.empty((packed.count, size, size, 3), np.uint8))
     for offset, data in enumerate(packed.read()):
         try:
-            decoded.images_u8[offset] = decode_image(data, size, decoded.remarks)
+            decode_image(data, decoded.images_u8[offset], decoded.remarks)
         except BadImageError as error:
             decoded.images_u8[offset] = 0
             decoded.bad.append((packed.start + offset, str(error)))

@@ -11,8 +11,8 @@ from typing import Any, Self
 from mlpipe.config import DataConfig
 from mlpipe.data.store import ObjectStore
 
-FORMAT_VERSION = 1
-"""Raised whenever the same source and settings would give other arrays."""
+FORMAT_VERSION = 2
+"""Raised whenever the same source and settings would give other arrays or another manifest."""
 
 TRAIN_FILES = ("train_images.npy", "train_labels.npy", "train_indices.npy", "val_indices.npy")
 TEST_FILES = ("test_images.npy", "test_labels.npy")
@@ -25,6 +25,8 @@ class StoredFile:
     sha256: str
     """Hexadecimal."""
     bytes: int
+    etag: str
+    """The object store's entity tag, by which another object under the same key is noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Manifest:
 
     def key(self, name: str) -> str:
         """Where an array lies in the object store."""
-        return f"datasets/{self.digest}/{name}"
+        return array_key(self.digest, name)
 
     def to_json(self) -> bytes:
         """For the object store."""
@@ -72,6 +74,11 @@ class Manifest:
         values["class_counts"] = {part: tuple(counts) for part, counts in values["class_counts"].items()}
         values["files"] = {name: StoredFile(**file) for name, file in values["files"].items()}
         return cls(**values)
+
+
+def array_key(digest: str, name: str) -> str:
+    """Where a data set's array lies."""
+    return f"datasets/{digest}/{name}"
 
 
 def manifest_key(digest: str) -> str:

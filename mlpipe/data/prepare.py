@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,15 @@ from mlpipe.data.manifest import (
     TRAIN_FILES,
     Manifest,
     StoredFile,
+    array_key,
     dataset_digest,
     load_manifest,
     manifest_key,
 )
-from mlpipe.data.npy import NpyWriter, write_array
+from mlpipe.data.npy import NpyWriter, file_bytes
 from mlpipe.data.sources import SourceRef, check_classes, named_source, read_digits
 from mlpipe.data.splits import Splits, plan_splits
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.store import ObjectStore, Upload
 from mlpipe.data.uris import redact_uri
 from mlpipe.errors import UserError
 
@@ -51,8 +53,8 @@ PROGRESS_SECONDS = 10.0
 def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> Manifest:
     """Publish the source's images as uint8 arrays; nothing is done where they are published already.
 
-    Images are decoded by as many threads as there are processors and written straight to a temporary file, so memory
-    does not grow with their number. The order of images is the source's. The manifest is written last.
+    Images are decoded by as many threads as there are processors and sent to the store as they come, so memory does
+    not grow with their number. The order of images is the source's. The manifest is written last.
 
     Raises:
         UserError: the source cannot be used; nothing is published then.
@@ -67,18 +69,11 @@ def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> 
         folder = Path(name)
         store.get_file(source.key, folder / "source", source.sha256)
         with _opened(folder / "source", data, source) as images:
-            manifest = _write(images, data, digest, source, folder)
-        decoded = time.monotonic()
-        manifest = _publish(manifest, folder, store)
+            manifest = _publish(_write(images, data, digest, source, store), store)
     for note in manifest.notes:
         logger.warning("%s", note)
-    logger.info(
-        "published %s images as data set %s: %.1f s to prepare, %.1f s to upload",
-        f"{manifest.num_train + manifest.num_val + manifest.num_test:,}",
-        digest,
-        decoded - started,
-        time.monotonic() - decoded,
-    )
+    num_images = manifest.num_train + manifest.num_val + manifest.num_test
+    logger.info("published %s images as data set %s in %.1f s", f"{num_images:,}", digest, time.monotonic() - started)
     return manifest
 
 
@@ -89,7 +84,8 @@ def _published(digest: str, store: ObjectStore) -> Manifest | None:
     except FileNotFoundError:
         return None
     for name, file in manifest.files.items():
-        if store.head(manifest.key(name)) != {"bytes": file.bytes, "sha256": file.sha256}:
+        head = store.head(manifest.key(name))
+        if head is None or (head["bytes"], head["etag"]) != (file.bytes, file.etag):
             logger.warning("%s of data set %s is missing or another one; it is prepared again", name, digest)
             store.delete(manifest_key(digest))
             return None
@@ -111,17 +107,21 @@ def _opened(path: Path, data: DataConfig, source: SourceRef) -> Iterator[ImageSe
             yield ArchivedImages(archive, layout)
 
 
-def _write(images: ImageSet, data: DataConfig, digest: str, source: SourceRef, folder: Path) -> Manifest:
-    """Write all arrays into `folder`."""
+def _write(images: ImageSet, data: DataConfig, digest: str, source: SourceRef, store: ObjectStore) -> Manifest:
+    """Send all arrays to the store."""
     splits = plan_splits(images.labels, images.is_test, images.classes, data)
-    findings, sums = _write_images(images, splits, data.image_size, folder)
+    findings, files = _write_images(images, splits, data.image_size, digest, store)
     training_labels, test_labels = images.labels[~splits.is_test], images.labels[splits.is_test]
-    sums |= {
-        "train_labels.npy": write_array(folder / "train_labels.npy", training_labels),
-        "train_indices.npy": write_array(folder / "train_indices.npy", splits.train_indices),
-        "val_indices.npy": write_array(folder / "val_indices.npy", splits.val_indices),
-        "test_labels.npy": write_array(folder / "test_labels.npy", test_labels),
+    small = {
+        "train_labels.npy": training_labels,
+        "train_indices.npy": splits.train_indices,
+        "val_indices.npy": splits.val_indices,
+        "test_labels.npy": test_labels,
     }
+    for name, values in small.items():
+        with _array(store, array_key(digest, name), values.shape, values.dtype) as array:
+            array.write(values)
+            files[name] = array.close()
     parts = {
         "train": training_labels[splits.train_indices],
         "val": training_labels[splits.val_indices],
@@ -140,10 +140,31 @@ def _write(images: ImageSet, data: DataConfig, digest: str, source: SourceRef, f
         class_counts={part: tuple(map(int, numbers)) for part, numbers in counts.items()},
         channel_mean=mean,
         channel_std=std,
-        files={name: StoredFile(sums[name], (folder / name).stat().st_size) for name in (*TRAIN_FILES, *TEST_FILES)},
+        files={name: files[name] for name in (*TRAIN_FILES, *TEST_FILES)},
         source_sha256=source.sha256,
         notes=(*images.notes, *findings.notes(), *_duplicates(findings.hashes, images, splits)),
     )
+
+
+class _Array:
+    """An array on its way to the store."""
+
+    def __init__(self, upload: Upload, shape: tuple[int, ...], dtype: Any) -> None:
+        self._upload = upload
+        self._writer = NpyWriter(upload, shape, dtype)
+        self._num_bytes = file_bytes(shape, dtype)
+        self.write = self._writer.write
+
+    def close(self) -> StoredFile:
+        """Make the object appear."""
+        return StoredFile(self._writer.sha256(), self._num_bytes, self._upload.close())
+
+
+@contextmanager
+def _array(store: ObjectStore, key: str, shape: tuple[int, ...], dtype: Any) -> Iterator[_Array]:
+    """An array to be written row by row and closed; else nothing of it is left in the store."""
+    with store.upload(key, file_bytes(shape, dtype)) as upload:
+        yield _Array(upload, shape, dtype)
 
 
 @dataclass
@@ -181,21 +202,24 @@ class _Measured:
     squares: NDArray[np.uint64]
 
 
-def _write_images(images: ImageSet, splits: Splits, size: int, folder: Path) -> tuple[_Findings, dict[str, str]]:
-    """Decode into `train_images.npy` and `test_images.npy`; the findings, and the files' checksums by name.
+def _write_images(
+    images: ImageSet, splits: Splits, size: int, digest: str, store: ObjectStore
+) -> tuple[_Findings, dict[str, StoredFile]]:
+    """Decode into `train_images.npy` and `test_images.npy`; the findings, and the two files by name.
 
     Raises:
         UserError: some images cannot be used; names the first few.
     """
     num_test = int(splits.is_test.sum())
+    num_training = len(splits.is_test) - num_test
     findings = _Findings(np.empty(len(splits.is_test), np.uint64))
     is_trained_on = np.zeros(len(splits.is_test), bool)
     is_trained_on[np.flatnonzero(~splits.is_test)[splits.train_indices]] = True
     shape = (size, size, 3)
     reported = time.monotonic()
     with (
-        NpyWriter(folder / "train_images.npy", (len(splits.is_test) - num_test, *shape), np.uint8) as training,
-        NpyWriter(folder / "test_images.npy", (num_test, *shape), np.uint8) as test,
+        _array(store, array_key(digest, "train_images.npy"), (num_training, *shape), "u1") as training,
+        _array(store, array_key(digest, "test_images.npy"), (num_test, *shape), "u1") as test,
     ):
         for measured in _in_parallel(images.runs(size), lambda run: _measure(run, is_trained_on)):
             part = slice(measured.run.start, measured.run.start + measured.run.count)
@@ -283,20 +307,22 @@ def _duplicates(hashes: NDArray[np.uint64], images: ImageSet, splits: Splits) ->
     return notes
 
 
-def _publish(manifest: Manifest, folder: Path, store: ObjectStore) -> Manifest:
-    """Upload the arrays, then the manifest.
+def _publish(manifest: Manifest, store: ObjectStore) -> Manifest:
+    """Write the manifest; its arrays are there.
 
     Raises:
         RuntimeError: somebody else published other arrays of the same digest meanwhile.
     """
-    for name, file in manifest.files.items():
-        store.put_file(manifest.key(name), folder / name, file.sha256)
     if store.put_bytes(manifest_key(manifest.digest), manifest.to_json(), if_absent=True):
         return manifest
     other = load_manifest(manifest.digest, store)
-    if other.files != manifest.files:
+    if _checksums(other) != _checksums(manifest):
         raise RuntimeError(
             f"another worker published other arrays as data set {manifest.digest}; "
             "install the same versions of Pillow and torchvision on all workers and run the task again"
         )
     return other
+
+
+def _checksums(manifest: Manifest) -> dict[str, str]:
+    return {name: file.sha256 for name, file in manifest.files.items()}

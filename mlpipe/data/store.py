@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,9 +32,14 @@ logger = logging.getLogger(__name__)
 MAX_KEY_BYTES = 1024  # S3's limit
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 _MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
-_CLIENT_RETRIES = {"mode": "standard", "max_attempts": 5}  # the task's own retries are the patient ones
+_CLIENT_RETRIES = {"mode": "standard", "max_attempts": 10}  # about a minute; the task's own retries follow
 # Few large parts: on two cores the server's work per part is what an upload costs.
 _TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
+
+PART_BYTES = 16 << 20
+"""Of an upload in parts, unless it would have more than `MAX_PARTS`, S3's limit."""
+MAX_PARTS = 10_000
+PARTS_ON_THE_WAY = 3
 
 
 class ObjectStore:
@@ -78,7 +84,10 @@ class ObjectStore:
         return self.head(key) is not None
 
     def head(self, key: str) -> dict[str, Any] | None:
-        """Size and stored checksum of an object: `{"bytes": int, "sha256": str | None}`; `None` if there is none."""
+        """An object's `bytes`, its `etag`, and the `sha256` that was stored with it or `None`; `None`: no such object.
+
+        The entity tag is the store's own: it changes with the content.
+        """
         with _credentials_needed():
             try:
                 answer = self._client.head_object(Bucket=self.bucket, Key=_checked(key))
@@ -86,7 +95,24 @@ class ObjectStore:
                 if _is_missing(error):
                     return None
                 raise
-        return {"bytes": answer["ContentLength"], "sha256": answer.get("Metadata", {}).get("sha256")}
+        return {
+            "bytes": answer["ContentLength"],
+            "etag": answer["ETag"],
+            "sha256": answer.get("Metadata", {}).get("sha256"),
+        }
+
+    @contextmanager
+    def upload(self, key: str, num_bytes: int) -> Iterator[Upload]:
+        """Write an object of `num_bytes` from front to back; it appears, or is replaced, by `Upload.close` alone.
+
+        Without `close`, or when the block raises, nothing is left behind.
+        """
+        with _credentials_needed():
+            upload = Upload(self._client, self.bucket, _checked(key), num_bytes)
+            try:
+                yield upload
+            finally:
+                upload.abort()
 
     def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:
         """Upload a file, replacing the object of that key.
@@ -162,6 +188,67 @@ class ObjectStore:
                 for page in pages.paginate(Bucket=self.bucket, Prefix=_checked(prefix.rstrip("/")) + "/")
                 for item in page.get("Contents", [])
             )
+
+
+class Upload:
+    """An object that is sent in parts while it is being made; a few parts are in memory at any time."""
+
+    def __init__(self, client: Any, bucket: str, key: str, num_bytes: int) -> None:
+        self._client = client
+        self._target = {"Bucket": bucket, "Key": key}
+        self._bytes_left = num_bytes
+        self._part_bytes = max(PART_BYTES, -(-num_bytes // MAX_PARTS))
+        self._part = bytearray()
+        self._id: str | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._parts: list[Future[str]] = []
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes; waits while too many parts are on their way."""
+        if len(content) > self._bytes_left:
+            raise ValueError(f"{self._target['Key']}: {len(content)} bytes, but only {self._bytes_left} are left")
+        self._bytes_left -= len(content)
+        while len(content):
+            room = self._part_bytes - len(self._part)
+            self._part += content[:room]
+            content = content[room:]
+            if len(self._part) == self._part_bytes:
+                self._send_part()
+
+    def _send_part(self) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(PARTS_ON_THE_WAY, thread_name_prefix="upload")
+            self._id = self._client.create_multipart_upload(**self._target)["UploadId"]
+        if len(self._parts) >= PARTS_ON_THE_WAY:
+            self._parts[-PARTS_ON_THE_WAY].result()
+        self._parts.append(self._pool.submit(self._put_part, len(self._parts) + 1, bytes(self._part)))
+        self._part = bytearray()
+
+    def _put_part(self, number: int, body: bytes) -> str:
+        return self._client.upload_part(**self._target, UploadId=self._id, PartNumber=number, Body=body)["ETag"]
+
+    def close(self) -> str:
+        """Make the object appear; its entity tag."""
+        if self._bytes_left:
+            raise ValueError(f"{self._target['Key']}: {self._bytes_left} bytes are missing")
+        if self._pool is None:
+            return self._client.put_object(**self._target, Body=bytes(self._part))["ETag"]
+        if self._part:
+            self._send_part()
+        parts = [{"PartNumber": number, "ETag": part.result()} for number, part in enumerate(self._parts, start=1)]
+        answer = self._client.complete_multipart_upload(
+            **self._target, UploadId=self._id, MultipartUpload={"Parts": parts}
+        )
+        self._id = None
+        return answer["ETag"]
+
+    def abort(self) -> None:
+        """Let go of what was sent, unless the upload was closed."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if self._id is not None:
+            self._client.abort_multipart_upload(**self._target, UploadId=self._id)
+            self._id = None
 
 
 def s3_client() -> Any:

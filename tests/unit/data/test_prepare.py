@@ -4,6 +4,7 @@ import logging
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from mlpipe.data.decode import resize_pixels
 from mlpipe.data.manifest import Manifest, load_manifest, manifest_key
 from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources import fetch_source
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.store import ObjectStore, Upload
 from mlpipe.errors import UserError
 
 SIZE = 8
@@ -164,15 +165,14 @@ def test_failed_upload_publishes_nothing(
 ) -> None:
     data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
     source = fetch_source(data, store)
-    put_file, calls = store.put_file, []
+    upload = store.upload
 
-    def failing(key: str, path: Path, sha256: str | None = None) -> None:
-        calls.append(key)
-        if len(calls) == 3:
+    def failing(key: str, num_bytes: int) -> AbstractContextManager[Upload]:
+        if key.endswith("val_indices.npy"):
             raise OSError(28, "No space left on device")
-        put_file(key, path, sha256)
+        return upload(key, num_bytes)
 
-    monkeypatch.setattr(store, "put_file", failing)
+    monkeypatch.setattr(store, "upload", failing)
     with pytest.raises(OSError, match="No space"):
         prepare_dataset(data, source, store)
     assert not any(key.endswith("manifest.json") for key in store.list("datasets"))
@@ -201,17 +201,17 @@ def test_another_workers_other_arrays_are_noticed(
 ) -> None:
     data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
     source = fetch_source(data, store)
-    put_file = store.put_file
+    upload = store.upload
 
-    def raced(key: str, path: Path, sha256: str | None = None) -> None:
-        put_file(key, path, sha256)
-        if key.endswith("train_images.npy"):
+    def raced(key: str, num_bytes: int) -> AbstractContextManager[Upload]:
+        if key.endswith("val_indices.npy"):
             digest = key.split("/")[1]
             store.put_bytes(manifest_key(digest), other.to_json(), if_absent=True)
+        return upload(key, num_bytes)
 
     other = replace(prepare_dataset(data, source, store), files={})
     store.delete(manifest_key(other.digest))
-    monkeypatch.setattr(store, "put_file", raced)
+    monkeypatch.setattr(store, "upload", raced)
     with pytest.raises(RuntimeError, match="same versions of Pillow"):
         prepare_dataset(data, source, store)
 

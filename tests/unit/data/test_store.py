@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpipe.data import store as store_module
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
@@ -17,7 +18,9 @@ def test_file_comes_back_byte_for_byte(store: ObjectStore, tmp_path: Path) -> No
     store.put_file("x/a", tmp_path / "a", sha256)
     store.get_file("x/a", tmp_path / "b", sha256)
     assert (tmp_path / "b").read_bytes() == content
-    assert store.head("x/a") == {"bytes": len(content), "sha256": sha256}
+    head = store.head("x/a")
+    assert head is not None
+    assert (head["bytes"], head["sha256"]) == (len(content), sha256)
     assert store.uri("x/a") == f"s3://{store.bucket}/x/a"
 
 
@@ -51,6 +54,49 @@ def test_list_is_of_one_folder(store: ObjectStore) -> None:
         store.put_bytes(key, b"")
     assert store.list("a") == ["a/1", "a/2"]
     assert store.list("nothing") == []
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
+    """S3's least size of a part but the last."""
+    monkeypatch.setattr(store_module, "PART_BYTES", 5 << 20)
+    return 5 << 20
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 12 << 20])
+def test_upload_piece_by_piece(store: ObjectStore, small_parts: int, extra: int) -> None:
+    content = bytes(range(256)) * ((small_parts + (13 << 20)) // 256)
+    content = content[: small_parts + extra]
+    with store.upload("a", len(content)) as upload:
+        for start in range(0, len(content), 3_000_001):
+            upload.write(memoryview(content)[start : start + 3_000_001])
+        assert store.head("a") is None
+        etag = upload.close()
+    assert store.get_bytes("a") == content
+    assert store.head("a") == {"bytes": len(content), "etag": etag, "sha256": None}
+
+
+@pytest.mark.parametrize("num_parts", [0, 3])
+def test_upload_that_fails_leaves_nothing(store: ObjectStore, small_parts: int, num_parts: int) -> None:
+    def fail() -> None:
+        with store.upload("a", 50 << 20) as upload:
+            upload.write(bytes(num_parts * small_parts + 1))
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        fail()
+    assert store.head("a") is None
+    assert not store._client.list_multipart_uploads(Bucket=store.bucket).get("Uploads")
+
+
+def test_upload_has_the_length_that_was_promised(store: ObjectStore) -> None:
+    with store.upload("a", 2) as upload:
+        upload.write(b"1")
+        with pytest.raises(ValueError, match="1 bytes are missing"):
+            upload.close()
+        with pytest.raises(ValueError, match="2 bytes, but only 1 are left"):
+            upload.write(b"23")
+    assert store.head("a") is None
 
 
 @pytest.mark.parametrize("key", ["", "/a", "a/../b", "..", "a//b", "a/", "./a", "a\\b", "a\nb", "a" * 1025])
