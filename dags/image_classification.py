@@ -6,9 +6,10 @@ Wiring only: what runs after what, with which parameters. The work is in `mlpipe
 from __future__ import annotations
 
 import logging
+import signal
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.sdk import (
     Asset,
@@ -24,7 +25,7 @@ from airflow.sdk import (
 from airflow.sdk.configuration import conf
 
 from mlpipe.config import RunConfig, RunParams
-from mlpipe.errors import UserError
+from mlpipe.errors import ServiceUnavailableError, UserError
 from mlpipe.recipes import resolve
 
 if TYPE_CHECKING:
@@ -46,14 +47,29 @@ CHAMPIONS = AssetAlias("champions")
 MISTAKE = RetryRule(exception=SystemExit, action=RetryAction.FAIL, reason="a mistake that trying again does not mend")
 
 
+def _stop(signal_number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + signal_number)
+
+
 @contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
-    """Log a user's mistake as one line, without a traceback, and end the task without a retry."""
+def stage_code() -> Iterator[None]:
+    """Log when a stage starts and ends. Its user's mistake is one line without a traceback, and is not tried again.
+
+    A service that is away is one line as well, and is tried again. When Airflow stops the task, the stage's own code
+    ends by an exception: it has five seconds to close its MLflow run.
+    """
+    log.info("the stage starts")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     except UserError as mistake:
         log.error("%s", mistake)
         raise SystemExit(2) from None
+    except ServiceUnavailableError as error:
+        log.error("%s", error)
+        raise
+    finally:
+        log.info("the stage has ended")
 
 
 def run_config() -> RunConfig:
@@ -93,7 +109,7 @@ def close_runs(context: dict[str, Any]) -> None:
     default_args={
         "retries": 2,
         "retry_delay": timedelta(seconds=10),
-        "retry_exponential_backoff": True,
+        "retry_exponential_backoff": 2.0,  # the factor: tries begin some 15 and 30 seconds after the failure before
         "max_retry_delay": timedelta(minutes=5),
         "retry_policy": ExceptionRetryPolicy(rules=[MISTAKE]),
     },
@@ -107,14 +123,14 @@ def image_classification() -> None:
     def download() -> dict[str, Any]:
         from mlpipe.stages import download as stage
 
-        with mistakes_in_one_line():
+        with stage_code():
             return stage.download(run_config(), origin(), on_run=link_to_run)
 
     @task(doc_md="Decode, check, split and publish the images; log them to MLflow.", outlets=[DATASETS])
     def preprocess(source: dict[str, Any]) -> list[dict[str, Any]]:
         from mlpipe.stages import preprocess as stage
 
-        with mistakes_in_one_line():
+        with stage_code():
             config = run_config()
             dataset = stage.preprocess(config, origin(), source, on_run=link_to_run)
         asset = Asset(name=dataset["name"], uri=f"mlpipe://datasets/{dataset['name']}")
@@ -132,7 +148,7 @@ def image_classification() -> None:
     def train(model: str, dataset: dict[str, Any]) -> dict[str, Any]:
         from mlpipe.stages import train as stage
 
-        with mistakes_in_one_line():
+        with stage_code():
             return stage.train(run_config(), origin(), model, dataset, on_run=link_to_run)
 
     @task(
@@ -140,11 +156,13 @@ def image_classification() -> None:
         multiple_outputs=False,
         trigger_rule="all_done_min_one_success",
         outlets=[CHAMPIONS],
+        # One at a time: it compares with the champion and moves aliases, which MLflow cannot do in one step.
+        max_active_tis_per_dag=1,
     )
     def evaluate(trained: list[dict[str, Any]]) -> dict[str, Any]:
         from mlpipe.stages import evaluate as stage
 
-        with mistakes_in_one_line():
+        with stage_code():
             result = stage.evaluate(run_config(), origin(), list(trained), on_run=link_to_run)
         if champion := result["promoted"]:
             asset = Asset(name=champion["name"], uri=f"mlflow://registered-models/{champion['name']}/champion")

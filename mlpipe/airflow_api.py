@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -33,6 +34,8 @@ class TaskInstance:
     try_number: int
     seconds: float | None
     """Duration of the last try."""
+    started: datetime | None
+    """When its process began, in the last try."""
 
 
 class AirflowApi:
@@ -70,7 +73,11 @@ class AirflowApi:
 
     def dag_run_state(self, dag_id: str, run_id: str) -> str:
         """`queued`, `running`, `success` or `failed`."""
-        return str(self._call("GET", _run_path(dag_id, run_id))["state"])
+        return str(self.dag_run(dag_id, run_id)["state"])
+
+    def dag_run(self, dag_id: str, run_id: str) -> dict[str, Any]:
+        """The DAG run as Airflow describes it: `state`, `queued_at`, `start_date`, `end_date` and more."""
+        return dict(self._call("GET", _run_path(dag_id, run_id)))
 
     def task_instances(self, dag_id: str, run_id: str) -> list[TaskInstance]:
         """All tasks of the DAG run, in the order in which they started."""
@@ -86,6 +93,7 @@ class AirflowApi:
                 state=row["state"],
                 try_number=row["try_number"],
                 seconds=row["duration"],
+                started=datetime.fromisoformat(row["start_date"]) if row["start_date"] else None,
             )
             for row in rows
         ]
@@ -100,15 +108,11 @@ class AirflowApi:
 
     def last_error(self, dag_id: str, run_id: str, task: TaskInstance) -> str | None:
         """The last error line of a task's log."""
-        path = (
-            f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task.task_id)}/logs/{task.try_number}"
-            f"?map_index={task.map_index}&full_content=true"
-        )
         try:
-            events = self._call("GET", path)["content"]
+            events = self.log(dag_id, run_id, task)
         except UserError:
             return None
-        errors = [event for event in events if isinstance(event, dict) and event.get("level") in ("error", "critical")]
+        errors = [event for event in events if event.get("level") in ("error", "critical")]
         told = [str(event["event"]) for event in errors if str(event.get("logger")) not in AIRFLOWS_OWN_LOGGERS]
         if told:
             return told[-1]
@@ -116,6 +120,14 @@ class AirflowApi:
             if detail := event.get("error_detail"):
                 return f"{detail[-1].get('exc_type')}: {detail[-1].get('exc_value')}"
         return None
+
+    def log(self, dag_id: str, run_id: str, task: TaskInstance) -> list[dict[str, Any]]:
+        """Lines of the log of a task's last try, each with `timestamp`, `level`, `event` and more."""
+        path = (
+            f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task.task_id)}/logs/{task.try_number}"
+            f"?map_index={task.map_index}&full_content=true"
+        )
+        return [event for event in self._call("GET", path)["content"] if isinstance(event, dict)]
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, fresh: bool = False) -> Any:
         try:
