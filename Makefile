@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo down test lint bench
+.PHONY: help install up demo down test test-faults lint bench
 
 help: ## Show these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.project-installed ## Make .venv and install everything into it; again only when the lock has changed
 
@@ -20,8 +20,11 @@ down: ## Stop the local stack; its data stays
 	$(BIN)/mlpipe down
 
 test: lint ## Run the linter, the type checker and all tests, the real stack included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not integration"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not integration and not faults"
 	$(BIN)/python -m pytest -m integration
+
+test-faults: install ## Break what the stack is made of while it works; rewrites docs/reliability.md
+	MLPIPE_RELIABILITY_TABLE=docs/reliability.md $(BIN)/python -m pytest -m faults tests/faults
 
 lint: install ## Run the linter and the type checker
 	$(BIN)/ruff check
