@@ -25,7 +25,7 @@ from airflow.sdk import (
 from airflow.sdk.configuration import conf
 
 from mlpipe.config import RunConfig, RunParams
-from mlpipe.errors import ServiceUnavailableError, UserError
+from mlpipe.errors import ServiceUnavailableError, StoppedError, UserError
 from mlpipe.recipes import resolve
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ MISTAKE = RetryRule(exception=SystemExit, action=RetryAction.FAIL, reason="a mis
 
 
 def _stop(signal_number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + signal_number)
+    raise StoppedError(signal.strsignal(signal_number))
 
 
 @contextmanager

@@ -23,3 +23,10 @@ class ServiceUnavailableError(ConnectionError):
 
     The message is one line and says which, and what to do when it stays away.
     """
+
+
+class StoppedError(BaseException):
+    """The task is told to end, by a person or by whatever runs it.
+
+    No `Exception`, as `KeyboardInterrupt` is none: nothing may take it for a failure of the work itself.
+    """

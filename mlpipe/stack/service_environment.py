@@ -44,6 +44,8 @@ def _mlflow(settings: StackSettings, credentials: Credentials) -> dict[str, str]
     return {
         "MLFLOW_S3_ENDPOINT_URL": settings.s3_url,
         "MLFLOW_CRYPTO_KEK_PASSPHRASE": credentials.mlflow_secret_passphrase,
+        # A call is tried for about a minute: longer than a restart takes, and the task's own retries follow.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
         # Of no use here, and it would start a second process tree (huey) beside the server.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }

@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from mlpipe.config import RunConfig
+from mlpipe.config import ESTIMATORS, RunConfig
 from mlpipe.data.sources import fetch_source, redact_uri
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
-from mlpipe.models.registry import check_architecture
 from mlpipe.stages.runs import OnRun, parent_run
+from mlpipe.stages.services import services_named
 from mlpipe.tracking.runs import Origin, TrackedRun
 
+TAKE_ANY_IMAGE_SIZE = ESTIMATORS | {"custom_cnn", "resnet18"}
+"""Known to be fine with every size of the form; of others torchvision is asked, whose import takes seconds."""
+SMALLEST_OF_VARIANTS = 16
+"""Their other variants are fine from here on, pixels."""
 
+
+@services_named()
 def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, Any]:
     """Bring the source's bytes into object storage and open the MLflow run of this DAG run.
 
@@ -23,8 +29,7 @@ def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, A
     Raises:
         UserError: an unknown model, or a source that cannot be had.
     """
-    for model in config.models:
-        check_architecture(model.architecture, config.data.image_size)
+    _check_architectures(config)
     source = fetch_source(config.data, ObjectStore.from_environment(Environment.from_env()))
     parent = TrackedRun(parent_run(config, origin))
     on_run(parent.url)
@@ -32,3 +37,17 @@ def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, A
     data = asdict(config.data) | {"uri": redact_uri(config.data.uri or "")}
     parent.log_params({f"data/{name}": value for name, value in data.items()})
     return asdict(source)
+
+
+def _check_architectures(config: RunConfig) -> None:
+    others = [
+        model
+        for model in config.models
+        if model.architecture not in TAKE_ANY_IMAGE_SIZE
+        or (model.variant != "standard" and config.data.image_size < SMALLEST_OF_VARIANTS)
+    ]
+    if others:
+        from mlpipe.models.registry import check_architecture
+
+        for model in others:
+            check_architecture(model.architecture, config.data.image_size, model.variant, model.input_size)

@@ -13,6 +13,7 @@ from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 from mlpipe.evaluation.comparison import Contender, compare
 from mlpipe.stages.runs import OnRun, parent_run
+from mlpipe.stages.services import services_named
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.evaluation_run import Result, log_comparison, log_evaluation, measure, promote
@@ -21,6 +22,7 @@ from mlpipe.tracking.runs import Origin
 logger = logging.getLogger(__name__)
 
 
+@services_named()
 def evaluate(
     config: RunConfig, origin: Origin, trained: Sequence[Mapping[str, Any]], *, on_run: OnRun
 ) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from mlpipe.data.sources import SourceRef
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.stages.runs import OnRun, experiment, parent_run
+from mlpipe.stages.services import services_named
 from mlpipe.tracking import runs
 from mlpipe.tracking.data_run import log_data
 from mlpipe.tracking.runs import Origin
 
 
+@services_named()
 def preprocess(config: RunConfig, origin: Origin, source: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
     """Publish the images as arrays, and log what they look like.
 

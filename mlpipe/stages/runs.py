@@ -36,6 +36,6 @@ def parent_run(config: RunConfig, origin: Origin) -> Run:
     )
 
 
-def abandon(dataset: str, origin: Origin, reason: str) -> None:
-    """End the MLflow runs that a failed DAG run left open: parent and children become FAILED, with the reason."""
-    runs.abandon(experiment_name(dataset), origin, reason)
+def abandon(dataset: str, origin: Origin, reason: str, *, killed: bool = False) -> None:
+    """End the MLflow runs that a DAG run left open: they become FAILED or KILLED, with the reason."""
+    runs.abandon(experiment_name(dataset), origin, reason, killed=killed)

@@ -14,9 +14,9 @@ from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
-from mlpipe.models.registry import build_network
-from mlpipe.models.weights import InitialWeights, load_initial_weights
+from mlpipe.models.weights import InitialWeights, initial_network
 from mlpipe.stages.runs import OnRun, experiment, parent_run
+from mlpipe.stages.services import services_named
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.runs import Origin, TrackedRun
@@ -36,6 +36,7 @@ NETWORK_SETTINGS = frozenset(
         "schedule",
         "label_smoothing",
         "augmentation",
+        "test_time_averaging",
         "early_stopping_patience",
         "precision",
     }
@@ -44,6 +45,7 @@ NETWORK_SETTINGS = frozenset(
 ESTIMATOR_SETTINGS = frozenset({"inverse_regularization", "max_iterations"})
 
 
+@services_named()
 def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
     """Train one model, log it, check that it loads elsewhere, and register it.
 
@@ -59,7 +61,10 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data["digest"], store, environment.cache_dir)
     # Before the run is opened: weights that cannot be had leave no run behind.
-    start = None if model.architecture in ESTIMATORS else _start(model, dataset, store)
+    start = None
+    if model.architecture not in ESTIMATORS:
+        manifest = dataset.manifest
+        start = initial_network(model, classes=manifest.classes, image_size=manifest.image_size, store=store)
     run = runs.open_run(
         experiment(config),
         origin.key(model.name),
@@ -75,15 +80,18 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
         checkpoints = CheckpointStore(store, tracked.run_id)
         trained = _fit(model, dataset, tracked, start, checkpoints)
         tracked.log_metrics({"train_seconds": trained.train_seconds, "best_epoch": trained.best_epoch})
-        logged = _package(model, dataset, trained)
-        version = registry.register(
-            registry.registered_name(data["name"]),
-            model_uri=logged.model_uri,
-            run_id=tracked.run_id,
-            tags={**_model_tags(model, dataset), "dag_run_id": origin.dag_run_id},
-            description=f"{display_name(model)}, trained on {data['name']} ({len(dataset.manifest.classes)} classes) "
-            f"by recipe {config.recipe}. {origin.link}",
-        )
+        version = registry.find(registry.registered_name(data["name"]), tracked.run_id)
+        if version is None:
+            registry.discard_logged_models(run)
+            logged = _package(model, dataset, trained)
+            version = registry.register(
+                registry.registered_name(data["name"]),
+                model_uri=logged.model_uri,
+                run_id=tracked.run_id,
+                tags={**_model_tags(model, dataset), "dag_run_id": origin.dag_run_id},
+                description=f"{display_name(model)}, trained on {data['name']} "
+                f"({len(dataset.manifest.classes)} classes) by recipe {config.recipe}. {origin.link}",
+            )
         tracked.set_tags({"model_version": f"{version.name}/{version.version}"})
         checkpoints.delete()
     return {
@@ -93,25 +101,13 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
         "run_id": run.info.run_id,
         "run_url": tracked.url,
         "model_uri": version.uri,
-        "model_id": logged.model_id,
+        "model_id": version.model_id,
         "version": version.version,
         "train_seconds": trained.train_seconds,
         "images_per_second": trained.images_per_second,
         "metrics": dict(trained.metrics),
         "dataset": dict(data),
     }
-
-
-def _start(model: ModelConfig, dataset: Dataset, store: ObjectStore) -> tuple[nn.Module, InitialWeights]:
-    """The network with its initial weights."""
-    manifest = dataset.manifest
-    network = build_network(
-        model.architecture,
-        num_classes=len(manifest.classes),
-        image_size=manifest.image_size,
-        seed=model.train.seed,
-    )
-    return network, load_initial_weights(network, model, classes=manifest.classes, store=store)
 
 
 def _fit(
@@ -128,7 +124,8 @@ def _fit(
     from mlpipe.training.network import train_network
 
     network, initial = start
-    tracked.log_params({"initial_weights": initial.description})
+    form = {"variant": initial.variant, "input_size": initial.input_size or dataset.manifest.image_size}
+    tracked.log_params({"initial_weights": initial.description, **form})
     return train_network(model, dataset, tracked, network=network, initial=initial, checkpoints=checkpoints)
 
 

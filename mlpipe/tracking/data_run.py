@@ -24,19 +24,18 @@ def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:
             "num_classes": len(manifest.classes),
         }
     )
-    if not run.has_metric("data/num_train"):
-        run.log_metrics(
-            {
-                "data/num_train": manifest.num_train,
-                "data/num_val": manifest.num_val,
-                "data/num_test": manifest.num_test,
-                **{
-                    f"data/channel_{part}_{channel}": value
-                    for part, values in (("mean", manifest.channel_mean), ("std", manifest.channel_std))
-                    for channel, value in zip(("red", "green", "blue"), values, strict=True)
-                },
-            }
-        )
+    run.log_metrics(
+        {
+            "data/num_train": manifest.num_train,
+            "data/num_val": manifest.num_val,
+            "data/num_test": manifest.num_test,
+            **{
+                f"data/channel_{part}_{channel}": value
+                for part, values in (("mean", manifest.channel_mean), ("std", manifest.channel_std))
+                for channel, value in zip(("red", "green", "blue"), values, strict=True)
+            },
+        }
+    )
     split = dataset.train_split()
     run.log_figure(figures.sample_grid(split, manifest.classes), "samples.png")
     run.log_figure(figures.class_balance(dataset), "class_balance.png")

@@ -72,8 +72,7 @@ def log_evaluation(model: Mapping[str, Any], result: Result, test: Split) -> Non
         model: its `name`, `run_id` and `model_id`.
     """
     run, evaluation, name = tracked(model["run_id"]), result.evaluation, model["name"]
-    if not run.has_metric("test/accuracy"):
-        run.log_metrics(evaluation.as_metrics(), model_id=model["model_id"])
+    run.log_metrics(evaluation.as_metrics(), model_id=model["model_id"])
     run.log_figure(figures.confusion_matrix_figure(evaluation, name), "confusion_matrix.png")
     frame = pd.DataFrame(evaluation.confusion, index=evaluation.classes, columns=evaluation.classes)
     run.log_text(frame.to_csv(index_label="true \\ predicted"), "confusion_matrix.csv")
@@ -173,14 +172,13 @@ def _promotion_summary(name: str, rules: PromotionConfig, decision: Decision) ->
 def log_comparison(run: TrackedRun, comparison: Comparison, promotion: Promotion, description: str) -> None:
     """Put table, charts and the gate's reasons on the parent run."""
     best = comparison.rows[0]
-    if not run.has_metric("best/test/accuracy"):
-        run.log_metrics(
-            {
-                "best/test/accuracy": best.evaluation.accuracy,
-                "num_models": len(comparison.rows),
-                "num_failed_models": len(comparison.failed),
-            }
-        )
+    run.log_metrics(
+        {
+            "best/test/accuracy": best.evaluation.accuracy,
+            "num_models": len(comparison.rows),
+            "num_failed_models": len(comparison.failed),
+        }
+    )
     run.set_tags({"best_model": best.display_name, "promotion": str(promotion.decisions[registry.CHAMPION]["moved"])})
     run.log_figure(figures.comparison_figure(comparison), "comparison.png")
     run.log_figure(figures.per_class_figure(comparison), "f1_per_class.png")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlflow
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -19,6 +21,8 @@ class RegisteredVersion:
     name: str
     version: str
     run_id: str
+    model_id: str | None
+    """Of the logged model; `None`: it was registered from elsewhere."""
     tags: Mapping[str, str]
 
     @property
@@ -44,11 +48,8 @@ def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str],
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    if found:
-        version = found[0]
-    else:
-        version = client.create_model_version(
+    return find(name, run_id) or _version(
+        client.create_model_version(
             name,
             source=model_uri,
             run_id=run_id,
@@ -56,7 +57,21 @@ def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str],
             description=description,
             model_id=model_uri.rsplit("/", 1)[-1],
         )
-    return RegisteredVersion(name=name, version=str(version.version), run_id=run_id, tags=dict(tags))
+    )
+
+
+def find(name: str, run_id: str) -> RegisteredVersion | None:
+    """The version that a try before this one made of the run's model, or `None`."""
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return _version(found[0]) if found else None
+
+
+def discard_logged_models(run: Run) -> None:
+    """Delete the models of a try that ended between logging and registering; nobody would ever find them."""
+    client = mlflow.MlflowClient()
+    of_the_run = f"source_run_id = '{run.info.run_id}'"
+    for model in client.search_logged_models([run.info.experiment_id], filter_string=of_the_run):
+        client.delete_logged_model(model.model_id)
 
 
 def by_alias(name: str, alias: str) -> RegisteredVersion | None:
@@ -67,7 +82,17 @@ def by_alias(name: str, alias: str) -> RegisteredVersion | None:
         if error.error_code in (ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    return RegisteredVersion(name=name, version=str(version.version), run_id=version.run_id or "", tags=version.tags)
+    return _version(version)
+
+
+def _version(version: ModelVersion) -> RegisteredVersion:
+    return RegisteredVersion(
+        name=version.name,
+        version=str(version.version),
+        run_id=version.run_id or "",
+        model_id=version.model_id,
+        tags=version.tags,
+    )
 
 
 def move_alias(name: str, alias: str, version: str) -> None:

@@ -12,19 +12,20 @@ import logging
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import mlflow
-from matplotlib.figure import Figure
+import requests
 from mlflow.entities import Run, RunStatus
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
@@ -33,6 +34,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFL
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.environment import Environment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -157,6 +161,7 @@ class TrackedRun:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._last_steps: dict[str, int] = {}
 
     @property
     def run_id(self) -> str:
@@ -175,17 +180,22 @@ class TrackedRun:
         return mlflow.MlflowClient()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
-        """Write metrics at one step (an epoch, from 1; or 0 for a result)."""
-        for part in batched(metrics.items(), MAX_METRICS_PER_BATCH):
+        """Write metrics at one step (an epoch, from 1; or 0 for a result). What a try before this one wrote stays."""
+        fresh = {name: value for name, value in metrics.items() if step > self._last_step_before(name)}
+        for part in batched(fresh.items(), MAX_METRICS_PER_BATCH):
             mlflow.log_metrics(dict(part), step=step, run_id=self.run_id, model_id=model_id, synchronous=True)
-
-    def has_metric(self, name: str) -> bool:
-        """Whether a try before this one has logged the metric."""
-        return name in self._client.get_run(self.run_id).data.metrics
 
     def last_logged_step(self, metric: str) -> int:
         """The largest step at which the metric was written; 0 if never."""
         return max((entry.step for entry in self._client.get_metric_history(self.run_id, metric)), default=0)
+
+    def _last_step_before(self, metric: str) -> int:
+        """The largest step that the metric had when this try opened the run; -1: none."""
+        if metric not in self._run.data.metrics:  # as they were then
+            return -1
+        if metric not in self._last_steps:
+            self._last_steps[metric] = self.last_logged_step(metric)
+        return self._last_steps[metric]
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Write parameters; those that a try before this one wrote stay as they are, being immutable."""
@@ -224,39 +234,63 @@ def _keep_quiet() -> None:
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Whether a call failed because MLflow's server did not answer, however often it was tried."""
+    return isinstance(error, MlflowException) and isinstance(
+        error.__cause__ or error.__context__, requests.RequestException
+    )
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Ask MLflow's server once, not for minutes."""
+    before = MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(0)
+    try:
+        yield
+    finally:
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(before)
+
+
 @contextmanager
 def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     """Make `run` the active one; end it as FINISHED, as FAILED on an error, as KILLED when stopped from outside.
 
     What stops a task from outside stops its DAG run as well, or is followed by a retry, which opens the parent again:
-    with a killed run its parent ends, too.
+    with a killed run its parent ends, too. While MLflow's server is away the run stays open, for the next try.
     """
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
     _keep_quiet()
     mlflow.start_run(run_id=run.info.run_id, log_system_metrics=system_metrics)
-    status = RunStatus.KILLED
     try:
         yield TrackedRun(run)
-        status = RunStatus.FINISHED
     except Exception as error:
-        status = RunStatus.FAILED
-        mlflow.set_tag("error", str(error)[:5000])
+        if is_unreachable(error):
+            with _impatient(), suppress(MlflowException):
+                mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
+        else:
+            mlflow.set_tag("error", str(error)[:5000])
+            mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
         raise
-    finally:
-        mlflow.end_run(RunStatus.to_string(status))
-        parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
-        if status == RunStatus.KILLED and parent:
-            mlflow.MlflowClient().set_terminated(parent, RunStatus.to_string(status))
+    except BaseException:  # stopped from outside; who does that does not wait long
+        killed = RunStatus.to_string(RunStatus.KILLED)
+        with _impatient(), suppress(MlflowException):
+            mlflow.end_run(killed)
+            if parent := run.data.tags.get(MLFLOW_PARENT_RUN_ID):
+                mlflow.MlflowClient().set_terminated(parent, killed)
+        raise
+    mlflow.end_run(RunStatus.to_string(RunStatus.FINISHED))
 
 
-def abandon(experiment_name: str, origin: Origin, reason: str) -> None:
-    """End all open runs of a DAG run as FAILED."""
+def abandon(experiment_name: str, origin: Origin, reason: str, *, killed: bool = False) -> None:
+    """End all open runs of a DAG run as FAILED, or as KILLED where somebody stopped it."""
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
         return
+    status = RunStatus.to_string(RunStatus.KILLED if killed else RunStatus.FAILED)
     filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
     for run in client.search_runs([experiment.experiment_id], filter_string):
         client.set_tag(run.info.run_id, "error", reason[:5000])
-        client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.FAILED))
+        client.set_terminated(run.info.run_id, status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
+from mlpipe.errors import ServiceUnavailableError
+from mlpipe.stages.services import services_named
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.runs import Origin
 
@@ -82,14 +85,29 @@ def test_parameters_of_the_first_try_stay(experiment: str) -> None:
     assert fetched(run).data.params == {"threads": "1", "seed": "0"}
 
 
-def test_the_last_step_of_a_metric_is_known(experiment: str) -> None:
-    with runs.active(opened(experiment, origin())) as tracked:
+def test_a_retry_writes_no_metric_twice(experiment: str) -> None:
+    first = opened(experiment, origin())
+    with runs.active(first) as tracked:
         assert tracked.last_logged_step("val/loss") == 0
         for epoch in (1, 2, 3):
             tracked.log_metrics({"val/loss": 1 / epoch}, step=epoch)
+        tracked.log_metrics({"test/accuracy": 0.5})
+    with runs.active(opened(experiment, origin(try_number=2))) as tracked:
         assert tracked.last_logged_step("val/loss") == 3
-        assert tracked.has_metric("val/loss")
-        assert not tracked.has_metric("val/accuracy")
+        for epoch in (2, 3, 4):
+            tracked.log_metrics({"val/loss": 7, "val/accuracy": 0.1 * epoch}, step=epoch)
+        tracked.log_metrics({"test/accuracy": 0.6, "test/log_loss": 2})
+    history = mlflow.MlflowClient().get_metric_history
+    written = {
+        name: [(entry.step, entry.value) for entry in history(first.info.run_id, name)]
+        for name in ("val/loss", "test/accuracy", "test/log_loss")
+    }
+    assert written == {
+        "val/loss": [(1, 1), (2, 1 / 2), (3, 1 / 3), (4, 7)],
+        "test/accuracy": [(0, 0.5)],
+        "test/log_loss": [(0, 2)],
+    }
+    assert [entry.step for entry in history(first.info.run_id, "val/accuracy")] == [2, 3, 4]
 
 
 def test_abandoning_ends_what_is_open_and_nothing_else(experiment: str) -> None:
@@ -134,6 +152,37 @@ def test_registering_again_gives_the_same_version(experiment: str) -> None:
     holder = registry.by_alias("toy-classifier", registry.CHAMPION)
     assert holder is not None
     assert (holder.uri, holder.tags["model"]) == (f"models:/toy-classifier/{versions[0].version}", "resnet18")
+
+
+def test_a_model_that_was_never_registered_is_discarded(experiment: str) -> None:
+    run = opened(experiment, origin())
+    with runs.active(run):
+        mlflow.pyfunc.log_model(name="m", python_model=lambda model_input: model_input, pip_requirements=[])
+    registry.discard_logged_models(run)
+    assert not mlflow.MlflowClient().search_logged_models([experiment])
+    assert registry.find("toy-classifier", run.info.run_id) is None
+
+
+def test_without_a_server_a_run_stays_as_it_is_and_says_so_at_once(
+    experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(experiment, origin())
+    store = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+        def work() -> None:
+            with services_named(), runs.active(run) as tracked:
+                mlflow.set_tracking_uri(address)
+                tracked.log_metrics({"val/loss": 1}, step=1)
+
+        with pytest.raises(ServiceUnavailableError, match=f"MLflow at {address} does not answer.* clear this task"):
+            work()
+    mlflow.set_tracking_uri(store)
+    assert mlflow.active_run() is None
+    assert fetched(run).info.status == "RUNNING"
 
 
 def test_an_unknown_registered_model_has_no_alias(experiment: str) -> None:  # noqa: ARG001 - the store

@@ -1,0 +1,111 @@
+"""DAG runs that are stopped, that meet, and that lose one of their models."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tests.faults.lab import Lab, Table, ended_state, until
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+NUM_AT_ONCE = 10
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "train", "evaluate"])
+def test_a_stopped_dag_run_leaves_killed_mlflow_runs(stage: str, lab: Lab, table: Table) -> None:
+    size = 24 + ["preprocess", "train", "evaluate"].index(stage)
+    run_id = lab.start(models="custom_cnn,logistic_regression", epochs=100, image_size=size, early_stopping=3)
+    lab.wait_for_stage(run_id, stage)
+    lab.cancel(run_id)
+
+    until(lambda: not [run for run in lab.runs(run_id) if run.info.status == "RUNNING"], "the end of its runs", 60)
+    until(lambda: not [row for row in lab.tasks(run_id) if row["state"] == "running"], "the end of its tasks", 60)
+
+    assert lab.api.dag_run_state("image_classification", run_id) == "failed"
+    assert lab.parent(run_id).info.status == "KILLED"
+    # A part that was done before stays as it is.
+    states = {run.data.tags.get("model", run.data.tags["stage"]): run.info.status for run in lab.runs(run_id)}
+    if stage != "evaluate":
+        assert states["custom_cnn" if stage == "train" else "data"] == "KILLED"
+    table.add(
+        "DAG run stopped by a person", stage, "Its open MLflow runs ended as KILLED; what was done stays FINISHED."
+    )
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Real digits as images of a data set that nobody has seen, and whose registered model has no champion yet."""
+    digits = load_digits()
+    with zipfile.ZipFile(tmp_path / "digits.zip", "w") as packed:
+        for number, (pixels, label) in enumerate(zip(digits.images[:900], digits.target[:900], strict=True)):
+            buffer = io.BytesIO()
+            Image.fromarray((pixels * 15).astype(np.uint8)).save(buffer, "PNG")
+            packed.writestr(f"{label}/{number}.png", buffer.getvalue())
+    return tmp_path / "digits.zip"
+
+
+def test_ten_dag_runs_at_once_on_one_new_data_set(lab: Lab, table: Table, archive: Path) -> None:
+    """With other seeds and numbers of epochs, so that the ten models differ in quality."""
+    common = {"dataset": "images", "data_uri": str(archive), "image_size": 12, "models": "custom_cnn"}
+    forms = [{**common, "epochs": 1 + number % 3, "seed": number} for number in range(NUM_AT_ONCE)]
+    run_ids = [lab.start(**form) for form in forms]
+    for run_id in run_ids:
+        lab.wait(run_id, seconds=900)
+
+    digests = set()
+    accuracy_of = {}
+    for run_id, form in zip(run_ids, forms, strict=True):
+        lab.assert_nothing_lost_or_twice(run_id, {"custom_cnn": form["epochs"]})
+        child = lab.child(run_id, "custom_cnn")
+        assert child is not None
+        digests.add(child.data.tags["data_digest"])
+        accuracy_of[lab.versions(run_id)["custom_cnn"]] = child.data.metrics["test/accuracy"]
+    assert len(digests) == 1
+    assert len(accuracy_of) == NUM_AT_ONCE
+    assert len(set(accuracy_of.values())) > 1
+    for alias in ("champion", "custom_cnn"):
+        holder = str(lab.mlflow.get_model_version_by_alias("images-classifier", alias).version)
+        assert accuracy_of[holder] == max(accuracy_of.values()), "a worse model took the alias from a better one"
+    most = max(max(lab.tries(run_id).values()) for run_id in run_ids)
+    table.add(
+        f"{NUM_AT_ONCE} DAG runs at once",
+        "all stages",
+        f"All whole, with at most {most} tries of a task; {NUM_AT_ONCE} versions, the aliases on the best of them.",
+    )
+    table.add(
+        f"{NUM_AT_ONCE} DAG runs at once on one new data set",
+        "preprocessing",
+        "The data set was published once, and all runs used it.",
+    )
+
+
+def test_one_of_three_models_fails(lab: Lab, unbroken: str, table: Table, tmp_path: Path) -> None:
+    states = {name: row["state"] for row in lab.tasks(unbroken) if (name := row.get("rendered_map_index"))}
+    assert states == {"custom_cnn": "success", "logistic_regression": "success", "resnet18": "failed"}
+    told = [event for event in lab.events(unbroken, "resnet18") if event.startswith("models: ")]
+    assert len(told) == 1
+    assert "/nowhere/weights.safetensors does not exist" in told[0]
+    parent = lab.parent(unbroken)
+    report = Path(lab.mlflow.download_artifacts(parent.info.run_id, "comparison.md", str(tmp_path))).read_text()
+    for text in (report, parent.data.tags["mlflow.note.content"]):
+        assert "custom_cnn" in text
+        assert "logistic_regression" in text
+        assert "resnet18" in text
+        assert "failed" in text
+    assert parent.data.metrics["num_models"] == 2
+    assert parent.data.metrics["num_failed_models"] == 1
+    assert lab.versions(unbroken).keys() == {"custom_cnn", "logistic_regression"}
+    assert ended_state(lab.api.dag_run_state("image_classification", unbroken)) == "success"
+    table.add(
+        "One of three models cannot be trained",
+        "training",
+        "The other two were compared and registered; the report names the failed one; its task is red in the DAG run, "
+        "and its log has the reason in one line.",
+    )

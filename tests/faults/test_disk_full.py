@@ -1,0 +1,145 @@
+"""The object store's disk fills up: a real SeaweedFS on a disk of its own, of 100 MB."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlpipe.config import DataConfig
+from mlpipe.data.dataset import open_dataset
+from mlpipe.data.manifest import load_manifest
+from mlpipe.data.prepare import prepare_dataset
+from mlpipe.data.sources import fetch_source
+from mlpipe.data.store import ObjectStore
+from mlpipe.errors import ServiceUnavailableError
+from mlpipe.stages.services import services_named
+from mlpipe.training.checkpoints import CheckpointStore
+from tests.conftest import _command, _wait_until_up
+from tests.faults.lab import Table
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
+
+IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+MOUNT_AND_RUN = 'mount -t tmpfs -o size=100m tmpfs "$0" && exec "$@"'
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A bucket whose server has little room."""
+
+    store: ObjectStore
+    enlarge: Callable[[], None]
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
+    if shutil.which("unshare") is None or subprocess.run([*IN_A_NAMESPACE, "true"], check=False).returncode:
+        pytest.skip("no mount namespaces here, so no disk of its own")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command, endpoint = _command(folder)
+    keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
+    for name, value in {**keys, "AWS_ENDPOINT_URL_S3": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    log = tmp_path / "weed.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*IN_A_NAMESPACE, "sh", "-c", MOUNT_AND_RUN, str(folder), *command], stdout=output, stderr=output
+        )
+
+    def enlarge() -> None:
+        inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target", str(process.pid)]
+        subprocess.run([*inside, "mount", "-o", "remount,size=1000m", str(folder)], check=True)
+
+    try:
+        _wait_until_up(endpoint, process, log)
+        store = ObjectStore("small")
+        store.create_bucket()
+        yield SmallDisk(store, enlarge)
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def fill(store: ObjectStore) -> None:
+    """Write until nothing more fits."""
+    for number in range(100):
+        try:
+            with services_named():
+                store.put_bytes(f"ballast/{number}", os.urandom(4 * MEGABYTE))
+        except ServiceUnavailableError:
+            return
+    pytest.fail("the disk has no end")
+
+
+def test_while_a_data_set_is_published(disk: SmallDisk, tmp_path: Path, table: Table) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(200):
+            buffer = BytesIO()
+            Image.new("RGB", (8, 8), (number, number // 2, 7)).save(buffer, "PNG")
+            archive.writestr(f"{'ab'[number % 2]}/{number}.png", buffer.getvalue())
+    data = DataConfig(dataset="images", uri=str(tmp_path / "a.zip"), image_size=512)  # 157 MB of arrays
+    source = fetch_source(data, disk.store)
+
+    def publish() -> str:
+        with services_named():
+            return prepare_dataset(data, source, disk.store).digest
+
+    with pytest.raises(ServiceUnavailableError, match="is its disk full.* make room, then clear this task") as refused:
+        publish()
+    assert len(str(refused.value).splitlines()) == 1
+    assert not [key for key in disk.store.list("datasets") if key.endswith("manifest.json")]
+
+    disk.enlarge()
+
+    digest = publish()
+    assert load_manifest(digest, disk.store).num_test == 40
+    assert len(open_dataset(digest, disk.store, tmp_path / "cache").test_split().images_u8[:]) == 40
+    table.add(
+        "Object store's disk full",
+        "preprocessing",
+        "The task failed, asked for room in one line and published nothing; with room it published the data set.",
+    )
+
+
+def test_while_a_checkpoint_is_saved(disk: SmallDisk, table: Table) -> None:
+    checkpoints = CheckpointStore(disk.store, "run")
+    weights = {epoch: torch.from_numpy(np.random.default_rng(epoch).random(2 * MEGABYTE)) for epoch in (1, 2)}
+    checkpoints.save({"weights": weights[1]})
+    fill(disk.store)
+
+    def save() -> None:
+        with services_named():
+            checkpoints.save({"weights": weights[2]})
+
+    with pytest.raises(ServiceUnavailableError, match="is its disk full"):
+        save()
+    kept = checkpoints.load()
+    assert kept is not None
+    assert torch.equal(kept["weights"], weights[1])
+
+    disk.enlarge()
+
+    save()
+    now = checkpoints.load()
+    assert now is not None
+    assert torch.equal(now["weights"], weights[2])
+    table.add(
+        "Object store's disk full",
+        "training, saving a checkpoint",
+        "The task failed and asked for room in one line; the checkpoint before it stayed whole, and the next one was "
+        "saved when there was room.",
+    )

@@ -1,0 +1,84 @@
+"""kill -9: of a training task, and of each component in each stage."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import EPOCHS, IMAGE_SIZE
+from tests.faults.lab import Lab, Table, until
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+SECONDS_AWAY = 30
+STORAGE = ("mlflow", "seaweedfs")
+STAGES = ("preprocess", "train", "evaluate")
+NAMES = {"scheduler": "Scheduler", "api-server": "API server", "mlflow": "MLflow", "seaweedfs": "SeaweedFS"}
+
+
+def test_a_killed_training_goes_on_where_it_was(lab: Lab, unbroken: str, table: Table, tmp_path: Path) -> None:
+    run_id = lab.start(models="custom_cnn", epochs=EPOCHS, image_size=IMAGE_SIZE)
+    until(lambda: len(lab.steps(run_id, "custom_cnn")) >= 3, "three epochs", 300)
+    process = lab.process_of(run_id, "custom_cnn")
+    before = lab.child(run_id, "custom_cnn")
+    process.kill()
+    until(lambda: not process.is_running(), "its end", 30)
+    seen = len(lab.steps(run_id, "custom_cnn"))
+    assert 3 <= seen < EPOCHS, "it was not in the midst of the training"
+
+    lab.wait(run_id)
+
+    lab.assert_nothing_lost_or_twice(run_id, {"custom_cnn": EPOCHS})
+    after = lab.child(run_id, "custom_cnn")
+    assert before is not None
+    assert after is not None
+    assert after.info.run_id == before.info.run_id
+    assert lab.tries(run_id)["custom_cnn"] == 2
+    (resumed,) = [
+        int(m[1]) for e in lab.events(run_id, "custom_cnn") if (m := re.match(r"resuming after epoch (\d+)", e))
+    ]
+    assert seen <= resumed < EPOCHS
+    same = lab.weights_sha256(run_id, "custom_cnn", tmp_path) == lab.weights_sha256(unbroken, "custom_cnn", tmp_path)
+    assert same, "the final weights are not those of the unbroken run"
+    table.add(
+        "Training task, kill -9",
+        f"training, epoch {seen + 1} of {EPOCHS}",
+        f"The second try went on after epoch {resumed} in the same MLflow run. Whole; the final weights are byte for "
+        "byte those of an unbroken run with the same seed.",
+    )
+
+
+@pytest.mark.parametrize("component", NAMES)
+def test_a_component_is_killed_in_each_stage(component: str, lab: Lab, table: Table) -> None:
+    """Three times in one DAG run; what holds data is also kept away for half a minute, during training."""
+    size = 17 + list(NAMES).index(component)  # a data set of its own: preprocessing has something to do
+    models = {"custom_cnn": EPOCHS, "logistic_regression": None}
+    run_id = lab.start(models=",".join(models), epochs=EPOCHS, image_size=size)
+    seconds = {}
+    for stage in STAGES:
+        lab.wait_for_stage(run_id, stage)
+        began = time.monotonic()
+        if component in STORAGE and stage == "train":
+            lab.take_away(component)
+            time.sleep(SECONDS_AWAY)
+            lab.bring_back(component)
+        else:
+            lab.kill(component)
+            lab.wait_healthy(component)
+        seconds[stage] = time.monotonic() - began
+    lab.wait(run_id)
+
+    lab.assert_nothing_lost_or_twice(run_id, models)
+    tries = lab.tries(run_id)
+    tries["train"] = max(tries[model] for model in models)
+    for stage in STAGES:
+        away = component in STORAGE and stage == "train"
+        count = "its first try" if tries[stage] == 1 else f"try {tries[stage]}"
+        table.add(
+            f"{NAMES[component]}, kill -9" + (f", away for {SECONDS_AWAY} s" if away else ""),
+            {"preprocess": "preprocessing", "train": "training", "evaluate": "evaluation"}[stage],
+            f"Usable again after {seconds[stage]:.0f} s; the stage ended in {count}. Whole.",
+        )
