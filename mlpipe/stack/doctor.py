@@ -74,7 +74,7 @@ def versions() -> str:
     wrong, checked = [], 0
     for requirement in map(Requirement, importlib.metadata.requires("mlpipe") or []):
         if not any(
-            requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in ("airflow", "local-stack")
+            requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in ("training", "airflow", "local-stack")
         ):
             continue
         checked += 1
