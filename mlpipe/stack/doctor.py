@@ -45,26 +45,43 @@ class NotWellError(Exception):
     """A check failed; its text says what was found."""
 
 
-def diagnose(settings: StackSettings) -> Iterator[Finding]:
-    """Run all checks, the cheap ones first."""
-    running = bool(Supervisor(settings).states())
+def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Run all checks, the cheap ones first: of this machine, then of the stack that `mlpipe run` would talk to."""
     yield _finding("versions", versions, "run `make install` (or `uv pip sync requirements.lock`)")
     yield _finding("programs", programs, "run `make install`")
     yield _finding("disk space", lambda: disk_space(settings), "free some, or set MLPIPE_HOME to a larger disk")
-    yield _finding("GPU", gpus, "mend the driver: `nvidia-smi` must list the devices")
+    yield _finding("GPU", gpus, "mend the driver, or install the torch that fits it: both must list the same devices")
     yield _finding("executor", lambda: executors(settings), "restore plugins/gpu_executor.py")
-    if not running:
+    if environ.get("MLPIPE_AIRFLOW_URL"):
+        yield from connections(environ)
+    elif Supervisor(settings).states():
+        yield from _local_stack(settings)
+    else:
         yield Finding(name="stack", ok=False, detail="does not run", remedy="run `mlpipe up`")
-        return
-    credentials = Credentials.load(settings.credentials_path)
-    health = Health(settings, credentials)
+
+
+def _local_stack(settings: StackSettings) -> Iterator[Finding]:
+    health = Health(settings, Credentials.load(settings.credentials_path))
     for name in NAMES:
         remedy = f"see `mlpipe logs {name}`; `mlpipe up` starts what is missing"
         yield _finding(name, lambda name=name: _healthy(health.problem(name)), remedy)  # type: ignore[misc]
-    yield _finding("DAG", lambda: _healthy(health.dag_problem()), "see `mlpipe logs dag-processor`")
-    yield _finding("S3 round trip", lambda: s3_round_trip(settings, credentials), "see `mlpipe logs seaweedfs`")
-    yield _finding("MLflow artifact round trip", lambda: artifact_round_trip(settings), "see `mlpipe logs mlflow`")
+    yield from connections(settings.client_environment())
     yield _finding("secrets", lambda: secrets(settings), f"chmod 600 {settings.credentials_path}")
+
+
+def connections(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Use every service as a client does, at the addresses of these variables."""
+    url = environ["MLPIPE_AIRFLOW_URL"].rstrip("/")
+    yield _finding("Airflow health", lambda: airflow_health(url), "see the logs of what is named (`mlpipe logs`)")
+    yield _finding("DAG", lambda: dag(environ), "see the message; the DAG processor's log has more")
+    for name, variable, check, remedy in (
+        ("S3 round trip", "AWS_ENDPOINT_URL_S3", s3_round_trip, "see the store's log (`mlpipe logs seaweedfs`)"),
+        ("MLflow artifact round trip", "MLFLOW_TRACKING_URI", artifact_round_trip, "see `mlpipe logs mlflow`"),
+    ):
+        if environ.get(variable):
+            yield _finding(name, lambda check=check: check(environ), remedy)  # type: ignore[misc]
+        else:
+            yield Finding(name=name, ok=True, detail=f"not checked: {variable} is not set here, only where stages run")
 
 
 def versions() -> str:
@@ -74,7 +91,8 @@ def versions() -> str:
     wrong, checked = [], 0
     for requirement in map(Requirement, importlib.metadata.requires("mlpipe") or []):
         if not any(
-            requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in ("training", "airflow", "local-stack")
+            requirement.marker is None or requirement.marker.evaluate({"extra": e})
+            for e in ("training", "airflow", "local-stack")
         ):
             continue
         checked += 1
@@ -110,7 +128,7 @@ def disk_space(settings: StackSettings) -> str:
 
 
 def gpus() -> str:
-    """NVIDIA devices, as the executor counts them."""
+    """NVIDIA devices as the executor counts them, and whether a training would find as many."""
     if shutil.which("nvidia-smi") is None:
         return "none: CPU slots"
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -118,7 +136,19 @@ def gpus() -> str:
     if result.returncode != 0:
         raise NotWellError(f"nvidia-smi fails: {(result.stdout + result.stderr).strip()[:200]}")
     names = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-    return f"{len(names)} × {names[0]}" if names else "none: CPU slots"
+    if not names:
+        return "none: CPU slots"
+    script = "import torch; print(torch.cuda.device_count(), torch.__version__, torch.version.cuda)"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+    )
+    found, *build = result.stdout.split() or ["0", "missing", "None"]
+    # CUDA_VISIBLE_DEVICES may hide some from both this process and a training.
+    if int(found) == 0 and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise NotWellError(
+            f"nvidia-smi lists {len(names)} × {names[0]}, but torch {build[0]} (CUDA {build[1]}) sees none"
+        )
+    return f"{len(names)} × {names[0]}; torch sees {found}"
 
 
 def executors(settings: StackSettings) -> str:
@@ -147,29 +177,52 @@ def executors(settings: StackSettings) -> str:
     return f"{executor(settings)} ({lines[-1]})"
 
 
-def s3_round_trip(settings: StackSettings, credentials: Credentials) -> str:
+def airflow_health(url: str) -> str:
+    """Ask Airflow how its parts are."""
+    with _direct() as http:
+        answer = http.get(f"{url}/api/v2/monitor/health", timeout=COMMAND_SECONDS)
+        answer.raise_for_status()
+    parts = {name: part["status"] for name, part in answer.json().items() if part and part.get("status")}
+    if ill := [f"{name} is {status}" for name, status in parts.items() if status != "healthy"]:
+        raise NotWellError("; ".join(ill))
+    return f"{', '.join(parts)} at {url}"
+
+
+def dag(environ: Mapping[str, str]) -> str:
+    """Log in, and see that the DAG can be triggered."""
+    problem = dag_problem(
+        environ["MLPIPE_AIRFLOW_URL"].rstrip("/"),
+        environ.get("MLPIPE_AIRFLOW_USER", ""),
+        environ.get("MLPIPE_AIRFLOW_PASSWORD", ""),
+    )
+    return _healthy(problem)
+
+
+def s3_round_trip(environ: Mapping[str, str]) -> str:
     """Write, read back, compare and delete objects of several sizes."""
-    client = s3_client(settings, credentials)
+    client = s3_client(environ)
+    bucket = environ.get("MLPIPE_S3_BUCKET") or DATA_BUCKET
     for size in ROUND_TRIP_SIZES:
         content = os.urandom(size)
         key = f"doctor/{hashlib.sha256(content).hexdigest()}"
-        client.put_object(Bucket=DATA_BUCKET, Key=key, Body=content)
+        client.put_object(Bucket=bucket, Key=key, Body=content)
         try:
-            back = client.get_object(Bucket=DATA_BUCKET, Key=key)["Body"].read()
+            back = client.get_object(Bucket=bucket, Key=key)["Body"].read()
         finally:
-            client.delete_object(Bucket=DATA_BUCKET, Key=key)
+            client.delete_object(Bucket=bucket, Key=key)
         if back != content:
             raise NotWellError(f"an object of {size} bytes came back as {len(back)} others")
     return f"objects of {', '.join(f'{size:,}' for size in ROUND_TRIP_SIZES)} bytes came back byte for byte"
 
 
-def artifact_round_trip(settings: StackSettings) -> str:
+def artifact_round_trip(environ: Mapping[str, str]) -> str:
     """Send a file through MLflow's proxy, as a client without S3 keys does, and compare what comes back."""
     content = os.urandom(2**20 + 1)
-    base = f"{settings.mlflow_url}/api/2.0/mlflow-artifacts/artifacts/doctor"
+    base = f"{environ['MLFLOW_TRACKING_URI'].rstrip('/')}/api/2.0/mlflow-artifacts/artifacts/doctor"
     url = f"{base}/{hashlib.sha256(content).hexdigest()}"
-    with requests.Session() as http:
-        http.trust_env = False
+    with _direct() as http:
+        if user := environ.get("MLFLOW_TRACKING_USERNAME"):
+            http.auth = (user, environ.get("MLFLOW_TRACKING_PASSWORD", ""))
         http.put(url, data=content, timeout=COMMAND_SECONDS).raise_for_status()
         try:
             answer = http.get(url, timeout=COMMAND_SECONDS)
