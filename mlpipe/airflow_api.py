@@ -62,6 +62,19 @@ class AirflowApi:
                 raise UserError(f"{name}: not set, and no local stack is up; run `mlpipe up`, or set it")
         return cls(*(value or "" for value in values))
 
+    def check_dag(self, dag_id: str) -> None:
+        """
+        Raises:
+            UserError: the DAG cannot be triggered: it was not parsed, it cannot be imported, or the server is away.
+        """
+        try:
+            self._call("GET", f"/api/v2/dags/{quote(dag_id)}")
+        except UserError as error:
+            for failed in self._call("GET", "/api/v2/importErrors")["import_errors"]:
+                last = failed["stack_trace"].strip().splitlines()[-1]
+                raise UserError(f"{failed['filename']} cannot be imported: {last}") from error
+            raise
+
     def trigger(self, dag_id: str, conf: dict[str, Any]) -> str:
         """Start a DAG run; returns its id.
 

@@ -9,16 +9,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 
+from mlpipe.airflow_api import AirflowApi
 from mlpipe.errors import UserError
 from mlpipe.stack.components import NAMES, program
 from mlpipe.stack.credentials import Credentials
-from mlpipe.stack.health import Health, s3_client
+from mlpipe.stack.health import DAG_ID, Health
 from mlpipe.stack.local import DATA_BUCKET, StackSettings
 from mlpipe.stack.service_environment import executor, service_environment
 from mlpipe.stack.supervisor import Supervisor
@@ -190,17 +191,25 @@ def airflow_health(url: str) -> str:
 
 def dag(environ: Mapping[str, str]) -> str:
     """Log in, and see that the DAG can be triggered."""
-    problem = dag_problem(
-        environ["MLPIPE_AIRFLOW_URL"].rstrip("/"),
-        environ.get("MLPIPE_AIRFLOW_USER", ""),
-        environ.get("MLPIPE_AIRFLOW_PASSWORD", ""),
-    )
-    return _healthy(problem)
+    names = ("MLPIPE_AIRFLOW_URL", "MLPIPE_AIRFLOW_USER", "MLPIPE_AIRFLOW_PASSWORD")
+    AirflowApi(*(environ.get(name, "") for name in names)).check_dag(DAG_ID)
+    return f"{DAG_ID} can be triggered"
 
 
 def s3_round_trip(environ: Mapping[str, str]) -> str:
     """Write, read back, compare and delete objects of several sizes."""
-    client = s3_client(environ)
+    import boto3
+    from botocore.config import Config
+
+    client = boto3.session.Session(
+        aws_access_key_id=environ.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=environ.get("AWS_SECRET_ACCESS_KEY"),
+        region_name=environ.get("AWS_DEFAULT_REGION"),
+    ).client(
+        "s3",
+        endpoint_url=environ["AWS_ENDPOINT_URL_S3"],
+        config=Config(proxies={}, connect_timeout=5, read_timeout=COMMAND_SECONDS, retries={"max_attempts": 1}),
+    )
     bucket = environ.get("MLPIPE_S3_BUCKET") or DATA_BUCKET
     for size in ROUND_TRIP_SIZES:
         content = os.urandom(size)
@@ -243,6 +252,13 @@ def secrets(settings: StackSettings) -> str:
     return "readable by their owner only"
 
 
+def _direct() -> requests.Session:
+    """Services of this project are not behind the proxy that the environment may name."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
 def _healthy(problem: str | None) -> str:
     if problem:
         raise NotWellError(problem)
@@ -252,7 +268,7 @@ def _healthy(problem: str | None) -> str:
 def _finding(name: str, check: Callable[[], str], remedy: str) -> Finding:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    own = (NotWellError, OSError, subprocess.SubprocessError)
+    own = (NotWellError, UserError, OSError, subprocess.SubprocessError)
     try:
         return Finding(name=name, ok=True, detail=check())
     except (*own, requests.RequestException, BotoCoreError, ClientError) as error:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlpipe.errors import UserError
-from mlpipe.stack import commands, doctor, lifecycle
+from mlpipe.stack import commands, lifecycle
 from mlpipe.stack.supervisor import Supervisor, living
 
 COMPONENT = 'bash "$0/worker.sh" "$0" & wait'
@@ -128,18 +128,6 @@ def test_the_last_lines_of_a_log(tmp_path):
 
     assert lifecycle.tail(log, 2) == "line 9998\nline 9999"
     assert lifecycle.tail(tmp_path / "none.log", 2) == ""
-
-
-def test_the_doctor_says_how_to_mend_what_it_finds(settings, monkeypatch):
-    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**60)
-    monkeypatch.setattr(doctor, "executors", lambda _: "resolved")
-
-    findings = {finding.name: finding for finding in doctor.diagnose(settings)}
-
-    assert findings["versions"].ok
-    assert not findings["disk space"].ok
-    assert findings["stack"].remedy == "run `mlpipe up`"
-    assert all(finding.remedy for finding in findings.values() if not finding.ok)
 
 
 def _pids(path: Path) -> list[int]:
