@@ -102,8 +102,8 @@ class Dataset:
                 if not _is_there(path, file.bytes):
                     logger.info("downloading %s of data set %s", name, self.manifest.digest)
                     self._store.get_file(self.manifest.key(name), path, file.sha256)
-        # Copy on write: torch wants writable memory; nobody writes, so nothing is copied.
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+        # Read-only: of a writable private mapping the kernel demands that all of it would fit in memory.
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def open_dataset(digest: str, store: ObjectStore, cache_dir: Path) -> Dataset:

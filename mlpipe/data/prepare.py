@@ -230,8 +230,9 @@ def _write_images(
             findings.bad += measured.decoded.bad
             if len(findings.bad) > MAX_BAD_IMAGES:
                 break
-            test.write(measured.decoded.images_u8[splits.is_test[part]])
-            training.write(measured.decoded.images_u8[~splits.is_test[part]])
+            images_u8, is_test = measured.decoded.images_u8, splits.is_test[part]
+            for array, chosen in ((test, is_test), (training, ~is_test)):
+                array.write(images_u8 if chosen.all() else images_u8[chosen])
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
                 logger.info("decoded %s of %s images", f"{part.stop:,}", f"{len(splits.is_test):,}")

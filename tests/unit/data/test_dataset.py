@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from mlpipe.config import DataConfig
-from mlpipe.data.dataset import ImageRows, open_dataset
+from mlpipe.data.dataset import Dataset, ImageRows, open_dataset
 from mlpipe.data.manifest import Manifest
+from mlpipe.data.npy import file_bytes, header
 from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources import fetch_source
 from mlpipe.data.store import ObjectStore
@@ -52,6 +55,23 @@ def test_cut_off_copy_is_fetched_again(manifest: Manifest, store: ObjectStore, t
     path = tmp_path / "datasets" / manifest.digest / "train_images.npy"
     path.write_bytes(path.read_bytes()[:1000])
     np.testing.assert_array_equal(open_dataset(manifest.digest, store, tmp_path).train_split().images_u8[:], whole)
+
+
+def test_images_that_would_not_fit_in_memory(tmp_path: Path) -> None:
+    num_images = 4 * psutil.virtual_memory().total // (8 * 8 * 3)
+    path = tmp_path / "datasets" / "large" / "test_images.npy"
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:  # sparse: it takes no room
+        file.write(header((num_images, 8, 8, 3), np.uint8))
+        file.truncate(file_bytes((num_images, 8, 8, 3), np.uint8) - 192)
+        file.seek(0, 2)
+        file.write(bytes(range(192)))
+    np.save(tmp_path / "datasets" / "large" / "test_labels.npy", np.zeros(3, np.int64))
+    files = {each.name: SimpleNamespace(bytes=each.stat().st_size) for each in path.parent.glob("*.npy")}
+    dataset = Dataset(SimpleNamespace(digest="large", files=files), None, tmp_path)  # type: ignore[arg-type]
+    images = dataset.test_split().images_u8.take(np.array([0, num_images - 1]))
+    assert images[0].max() == 0
+    assert images[1].ravel().tolist() == list(range(192))
 
 
 def test_damaged_object_is_not_used(manifest: Manifest, store: ObjectStore, tmp_path: Path) -> None:
