@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.pipeline import Pipeline
 from torch import nn
 
-from mlpipe.models.portable import ModelDescription, flatten, normalise, resize
+from mlpipe.models.portable import ModelDescription, predict_probabilities, resize
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 
 class TrainingLogger(Protocol):
@@ -54,8 +56,6 @@ class TrainedModel:
     def probabilities(self, images_u8: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
         """What the model in memory makes of (N, H, W, 3) images: (N, number of classes). Packaging is checked by it."""
         images = resize(torch.from_numpy(images_u8), self.description.image_size)
-        if not isinstance(self.predictor, nn.Module):
-            return self.predictor.predict_proba(flatten(images))
         mean = torch.tensor(self.description.channel_mean).view(3, 1, 1)
         std = torch.tensor(self.description.channel_std).view(3, 1, 1)
-        return self.predictor(normalise(images, mean, std)).softmax(dim=1).numpy()
+        return predict_probabilities(self.predictor, self.description, images, mean, std)
