@@ -12,6 +12,7 @@ from torch import nn
 from mlpipe.config import ESTIMATORS, ModelConfig, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.store import ObjectStore
+from mlpipe.data.uris import redact_uri
 from mlpipe.environment import Environment
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
 from mlpipe.models.weights import InitialWeights, initial_network
@@ -97,7 +98,7 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
     return {
         "name": model.name,
         "architecture": model.architecture,
-        "weights": model.weights,
+        "weights": redact_uri(model.weights),
         "run_id": run.info.run_id,
         "run_url": tracked.url,
         "model_uri": version.uri,
@@ -152,7 +153,7 @@ def _model_tags(model: ModelConfig, dataset: Dataset) -> dict[str, str]:
     return {
         "model": model.name,
         "architecture": model.architecture,
-        "weights": model.weights,
+        "weights": redact_uri(model.weights),
         "dataset": dataset.manifest.dataset,
         "data_digest": dataset.manifest.digest,
     }
