@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_KEY_BYTES = 1024  # S3's limit
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 _MISSING_CODES = {"404", "NoSuchKey", "NotFound"}
-_CLIENT_RETRIES = {"mode": "standard", "max_attempts": 10}  # about a minute; the task's own retries follow
+_CLIENT_RETRIES = {"mode": "standard", "max_attempts": 14}  # about a minute; the task's own retries follow
 # Few large parts: on two cores the server's work per part is what an upload costs.
 _TRANSFER = TransferConfig(multipart_threshold=64 << 20, multipart_chunksize=32 << 20, max_concurrency=4)
 
