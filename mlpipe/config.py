@@ -16,10 +16,15 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 from mlpipe.errors import UserError
 
 DatasetName = Literal["digits", "cifar10", "images"]
-RecipeName = Literal["quick", "report"]
+RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
+Variant = Literal["standard", "small_images"]
+"""standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
+normalisation, torchvision's resnets begin with a 3×3 convolution without stride."""
+SMALL_IMAGES_VARIANTS = frozenset({"custom_cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"})
+"""Architectures that have such a form."""
 
-ESTIMATORS = frozenset({"logistic_regression"})
+ESTIMATORS = frozenset({"logistic_regression", "hog_logistic_regression"})
 """Architectures that scikit-learn fits; every other one is a network that Lightning trains."""
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -52,7 +57,7 @@ class RunParams:
         "quick",
         "Recipe",
         "quick: minutes on a laptop, offline, random weights. report: Adam, 0.001, 10 epochs, the three models "
-        "of the report (resnet18 from ImageNet weights).",
+        "of the report (resnet18 from ImageNet weights). strong: the best that ten epochs give on photographs.",
     )
     models: str | None = describe(
         None,
@@ -215,8 +220,10 @@ class TrainConfig:
     """Learning rate over the steps (networks)."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, 0 to 1 (networks)."""
-    augmentation: Literal["none", "flip", "flip_crop"] = "none"
-    """Random changes of the training images: horizontal flip; flip and shifted crop (networks)."""
+    augmentation: Literal["none", "crop", "flip", "flip_crop"] = "none"
+    """Random changes of the training images: shifted crop, horizontal flip, or both (networks)."""
+    test_time_averaging: Literal["none", "flip"] = "none"
+    """flip: the model averages the probabilities of an image and of its mirror image when it predicts (networks)."""
     early_stopping_patience: int | None = None
     """Epochs without a better val/accuracy after which training ends; `None`: never (networks)."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
@@ -239,6 +246,10 @@ class ModelConfig:
     """What it starts from: random, imagenet, a URI; none for estimators that have no initial weights."""
     name: str
     """Unique in the run: the architecture, or architecture and weights where one architecture runs twice."""
+    variant: Variant = "standard"
+    """Form of the network; `models:/…` weights bring their own."""
+    input_size: int | None = None
+    """Height and width to which the network enlarges its images, pixels; `None`: as they are stored."""
     train: TrainConfig
 
 

@@ -11,6 +11,7 @@ from mlpipe.config import (
     ESTIMATORS,
     MAX_MODELS,
     MODEL_NAME,
+    SMALL_IMAGES_VARIANTS,
     DataConfig,
     ModelConfig,
     PromotionConfig,
@@ -20,6 +21,11 @@ from mlpipe.config import (
     TrainConfig,
 )
 from mlpipe.errors import UserError
+
+MAX_SMALL_IMAGE = 64
+"""Height and width up to which images are small, pixels."""
+MIN_LARGE_IMAGE = 96
+"""Height and width from which pretrained networks get images as they are, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +38,12 @@ class Recipe:
     """Initial weights of networks that name none."""
     train: TrainConfig
     """Settings of every model."""
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of single architectures, over `train`."""
+    pretrained: Mapping[str, Any] = field(default_factory=dict)
+    """Settings over `train` of networks that start from weights, not from random numbers."""
+    pretrained_input_size: int | None = None
+    """Height and width to which those enlarge their images, pixels."""
+    small_images_variants: bool = False
+    """Whether networks with random weights take the form for small images where they have one."""
 
 
 RECIPES: dict[RecipeName, Recipe] = {
@@ -46,6 +56,27 @@ RECIPES: dict[RecipeName, Recipe] = {
         models="custom_cnn,logistic_regression,resnet18",
         default_weights="imagenet",
         train=TrainConfig(num_epochs=10, batch_size=64, learning_rate=1e-3, optimizer="adam"),
+    ),
+    "strong": Recipe(
+        models="custom_cnn,logistic_regression,hog_logistic_regression,resnet18",
+        default_weights="random",
+        train=TrainConfig(
+            num_epochs=10,
+            batch_size=256,
+            optimizer="sgd",
+            learning_rate=0.5,
+            weight_decay=5e-4,
+            schedule="one_cycle",
+            label_smoothing=0.1,
+            augmentation="flip_crop",
+            test_time_averaging="flip",
+            inverse_regularization=1e-3,
+        ),
+        small_images_variants=True,
+        # Kolesnikov et al., "Big Transfer" (ECCV 2020): images below 96×96 are shown at 128×128, SGD with momentum,
+        # no weight decay; the rate is theirs of batches of 512, scaled down to this batch.
+        pretrained={"learning_rate": 0.0015, "weight_decay": 0.0},
+        pretrained_input_size=128,
     ),
 }
 
@@ -73,25 +104,39 @@ def resolve(params: RunParams) -> RunConfig:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     parsed = parse_models(params.models or recipe.models, recipe.default_weights)
     architectures = [architecture for architecture, _ in parsed]
-    models = tuple(
-        ModelConfig(
-            architecture=architecture,
-            weights=weights,
-            name=architecture if architectures.count(architecture) == 1 else f"{architecture}_{weights_slug(weights)}",
-            train=replace(recipe.train, **{**recipe.overrides.get(architecture, {}), **chosen}),
+    image_size = params.image_size or 32
+    train = _without_flips(recipe.train) if params.dataset == "digits" else recipe.train
+    models = []
+    for architecture, weights in parsed:
+        pretrained = weights not in ("random", "none")
+        small = recipe.small_images_variants and not pretrained and image_size <= MAX_SMALL_IMAGE
+        name = architecture if architectures.count(architecture) == 1 else f"{architecture}_{weights_slug(weights)}"
+        models.append(
+            ModelConfig(
+                architecture=architecture,
+                weights=weights,
+                name=name,
+                variant="small_images" if small and architecture in SMALL_IMAGES_VARIANTS else "standard",
+                input_size=recipe.pretrained_input_size if pretrained and image_size < MIN_LARGE_IMAGE else None,
+                train=replace(train, **{**(recipe.pretrained if pretrained else {}), **chosen}),
+            )
         )
-        for architecture, weights in parsed
-    )
     names = [model.name for model in models]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"models: {name!r} is given more than once; each model and its weights may appear once")
     return RunConfig(
         recipe=params.recipe,
-        data=DataConfig(dataset=params.dataset, uri=params.data_uri, image_size=params.image_size or 32),
-        models=models,
+        data=DataConfig(dataset=params.dataset, uri=params.data_uri, image_size=image_size),
+        models=tuple(models),
         promotion=PromotionConfig(mode=params.promotion),
     )
+
+
+def _without_flips(train: TrainConfig) -> TrainConfig:
+    """Mirrored digits are other characters."""
+    shifted = train.augmentation in ("crop", "flip_crop")
+    return replace(train, augmentation="crop" if shifted else "none", test_time_averaging="none")
 
 
 def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
@@ -129,5 +174,5 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
 
 def weights_slug(weights: str) -> str:
     """A name part for initial weights: `imagenet`, `random`, or the last part of a URI."""
-    last = weights.split("#")[0].rstrip("/").rsplit("/", 1)[-1]
+    last = re.split(r"[?#]", weights)[0].rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^a-z0-9]+", "_", last.lower()).strip("_")[:40] or "weights"

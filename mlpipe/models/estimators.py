@@ -9,7 +9,7 @@ from sklearn.pipeline import Pipeline
 from mlpipe.config import ESTIMATORS, TrainConfig
 from mlpipe.errors import UserError
 
-MAX_DIMENSIONS = 256
+MAX_DIMENSIONS = {"logistic_regression": 256, "hog_logistic_regression": 600}
 """Principal components that the linear model sees at most."""
 
 IMAGES_PER_DIMENSION = 20
@@ -17,19 +17,19 @@ IMAGES_PER_DIMENSION = 20
 
 
 def build_estimator(architecture: str, train: TrainConfig, *, num_images: int, num_features: int) -> Pipeline:
-    """A scikit-learn pipeline that takes (N, num_features) float32 in 0..1.
+    """A scikit-learn pipeline that takes (N, num_features) float32, as `portable.estimator_features` makes them.
 
     Whitening makes the optimisation well-conditioned: it converges in a few steps where raw pixels take hundreds.
 
     Raises:
         UserError: no such estimator.
     """
-    if architecture != "logistic_regression":
+    if architecture not in ESTIMATORS:
         raise UserError(f"models: {architecture!r} is not an estimator; known are {', '.join(sorted(ESTIMATORS))}")
     whiten = PCA(
-        n_components=max(1, min(MAX_DIMENSIONS, num_images // IMAGES_PER_DIMENSION, num_features)),
+        n_components=max(1, min(MAX_DIMENSIONS[architecture], num_images // IMAGES_PER_DIMENSION, num_features)),
         whiten=True,
-        svd_solver="randomized",
+        svd_solver="randomized" if architecture == "logistic_regression" else "covariance_eigh",
         random_state=train.seed,
     )
     classify = LogisticRegression(

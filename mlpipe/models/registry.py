@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from mlpipe.config import ESTIMATORS
+from mlpipe.config import ESTIMATORS, Variant
 from mlpipe.errors import UserError
 from mlpipe.models import portable
 
@@ -23,11 +23,14 @@ def known_architectures() -> tuple[str, ...]:
     return ("custom_cnn", *sorted(ESTIMATORS), *torchvision.models.list_models(module=torchvision.models))
 
 
-def check_architecture(architecture: str, image_size: int | None = None) -> None:
+def check_architecture(
+    architecture: str, image_size: int | None = None, variant: Variant = "standard", input_size: int | None = None
+) -> None:
     """Refuse what cannot be built, before any work is done.
 
     Args:
         image_size: height and width of the images, pixels; `None` leaves it unchecked.
+        input_size: height and width to which the network enlarges them.
 
     Raises:
         UserError: no such architecture, or one that cannot take images of that size.
@@ -39,30 +42,32 @@ def check_architecture(architecture: str, image_size: int | None = None) -> None
             f"models: {architecture!r} is unknown; did you mean {' or '.join(near)}? Known are custom_cnn, "
             "logistic_regression and torchvision's classification networks (torchvision.models.list_models())"
         )
-    if image_size is None or architecture in ESTIMATORS or _takes(architecture, image_size):
+    if image_size is None or architecture in ESTIMATORS or _takes(architecture, input_size or image_size, variant):
         return
     nearest = sorted(IMAGE_SIZES, key=lambda size: (size < image_size, abs(size - image_size)))  # larger ones first
-    fitting = next((size for size in nearest if _takes(architecture, size)), None)
+    fitting = next((size for size in nearest if _takes(architecture, size, variant)), None)
     advice = f"choose image_size {fitting}" if fitting else "choose another network"
     raise UserError(f"image_size: {architecture} cannot take images of {image_size}×{image_size} pixels; {advice}")
 
 
-def _takes(architecture: str, image_size: int) -> bool:
+def _takes(architecture: str, image_size: int, variant: Variant) -> bool:
     """Try it; on the meta device that is shapes only, no memory, no arithmetic."""
     try:
-        network = portable.outline_network(architecture, 2, image_size)
+        network = portable.outline_network(architecture, 2, image_size, variant)
         network(torch.zeros(2, 3, image_size, image_size, device=next(network.parameters()).device))
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True
 
 
-def build_network(architecture: str, *, num_classes: int, image_size: int, seed: int) -> nn.Module:
+def build_network(
+    architecture: str, *, num_classes: int, image_size: int, seed: int, variant: Variant = "standard"
+) -> nn.Module:
     """A network with random weights that depend on the seed alone.
 
     Raises:
         UserError: no such architecture, or one that cannot take images of that size.
     """
-    check_architecture(architecture, image_size)
+    check_architecture(architecture, image_size, variant)
     torch.manual_seed(seed)
-    return portable.build_network(architecture, num_classes, image_size)
+    return portable.build_network(architecture, num_classes, image_size, variant)

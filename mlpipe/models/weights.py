@@ -21,11 +21,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from mlpipe.config import ModelConfig
+from mlpipe.config import ModelConfig, Variant
 from mlpipe.data.store import ObjectStore, file_sha256
 from mlpipe.data.uris import expected_sha256, fetch_uri, redact_uri
 from mlpipe.errors import UserError
 from mlpipe.models import package, portable
+from mlpipe.models.registry import build_network
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ class InitialWeights:
     """Normalisation that the weights were trained with, in units of 0..1; `None`: use the data set's own."""
     channel_std: Channels | None = None
     """Likewise."""
+    variant: Variant = "standard"
+    """Form of the network."""
+    input_size: int | None = None
+    """Height and width to which it enlarges its images, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +75,45 @@ class _Found:
     channel_mean: Channels | None = None
     channel_std: Channels | None = None
     other_classes: bool = False
+    variant: Variant | None = None
+    input_size: int | None = None
 
 
-def load_initial_weights(
-    network: nn.Module, model: ModelConfig, *, classes: tuple[str, ...], store: ObjectStore
-) -> InitialWeights:
-    """Put the configured initial weights into the network, in place.
+def initial_network(
+    model: ModelConfig, *, classes: tuple[str, ...], image_size: int, store: ObjectStore
+) -> tuple[nn.Module, InitialWeights]:
+    """The network with the configured initial weights.
 
     A head of another size (or, for `models:/…`, of other classes) keeps its random weights, and that is logged.
     There is no fallback: weights that cannot be had are an error.
 
     Args:
-        network: as `registry.build_network` makes it.
         classes: class names of the data set.
+        image_size: height and width of its images, pixels.
 
     Raises:
-        UserError: unreachable, unreadable or unsafe weights, a wrong checksum, or weights of another architecture.
+        UserError: unreachable, unreadable or unsafe weights, a wrong checksum, or weights of another architecture; an
+            architecture that cannot take images of that size.
     """
+
+    def build(variant: Variant, input_size: int | None) -> nn.Module:
+        return build_network(
+            model.architecture,
+            num_classes=len(classes),
+            image_size=input_size or image_size,
+            seed=model.train.seed,
+            variant=variant,
+        )
+
     if model.weights == "random":
-        return InitialWeights(description="random", replaced_head=False, sha256=None)
+        network = build(model.variant, model.input_size)
+        return network, InitialWeights(
+            description="random",
+            replaced_head=False,
+            sha256=None,
+            variant=model.variant,
+            input_size=model.input_size,
+        )
     with tempfile.TemporaryDirectory(prefix="mlpipe-weights-") as folder:
         if model.weights == "imagenet":
             found = _imagenet(model.architecture, store, Path(folder))
@@ -96,17 +121,22 @@ def load_initial_weights(
             found = _registered(model, classes, Path(folder))
         else:
             found = _file(model, Path(folder))
-        replaced = _apply(network, found, model.architecture)
+        variant = found.variant or model.variant
+        input_size = found.input_size if found.variant else model.input_size
+        network = build(variant, input_size)
+        replaced = _apply(network, found, model.architecture, variant)
     description = found.source
     if replaced:
         description += f"; head ({', '.join(replaced)}) new, for {len(classes)} classes"
     logger.info("%s starts from %s", model.name, description)
-    return InitialWeights(
+    return network, InitialWeights(
         description=description,
         replaced_head=bool(replaced),
         sha256=found.sha256,
         channel_mean=found.channel_mean,
         channel_std=found.channel_std,
+        variant=variant,
+        input_size=input_size,
     )
 
 
@@ -165,6 +195,8 @@ def _registered(model: ModelConfig, classes: tuple[str, ...], folder: Path) -> _
         channel_mean=description.channel_mean,
         channel_std=description.channel_std,
         other_classes=description.classes != classes,
+        variant=description.variant,
+        input_size=description.input_size,
     )
 
 
@@ -217,19 +249,19 @@ def _read(path: Path, uri: str | None = None) -> Mapping[str, Tensor]:
 
 
 @lru_cache(maxsize=64)
-def head_keys(architecture: str) -> tuple[str, ...]:
+def head_keys(architecture: str, variant: Variant = "standard") -> tuple[str, ...]:
     """Names of the parameters whose shape depends on the number of classes."""
-    two, three = (portable.outline_network(architecture, n, 224).state_dict() for n in (2, 3))
+    two, three = (portable.outline_network(architecture, n, 224, variant).state_dict() for n in (2, 3))
     return tuple(key for key in two if two[key].shape != three[key].shape)
 
 
-def _apply(network: nn.Module, found: _Found, architecture: str) -> list[str]:
+def _apply(network: nn.Module, found: _Found, architecture: str, variant: Variant) -> list[str]:
     """Load the weights; the names of the head's parameters where it stays new."""
     own = network.state_dict()
     state = {LEGACY_DENSENET.sub(r"\1\2", key): value for key, value in found.state.items() if not AUXILIARY.match(key)}
     if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:
         state = dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
-    head = head_keys(architecture)
+    head = head_keys(architecture, variant)
     replaced = found.other_classes or any(key in state and state[key].shape != own[key].shape for key in head)
     if replaced:
         state |= {key: own[key] for key in head}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def augment(images_u8: Tensor, kind: Literal["none", "flip", "flip_crop"]) -> Tensor:
+def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"]) -> Tensor:
     """Change each image of a batch by its own random draw from the device's default generator.
 
-    `flip` mirrors half of them horizontally; `flip_crop` also shifts each by up to an eighth of its size in both
-    directions, the gap being filled by reflection. Both are one gather.
+    `flip` mirrors half of them horizontally; `crop` shifts each by up to a sixteenth of its size in both directions,
+    the gap being filled by reflection; `flip_crop` does both. All are one gather.
 
     Args:
         images_u8: (B, H, W, C) uint8.
@@ -26,11 +26,12 @@ def augment(images_u8: Tensor, kind: Literal["none", "flip", "flip_crop"]) -> Te
     device = images_u8.device
     rows = torch.arange(height, device=device).expand(batch, height)
     columns = torch.arange(width, device=device).expand(batch, width)
-    if kind == "flip_crop":
+    if kind in ("crop", "flip_crop"):
         rows = _shifted(rows, height)
         columns = _shifted(columns, width)
-    mirrored = torch.rand(batch, 1, device=device) < 0.5
-    columns = torch.where(mirrored, width - 1 - columns, columns)
+    if kind in ("flip", "flip_crop"):
+        mirrored = torch.rand(batch, 1, device=device) < 0.5
+        columns = torch.where(mirrored, width - 1 - columns, columns)
     first_row = torch.arange(0, batch * height, height, device=device)[:, None]
     pixels = ((first_row + rows) * width)[:, :, None] + columns[:, None, :]  # (B, H, W) index of the source pixel
     gathered = images_u8.reshape(-1, channels).index_select(0, pixels.reshape(-1))
@@ -39,7 +40,7 @@ def augment(images_u8: Tensor, kind: Literal["none", "flip", "flip_crop"]) -> Te
 
 def _shifted(positions: Tensor, size: int) -> Tensor:
     """(B, size) positions moved by one random offset per image, reflected at the borders."""
-    reach = max(1, size // 8)
+    reach = max(1, size // 16)
     offset = torch.randint(-reach, reach + 1, (len(positions), 1), device=positions.device)
     moved = (positions + offset).abs()
     return (size - 1) - ((size - 1) - moved).abs()

@@ -16,7 +16,7 @@ from sklearn.pipeline import Pipeline
 from mlpipe.config import ModelConfig
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.models.estimators import build_estimator
-from mlpipe.models.portable import ModelDescription, flatten, resize
+from mlpipe.models.portable import ModelDescription, estimator_features, resize
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     """
     manifest = dataset.manifest
     image_size = min(manifest.image_size, MAX_IMAGE_SIZE)
-    features, labels = _features(dataset.train_split(), image_size)
+    features, labels = _features(dataset.train_split(), model.architecture, image_size)
     estimator = build_estimator(
         model.architecture, model.train, num_images=len(features), num_features=features.shape[1]
     )
@@ -45,7 +45,7 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     seconds = time.monotonic() - started
     metrics = {
         **_measure("train", estimator, features, labels),
-        **_measure("val", estimator, *_features(dataset.val_split(), image_size)),
+        **_measure("val", estimator, *_features(dataset.val_split(), model.architecture, image_size)),
     }
     iterations = int(np.max(estimator[-1].n_iter_))
     if not converged:
@@ -76,12 +76,15 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     )
 
 
-def _features(split: Split, image_size: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(N, image_size² · 3) float32 in 0..1, and (N,) labels; read piece by piece, the images may not fit in memory."""
-    features = np.empty((len(split.labels), image_size * image_size * 3), np.float32)
-    for start in range(0, len(features), IMAGES_PER_READ):
+def _features(split: Split, architecture: str, image_size: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(N, D) float32 features and (N,) labels; made piece by piece, the images may not fit in memory."""
+    features = np.empty((0, 0), np.float32)
+    for start in range(0, len(split.labels), IMAGES_PER_READ):
         images = torch.from_numpy(np.array(split.images_u8[start : start + IMAGES_PER_READ]))
-        features[start : start + IMAGES_PER_READ] = flatten(resize(images, image_size))
+        piece = estimator_features(resize(images, image_size), architecture)
+        if not start:
+            features = np.empty((len(split.labels), piece.shape[1]), np.float32)
+        features[start : start + IMAGES_PER_READ] = piece
     return features, np.asarray(split.labels)
 
 

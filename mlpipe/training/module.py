@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlpipe.config import TrainConfig
-from mlpipe.models.portable import normalise
+from mlpipe.models.portable import enlarge, normalise
 from mlpipe.training.augmentation import augment
 
 
@@ -63,12 +63,18 @@ class ClassificationModule(LightningModule):
         channel_mean: tuple[float, float, float],
         channel_std: tuple[float, float, float],
         total_steps: int,
+        input_size: int | None = None,
     ) -> None:
-        """Prepare for `total_steps` optimizer steps; mean and deviation are in units of 0..1."""
+        """Prepare for `total_steps` optimizer steps; mean and deviation are in units of 0..1.
+
+        Args:
+            input_size: height and width to which images are enlarged, pixels; `None`: not at all.
+        """
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self.train_config = train
         self.total_steps = total_steps
+        self.input_size = input_size
         self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(channel_std).view(3, 1, 1), persistent=False)
 
@@ -83,8 +89,7 @@ class ClassificationModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
         """Loss of one batch."""
         images_u8, labels = batch
-        images_u8 = augment(images_u8, self.train_config.augmentation)
-        logits = self.network(normalise(images_u8, self.mean, self.std))
+        logits = self._logits(augment(images_u8, self.train_config.augmentation))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
         self.training_totals.add(loss, logits, labels)
         return loss
@@ -92,23 +97,43 @@ class ClassificationModule(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Count one batch, without augmentation."""
         images_u8, labels = batch
-        logits = self.network(normalise(images_u8, self.mean, self.std))
+        logits = self._logits(images_u8)
         self.validation_totals.add(F.cross_entropy(logits, labels), logits, labels)
+
+    def _logits(self, images_u8: Tensor) -> Tensor:
+        return self.network(enlarge(normalise(images_u8, self.mean, self.std), self.input_size))
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Biases and the parameters of normalisation layers are not decayed: it would only rescale them."""
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        groups = (
+            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.train_config.weight_decay},
+            {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
+        )
+        return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of the configuration in its fused form, and its schedule."""
         config = self.train_config
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        parameters = self._parameter_groups()
+        options: dict[str, Any] = {"lr": config.learning_rate, "fused": True}
         optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(self.network.parameters(), momentum=0.9, nesterov=True, **options)
+            optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **options)
         elif config.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(self.network.parameters(), **options)
+            optimizer = torch.optim.AdamW(parameters, **options)
         else:
-            optimizer = torch.optim.Adam(self.network.parameters(), **options)
+            optimizer = torch.optim.Adam(parameters, **options)
         if config.schedule == "constant":
             return {"optimizer": optimizer}
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=config.learning_rate, total_steps=self.total_steps
+            optimizer,
+            max_lr=config.learning_rate,
+            total_steps=self.total_steps,
+            pct_start=0.2,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+            div_factor=10,
+            final_div_factor=100,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

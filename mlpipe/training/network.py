@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -17,12 +18,15 @@ from torch import nn
 from mlpipe.config import ModelConfig
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
-from mlpipe.models.portable import ModelDescription
-from mlpipe.models.weights import InitialWeights
+from mlpipe.models.portable import ModelDescription, SmallResidualCNN, normalise
+from mlpipe.models.weights import Channels, InitialWeights
 from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.dead_taps import TrimmedKernels
 from mlpipe.training.epochs import EpochKeeper
+from mlpipe.training.memory import keep_freed_memory
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
+from mlpipe.training.whitening import MAX_IMAGES, whiten
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,9 @@ def train_network(
     std = initial.channel_std or manifest.channel_std
     training = BatchLoader(dataset.train_split(), config.batch_size, seed=config.seed, shuffle=True)
     validation = BatchLoader(dataset.val_split(), VALIDATION_BATCH_SIZE, seed=config.seed, shuffle=False)
+    if isinstance(network, SmallResidualCNN) and initial.sha256 is None:
+        _whiten_stem(network, training, mean, std)
+    trimmed = TrimmedKernels(network, initial.input_size or manifest.image_size)
     keeper = EpochKeeper(
         training,
         tracking,
@@ -64,7 +71,12 @@ def train_network(
         patience=config.early_stopping_patience,
     )
     module = ClassificationModule(
-        network, config, channel_mean=mean, channel_std=std, total_steps=config.num_epochs * len(training)
+        network,
+        config,
+        channel_mean=mean,
+        channel_std=std,
+        total_steps=config.num_epochs * len(training),
+        input_size=initial.input_size,
     )
     precision = choose_precision(config.precision)
     tracking.log_params({"precision": precision, "device": _device_name(), "threads": torch.get_num_threads()})
@@ -72,6 +84,7 @@ def train_network(
         _fit(module, keeper, training, validation, num_epochs=config.num_epochs, precision=precision)
     network = network.cpu()
     network.load_state_dict(keeper.best_weights)
+    trimmed.restore()
     best = keeper.history[keeper.best_epoch - 1]
     num_images = sum(epoch["images_per_second"] * epoch["train_seconds"] for epoch in keeper.history)
     return TrainedModel(
@@ -82,6 +95,9 @@ def train_network(
             image_size=manifest.image_size,
             channel_mean=mean,
             channel_std=std,
+            variant=initial.variant,
+            input_size=initial.input_size,
+            test_time_averaging=config.test_time_averaging,
         ),
         predictor=network.eval(),
         metrics={name: best[name] for name in ("val/accuracy", "val/loss")},
@@ -90,6 +106,14 @@ def train_network(
         epochs_run=len(keeper.history),
         best_epoch=keeper.best_epoch,
     )
+
+
+def _whiten_stem(network: SmallResidualCNN, training: BatchLoader, mean: Channels, std: Channels) -> None:
+    """Fit the stem to the first images of the first epoch."""
+    num_batches = 1 + MAX_IMAGES // training.batch_size
+    images_u8 = torch.cat([images_u8 for images_u8, _ in islice(training, num_batches)])[:MAX_IMAGES]
+    scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    whiten(network.stem, normalise(images_u8, *scale))
 
 
 def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:
@@ -125,6 +149,7 @@ def _fit(
     num_epochs: int,
     precision: Literal["32-true", "bf16-mixed"],
 ) -> None:
+    keep_freed_memory()
     on_gpu = torch.cuda.is_available()
     with _quiet_lightning():
         trainer = Trainer(

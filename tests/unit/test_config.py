@@ -91,3 +91,21 @@ def test_importing_the_configuration_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_strong_recipe_takes_networks_for_small_images_only_for_small_images_and_random_weights() -> None:
+    def chosen(**values: object) -> list[tuple[str, int | None]]:
+        form = {"recipe": "strong", "dataset": "cifar10", "models": "resnet18,efficientnet_b0,resnet18=imagenet"}
+        return [(model.variant, model.input_size) for model in resolved(**{**form, **values}).models]
+
+    assert chosen() == [("small_images", None), ("standard", None), ("standard", 128)]
+    assert chosen(image_size=224) == [("standard", None)] * 3
+    random, _, pretrained = (model.train for model in resolved(
+        recipe="strong", dataset="cifar10", models="resnet18,custom_cnn,resnet18=imagenet"
+    ).models)  # fmt: skip
+    assert pretrained.learning_rate < random.learning_rate / 100
+
+
+def test_digits_are_never_mirrored() -> None:
+    for model in resolved(recipe="strong", dataset="digits").models:
+        assert (model.train.augmentation, model.train.test_time_averaging) == ("crop", "none")

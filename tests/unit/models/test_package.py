@@ -25,8 +25,8 @@ from mlpipe.errors import UserError
 from mlpipe.models import package, registry
 from mlpipe.models.estimators import build_estimator
 from mlpipe.models.package import PackagedModel
-from mlpipe.models.portable import ImageClassifier, ModelDescription, flatten
-from mlpipe.models.weights import load_initial_weights
+from mlpipe.models.portable import ImageClassifier, ModelDescription, estimator_features
+from mlpipe.models.weights import InitialWeights, initial_network
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_verifying_notices_a_model_that_needs_this_project(logged, images_u8, ex
 @pytest.mark.slow
 def test_an_estimator_answers_alike_in_a_clean_process(experiment, description, images_u8) -> None:
     estimator = build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
-    features = flatten(torch.from_numpy(images_u8))
+    features = estimator_features(torch.from_numpy(images_u8), "logistic_regression")
     estimator.fit(features, np.array([0, 1, 2, 0, 1, 2, 0]))
     linear = replace(description, kind="estimator", architecture="logistic_regression")
     with mlflow.start_run(experiment_id=experiment):
@@ -155,14 +155,15 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the server does not answer")
 
 
-def start_from(source: str, network: nn.Module, classes: tuple[str, ...]) -> Any:
-    config = ModelConfig(architecture="custom_cnn", weights=source, name="custom_cnn", train=TrainConfig())
-    return load_initial_weights(network, config, classes=classes, store=None)  # type: ignore[arg-type]
+def start_from(
+    source: str, classes: tuple[str, ...], architecture: str = "custom_cnn"
+) -> tuple[nn.Module, InitialWeights]:
+    config = ModelConfig(architecture=architecture, weights=source, name=architecture, train=TrainConfig(seed=9))
+    return initial_network(config, classes=classes, image_size=32, store=None)  # type: ignore[arg-type]
 
 
 def test_a_logged_model_can_be_started_from(logged, network, description) -> None:
-    fresh = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=9)
-    initial = start_from(logged.model_uri, fresh, description.classes)
+    fresh, initial = start_from(logged.model_uri, description.classes)
     assert not initial.replaced_head
     assert initial.channel_mean == description.channel_mean
     assert all(
@@ -171,9 +172,11 @@ def test_a_logged_model_can_be_started_from(logged, network, description) -> Non
 
 
 def test_classes_of_other_names_get_a_new_head_though_they_are_as_many(logged, network) -> None:
-    fresh = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=9)
-    head = fresh.state_dict()["classifier.4.weight"].clone()
-    assert start_from(logged.model_uri, fresh, ("x", "y", "z")).replaced_head
+    head = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=9).state_dict()[
+        "classifier.4.weight"
+    ]
+    fresh, initial = start_from(logged.model_uri, ("x", "y", "z"))
+    assert initial.replaced_head
     assert torch.equal(fresh.state_dict()["classifier.4.weight"], head)
     assert torch.equal(fresh.state_dict()["features.0.weight"], network.state_dict()["features.0.weight"])
 
@@ -183,30 +186,25 @@ def test_a_registered_name_and_alias_work_too(logged, description) -> None:
     client.create_registered_model("tests-classifier")
     version = client.create_model_version("tests-classifier", logged.model_uri, model_id=logged.model_id)
     client.set_registered_model_alias("tests-classifier", "champion", version.version)
-    fresh = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=9)
-    assert start_from("models:/tests-classifier@champion", fresh, description.classes).sha256
+    assert start_from("models:/tests-classifier@champion", description.classes)[1].sha256
 
 
 @pytest.mark.parametrize("source", ["models:/", "models:/a/b/c", "models:/a@b@c"])
 def test_no_model_uri(source: str) -> None:
-    fresh = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=9)
     with pytest.raises(UserError, match=f"models: {source} is not allowed; give models:/<name>/<version>"):
-        start_from(source, fresh, ("x", "y", "z"))
+        start_from(source, ("x", "y", "z"))
 
 
 @pytest.mark.usefixtures("experiment")
 @pytest.mark.parametrize("source", ["models:/nothing-of-that-name/1", "models:/m-0123456789abcdef"])
 def test_no_such_model(source: str) -> None:
-    fresh = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=9)
     with pytest.raises(UserError, match=f"models: {source} cannot be had from MLflow"):
-        start_from(source, fresh, ("x", "y", "z"))
+        start_from(source, ("x", "y", "z"))
 
 
 def test_a_model_of_another_architecture_is_named(logged, description) -> None:
-    config = ModelConfig(architecture="resnet18", weights=logged.model_uri, name="r", train=TrainConfig())
-    fresh = registry.build_network("resnet18", num_classes=3, image_size=32, seed=9)
     with pytest.raises(UserError, match=f"is a custom_cnn, not a resnet18; write custom_cnn={logged.model_uri}"):
-        load_initial_weights(fresh, config, classes=description.classes, store=None)  # type: ignore[arg-type]
+        start_from(logged.model_uri, description.classes, "resnet18")
 
 
 @pytest.mark.usefixtures("experiment")
@@ -215,6 +213,5 @@ def test_a_stranger_s_model_is_no_start(experiment: str) -> None:
         info = mlflow.pyfunc.log_model(
             name="stranger", python_model=lambda model_input: model_input, pip_requirements=["mlflow"]
         )
-    fresh = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=9)
     with pytest.raises(UserError, match="is not a network that this project logged"):
-        start_from(info.model_uri, fresh, ("x", "y", "z"))
+        start_from(info.model_uri, ("x", "y", "z"))

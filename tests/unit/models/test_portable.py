@@ -164,7 +164,7 @@ def test_any_network_survives_being_written_and_read(architecture, description, 
 
 
 def test_an_estimator_survives_being_written_and_read(description, images_u8, tmp_path) -> None:
-    features = portable.flatten(torch.from_numpy(images_u8))
+    features = portable.estimator_features(torch.from_numpy(images_u8), "logistic_regression")
     estimator = build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
     estimator.fit(features, np.array([0, 1, 2, 0, 1, 2, 0]))
     values = {**description.__dict__, "kind": "estimator", "architecture": "logistic_regression"}

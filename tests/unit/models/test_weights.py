@@ -20,7 +20,7 @@ from torch import nn
 from mlpipe.config import ModelConfig, TrainConfig
 from mlpipe.errors import UserError
 from mlpipe.models import registry, weights
-from mlpipe.models.weights import InitialWeights, load_initial_weights
+from mlpipe.models.weights import InitialWeights, initial_network
 
 CLASSES = ("a", "b", "c")
 
@@ -49,8 +49,13 @@ def new(architecture: str = "custom_cnn", num_classes: int = 3, seed: int = 0, i
     return registry.build_network(architecture, num_classes=num_classes, image_size=image_size, seed=seed)
 
 
-def load(network: nn.Module, source: str, store: Any, architecture: str = "custom_cnn") -> InitialWeights:
-    return load_initial_weights(network, model(source, architecture), classes=CLASSES, store=store)
+def load(
+    network: nn.Module, source: str, store: Any, architecture: str = "custom_cnn", image_size: int = 32
+) -> InitialWeights:
+    """Start from `source`, and give the network at hand what came of it."""
+    started, initial = initial_network(model(source, architecture), classes=CLASSES, image_size=image_size, store=store)
+    network.load_state_dict(started.state_dict())
+    return initial
 
 
 def written(network: nn.Module, path: Path) -> Path:
@@ -135,7 +140,7 @@ def test_torchvision_s_old_names_in_densenet_files_are_understood(tmp_path: Path
 def test_positions_of_a_transformer_are_interpolated_to_the_image_size(tmp_path: Path, store: Any) -> None:
     path = written(new("vit_b_32", image_size=224), tmp_path / "w.pth")
     network = new("vit_b_32", image_size=64, seed=1)
-    load(network, str(path), store, "vit_b_32")
+    load(network, str(path), store, "vit_b_32", image_size=64)
     assert network.encoder.pos_embedding.shape[1] == 5  # type: ignore[union-attr]
 
 

@@ -1,0 +1,109 @@
+"""Forms of networks, and what a model does beside its network: dropout, gradients' histograms, mirror images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlpipe.config import SMALL_IMAGES_VARIANTS, ModelConfig, TrainConfig
+from mlpipe.models import package, portable, registry, weights
+from mlpipe.models.portable import ByteDropout, ImageClassifier, ModelDescription
+
+
+@pytest.mark.parametrize("architecture", sorted(SMALL_IMAGES_VARIANTS))
+def test_each_architecture_said_to_have_a_form_for_small_images_has_one(architecture: str) -> None:
+    standard = portable.outline_network(architecture, 3, 32)
+    small = portable.outline_network(architecture, 3, 32, "small_images")
+    assert small(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 3)
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (standard, small)]
+    assert shapes[0] != shapes[1]
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.5])
+def test_byte_dropout_drops_that_share_and_keeps_the_mean(probability: float) -> None:
+    torch.manual_seed(0)
+    dropout, ones = ByteDropout(probability).train(), torch.ones(1_000_003)
+    first, second = dropout(ones), dropout(ones)
+    assert first.unique().tolist() == pytest.approx([0, 1 / (1 - probability)])
+    assert float((first == 0).float().mean()) == pytest.approx(probability, abs=2e-3)
+    both = float(((first == 0) & (second == 0)).float().mean())
+    assert both == pytest.approx(probability**2, abs=2e-3), "draws are independent"
+    assert float(((first[1:] == 0) & (first[:-1] == 0)).float().mean()) == pytest.approx(probability**2, abs=2e-3)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(ones), first)
+    assert torch.equal(dropout.eval()(ones), ones)
+
+
+def test_byte_dropout_passes_gradients_where_it_kept() -> None:
+    values = torch.ones(64, requires_grad=True)
+    kept = ByteDropout(0.5).train()(values)
+    kept.sum().backward()
+    assert values.grad is not None
+    assert torch.equal(values.grad, kept.detach())
+
+
+def test_oriented_gradients_see_edges_and_their_direction_alone() -> None:
+    stripes = (torch.arange(32) % 8 < 4).float()
+    upright, lying = stripes.expand(1, 3, 32, 32), stripes[:, None].expand(1, 3, 32, 32)
+    first, second = portable.oriented_gradients(upright), portable.oriented_gradients(lying)
+    assert first.shape == (1, 7 * 7 * 4 * 9)
+    by_orientation = first.view(9, -1).sum(dim=1), second.view(9, -1).sum(dim=1)
+    assert by_orientation[0].argmax() == 0, "upright edges have gradients across"
+    assert int(by_orientation[1].argmax()) in (4, 5), "90° lies between the bins at 80° and 100°"
+    flat = portable.oriented_gradients(torch.full((1, 3, 32, 32), 0.7))
+    assert flat.abs().max() < 1e-6
+    torch.testing.assert_close(portable.oriented_gradients(upright / 2), first, atol=0.02, rtol=0)
+
+
+def test_a_model_averages_over_mirror_images_where_its_description_says_so(
+    description: ModelDescription, network: nn.Module, tmp_path: Path
+) -> None:
+    images_u8 = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    described = replace(description, image_size=32, test_time_averaging="flip")
+
+    def probabilities(kind: str) -> np.ndarray:
+        loaded = ImageClassifier()
+        loaded.load(*package.write_files(replace(described, test_time_averaging=kind), network, tmp_path))
+        return loaded.probabilities(images_u8)
+
+    averaged = probabilities("flip")
+    plain = probabilities("none")
+    loaded = ImageClassifier()
+    loaded.load(*package.write_files(replace(described, test_time_averaging="none"), network, tmp_path))
+    mirrored = loaded.probabilities(images_u8[:, :, ::-1])
+    np.testing.assert_allclose(averaged, (plain + mirrored) / 2, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(averaged, plain)
+
+
+def test_a_network_for_small_images_is_found_again_by_its_description(
+    description: ModelDescription, tmp_path: Path
+) -> None:
+    network = registry.build_network("resnet18", num_classes=3, image_size=32, seed=0, variant="small_images").eval()
+    described = replace(description, architecture="resnet18", variant="small_images", image_size=32, input_size=40)
+    loaded = ImageClassifier()
+    loaded.load(*package.write_files(described, network, tmp_path))
+    images_u8 = np.zeros((2, 32, 32, 3), np.uint8)
+    assert loaded.probabilities(images_u8).shape == (2, 3)
+    seen: list[torch.Size] = []
+    loaded.predictor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    loaded.probabilities(images_u8)
+    assert seen == [torch.Size([2, 3, 40, 40])]
+
+
+def test_registered_weights_bring_their_form(
+    description: ModelDescription, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=1, variant="small_images")
+    described = replace(description, variant="small_images", image_size=32, input_size=48)
+    _, parameters = package.write_files(described, source, tmp_path)
+    # The download is tested in test_package.py, against a real server.
+    monkeypatch.setattr(package, "download_packaged_model", lambda uri, folder: (described, parameters))  # noqa: ARG005
+    model = ModelConfig(architecture="custom_cnn", weights="models:/x/1", name="custom_cnn", train=TrainConfig())
+    network, initial = weights.initial_network(model, classes=described.classes, image_size=32, store=None)  # type: ignore[arg-type]
+    assert (initial.variant, initial.input_size) == ("small_images", 48)
+    assert torch.equal(network.classifier.weight, source.classifier.weight)  # type: ignore[arg-type, union-attr]

@@ -1,0 +1,20 @@
+"""A first convolution that whitens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mlpipe.training.whitening import whiten
+
+
+def test_its_outputs_are_uncorrelated_and_of_one_variance() -> None:
+    torch.manual_seed(0)
+    smooth = nn.functional.avg_pool2d(torch.randn(64, 3, 20, 20), 2, stride=1)  # neighbours alike
+    images = smooth + 0.3 * smooth.mean(dim=1, keepdim=True)  # channels, too
+    convolution = nn.Conv2d(3, 24, kernel_size=2)
+    whiten(convolution, images)
+    outputs = convolution(images).permute(1, 0, 2, 3).flatten(1)
+    covariance = outputs[:12] @ outputs[:12].T / outputs.shape[1]
+    torch.testing.assert_close(covariance, torch.eye(12), atol=0.05, rtol=0)
+    torch.testing.assert_close(outputs[12:], -outputs[:12])
