@@ -218,11 +218,13 @@ class Lab:
         assert self.pid(component) is None
 
     def bring_back(self, component: str) -> None:
+        since = time.time()
         self.supervisor.start_components([component])
-        self.wait_healthy(component)
+        self.wait_healthy(component, since)
 
-    def wait_healthy(self, component: str) -> None:
-        health = Health(self.settings, Credentials.load(self.settings.credentials_path))
+    def wait_healthy(self, component: str, since: float) -> None:
+        """Wait for a sign of life that is younger than `since`, `time.time()`."""
+        health = Health(self.settings, Credentials.load(self.settings.credentials_path), since)
         until(lambda: health.problem(component) is None, f"{component} in health", 120)
 
     def _airflow(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

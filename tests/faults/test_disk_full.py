@@ -54,6 +54,8 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]
     keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
     for name, value in {**keys, "AWS_ENDPOINT_URL_S3": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
+    # An answer that the disk is full is tried again as any other failure: this is about the disk, not about patience.
+    monkeypatch.setattr("mlpipe.data.store._CLIENT_RETRIES", {"mode": "standard", "max_attempts": 4})
     log = tmp_path / "weed.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
