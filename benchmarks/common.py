@@ -1,0 +1,74 @@
+"""What the benchmarks share."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def read_images(archive: Path, part: str, count: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images of `<part>/<class>/…` in a zip, all or `count` spread over all classes: (N, H, W, 3) and labels (N,)."""
+    with zipfile.ZipFile(archive) as opened:
+        names = [name for name in opened.namelist() if name.startswith(f"{part}/") and not name.endswith("/")]
+        classes = sorted({name.split("/")[1] for name in names})
+        if count is not None:
+            names = names[:: max(1, len(names) // count)][:count]
+        images = [np.asarray(Image.open(io.BytesIO(opened.read(name))).convert("RGB")) for name in names]
+        labels = [classes.index(name.split("/")[1]) for name in names]
+    return np.stack(images), np.array(labels, np.int64)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median and range."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def paired(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Ratios round by round: what disturbs a whole round disturbs both."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def conditions(*packages: str, seed: int = 0) -> str:
+    """Date, machine, versions of what is measured, and seed, in a line."""
+    processor = torch.cpu.get_capabilities().get("cpu_name", "")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}; {platform.machine()} {processor}, {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}, {versions}; seed {seed}."
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_fresh_process(code: str, environment: Mapping[str, str] | None = None) -> str:
+    """What Python code prints in an interpreter of its own.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=600, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return done.stdout
