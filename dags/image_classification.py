@@ -25,6 +25,7 @@ from airflow.sdk import (
 from airflow.sdk.configuration import conf
 
 from mlpipe.config import RunConfig, RunParams
+from mlpipe.engine import evaluation_task, training_task
 from mlpipe.errors import ServiceUnavailableError, StoppedError, UserError
 from mlpipe.recipes import resolve
 
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GPU = "gpu"
-HAS_GPU_EXECUTOR = any(
-    entry.partition(":")[0].strip() == GPU for entry in conf.get("core", "executor", fallback="").split(",")
-)
-"""An alias that is not configured would be an import error: without it, training runs on the default executor."""
+EXECUTORS = conf.get("core", "executor", fallback="")
+
+
+def training_pod(option: str) -> str | None:
+    """An option of `[training_pod]`, which only Kubernetes asks for."""
+    return conf.get("training_pod", option, fallback=None)
+
 
 DATASETS = AssetAlias("image_datasets")
 CHAMPIONS = AssetAlias("champions")
@@ -142,8 +145,7 @@ def image_classification() -> None:
         doc_md="Train one model, log and register it.",
         multiple_outputs=False,
         map_index_template="{{ task.op_kwargs['model'] }}",
-        executor=GPU if HAS_GPU_EXECUTOR else None,
-        queue=GPU,
+        **training_task(EXECUTORS, training_pod),
     )
     def train(model: str, dataset: dict[str, Any]) -> dict[str, Any]:
         from mlpipe.stages import train as stage
@@ -158,6 +160,7 @@ def image_classification() -> None:
         outlets=[CHAMPIONS],
         # One at a time: it compares with the champion and moves aliases, which MLflow cannot do in one step.
         max_active_tis_per_dag=1,
+        **evaluation_task(EXECUTORS, training_pod),
     )
     def evaluate(trained: list[dict[str, Any]]) -> dict[str, Any]:
         from mlpipe.stages import evaluate as stage

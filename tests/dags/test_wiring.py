@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from mlpipe.config import RunParams
 
 from .conftest import ROOT, RunPython
@@ -36,19 +38,47 @@ print(json.dumps(sorted(heavy & set(sys.modules))))
     assert json.loads(run_python(script).splitlines()[-1]) == []
 
 
-def test_airflow_accepts_the_file_with_and_without_the_gpu_executor(run_python: RunPython) -> None:
+ENGINES = {
+    "LocalExecutor": [None, None],
+    "LocalExecutor,gpu:gpu_executor.GpuExecutor": ["gpu", None],
+    "CeleryExecutor": [None, None],
+    "KubernetesExecutor": [None, None],
+    "CeleryExecutor,gpu:KubernetesExecutor": ["gpu", "gpu"],
+}
+"""By `[core] executor`: the executors that `train` and `evaluate` ask for."""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_airflow_accepts_the_file_under_every_engine(engine: str, run_python: RunPython) -> None:
     script = f"""
 from airflow.dag_processing.dagbag import DagBag
-import json
+from airflow.serialization.serialized_objects import DagSerialization
+import json, sys
 bag = DagBag({str(DAG_FILE)!r})
-train = bag.dags["image_classification"].get_task("train")
-print(json.dumps([bag.import_errors, train.executor, train.queue]))
+parsed_with_kubernetes = "kubernetes.client" in sys.modules
+dag = bag.dags["image_classification"]
+tasks = [DagSerialization.from_dict(DagSerialization.to_dict(dag)).get_task(name) for name in ("train", "evaluate")]
+pods = [task.executor_config["pod_override"] for task in tasks if task.executor_config]
+print(json.dumps({{
+    "errors": bag.import_errors,
+    "executors": [task.executor for task in tasks],
+    "queues": [dag.get_task(name).queue for name in ("download", "preprocess", "train", "evaluate")],
+    "images": [pod.spec.containers[0].image for pod in pods],
+    "limits": [sorted(pod.spec.containers[0].resources.limits) for pod in pods],
+    "kubernetes": parsed_with_kubernetes,
+}}))
 """
-    plain = json.loads(run_python(script, AIRFLOW__CORE__EXECUTOR="LocalExecutor").splitlines()[-1])
-    assert plain == [{}, None, "gpu"]
-    both = "LocalExecutor,gpu:gpu_executor.GpuExecutor"
-    leased = json.loads(run_python(script, AIRFLOW__CORE__EXECUTOR=both).splitlines()[-1])
-    assert leased == [{}, "gpu", "gpu"]
+    pods = "Kubernetes" in engine
+    image = {"AIRFLOW__TRAINING_POD__IMAGE": "training:1"} if pods else {}
+    found = json.loads(run_python(script, AIRFLOW__CORE__EXECUTOR=engine, **image).splitlines()[-1])
+    assert found == {
+        "errors": {},
+        "executors": ENGINES[engine],
+        "queues": ["default", "default", "gpu", "default" if pods else "gpu"],
+        "images": ["training:1"] * 2 if pods else [],
+        "limits": [["memory", "nvidia.com/gpu"], ["memory"]] if pods else [],
+        "kubernetes": pods,
+    }
 
 
 def test_tasks_follow_each_other(run_python: RunPython) -> None:
