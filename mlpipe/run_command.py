@@ -22,6 +22,8 @@ from mlpipe.recipes import resolve
 from mlpipe.stack.local import StackSettings
 
 DAG_ID = "image_classification"
+SHARED_FILES = "MLPIPE_SHARED_FILES"
+"""Set where the workers read this machine's files by the same paths, as those of the local stack do."""
 POLL_SECONDS = 0.5
 WIDTH_OF_A_FILE = 120
 """Columns where the output is no terminal."""
@@ -56,14 +58,17 @@ def _scalar(hint: Any) -> type:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
 def run(json_path: Path | None, **values: Any) -> None:
     """Trigger the DAG, show its progress and print the comparison."""
-    values["data_uri"] = _absolute(values["data_uri"])
-    params = RunParams.from_mapping(values)
-    resolve(params)
+    path = _local_file(values["data_uri"])
+    values["data_uri"] = str(path) if path else values["data_uri"]
+    resolve(RunParams.from_mapping(values))
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; make it first")
     console = _console()
     use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
+    if path and not os.environ.get(SHARED_FILES):
+        values["data_uri"] = _upload(path, console)
+    params = RunParams.from_mapping(values)
     began = time.monotonic()
     run_id = api.trigger(DAG_ID, params.to_mapping())
     console.print(f"Airflow run  {api.url}/dags/{DAG_ID}/runs/{run_id}", soft_wrap=True, highlight=False)
@@ -99,14 +104,39 @@ def use_local_stack(variable: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def _absolute(uri: str | None) -> str | None:
-    """A path on this machine as the worker, in another folder, can read it."""
+def _local_file(uri: str | None) -> Path | None:
+    """The file on this machine that a path names; `None` where an address or nothing is given."""
     if uri is None or "://" in uri:
-        return uri
+        return None
     path = Path(uri).expanduser().resolve()
     if not path.exists():
         raise UserError(f"data_uri: no file at {str(path)!r}; give the path of a zip or tar archive, or a URI")
-    return str(path)
+    return path
+
+
+def _upload(path: Path, console: Console) -> str:
+    """Hand a file to workers on other machines; its address there."""
+    from mlpipe.data.store import file_sha256
+    from mlpipe.data.uris import check_local
+
+    check_local(path, field="data_uri")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError(
+            f"data_uri: the workers cannot read {path}, and there is no MLflow server to upload it to; "
+            "set MLFLOW_TRACKING_URI, or give an s3:// or https:// address"
+        )
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    from mlpipe.tracking.uploads import upload
+
+    with console.status(f"Uploading {path.name}, {path.stat().st_size / 1e6:,.1f} MB"):
+        try:
+            return upload(path, file_sha256(path))
+        except (MlflowException, requests.RequestException) as error:
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(f"data_uri: {path.name} could not be uploaded to MLflow ({reason}); see its log") from error
 
 
 def _follow(api: AirflowApi, run_id: str, console: Console) -> tuple[str, list[TaskInstance]]:

@@ -1,4 +1,4 @@
-"""Files by address: a path, `file://`, `http(s)://` or `s3://`.
+"""Files by address: a path, `file://`, `http(s)://`, `s3://`, or what `mlpipe run` uploaded (`mlflow-artifacts://`).
 
 What the user can mend is a `UserError` that says how; what may heal is a `ConnectionError`, after a few tries.
 No message shows user names, passwords or the query of an address, which may be a signature.
@@ -191,6 +191,8 @@ def _fetch(address: str, partial: Path, field: str, max_bytes: int) -> Fetched:
     scheme = address.partition("://")[0].lower()
     if scheme == "s3":
         return _fetch_s3(address, partial, field, max_bytes)
+    if scheme == "mlflow-artifacts":
+        return _fetch_upload(address, partial, field, max_bytes)
     if scheme not in ("http", "https"):
         raise UserError(
             f"{field}: {scheme}:// in {redact_uri(address)} is not supported; "
@@ -206,6 +208,14 @@ def _fetch(address: str, partial: Path, field: str, max_bytes: int) -> Fetched:
         return retrying(_fetch_http, address, partial, field, max_bytes)
     except _UnreachableError as error:
         raise UserError(f"{field}: {error}; check the address, and that this machine may connect to it") from error
+
+
+def _fetch_upload(address: str, partial: Path, field: str, max_bytes: int) -> Fetched:
+    from mlpipe.tracking.uploads import downloaded  # loads MLflow, of which other addresses have no need
+
+    with downloaded(address, field=field) as path, path.open("rb") as file:
+        _check_size(path.stat().st_size, max_bytes, address, field)
+        return _write(iter(lambda: file.read(_PIECE), b""), partial, address, field, max_bytes, None)
 
 
 def _check_file_host(address: str, field: str) -> None:

@@ -195,6 +195,7 @@ class StackSettings:
         """The part that stages need as well: where MLflow and the object store are, and the latter's keys."""
         return {
             "MLPIPE_HOME": str(self.home),
+            "MLPIPE_SHARED_FILES": "true",
             "MLPIPE_S3_BUCKET": DATA_BUCKET,
             "MLPIPE_CACHE_DIR": str(self.home / "cache"),
             "MLPIPE_MLFLOW_UI_URL": self.mlflow_url,

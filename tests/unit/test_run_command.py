@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from mlpipe import run_command
@@ -59,7 +60,33 @@ def test_every_field_of_the_form_is_an_option() -> None:
 def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.zip").touch()
-    assert run_command._absolute("a.zip") == str(tmp_path / "a.zip")
-    assert run_command._absolute("s3://bucket/a.zip") == "s3://bucket/a.zip"
+    assert run_command._local_file("a.zip") == tmp_path / "a.zip"
+    assert run_command._local_file("s3://bucket/a.zip") is None
+    assert run_command._local_file(None) is None
     with pytest.raises(UserError, match="data_uri: no file at"):
-        run_command._absolute("b.zip")
+        run_command._local_file("b.zip")
+
+
+def test_a_file_that_the_workers_cannot_read_needs_a_server_to_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"PK")
+    monkeypatch.setenv("MLPIPE_AIRFLOW_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLPIPE_AIRFLOW_USER", "admin")
+    monkeypatch.setenv("MLPIPE_AIRFLOW_PASSWORD", "secret")
+    monkeypatch.delenv(run_command.SHARED_FILES, raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    command = ["--dataset", "images", "--data-uri", str(path)]
+    answer = CliRunner().invoke(run_command.run, command)
+    assert isinstance(answer.exception, UserError)
+    assert str(answer.exception).startswith(f"data_uri: the workers cannot read {path}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    answer = CliRunner().invoke(run_command.run, command)
+    assert isinstance(answer.exception, UserError)
+    assert str(answer.exception).startswith("data_uri: a.zip could not be uploaded to MLflow")
+    # With files in common nothing is uploaded: what fails is Airflow.
+    monkeypatch.setenv(run_command.SHARED_FILES, "true")
+    answer = CliRunner().invoke(run_command.run, command)
+    assert str(answer.exception).startswith("Airflow at http://127.0.0.1:9 does not answer")

@@ -64,6 +64,19 @@ def test_unsupported_scheme(target: Path) -> None:
     assert "pass" not in refused("ftp://user:pass@host/a.zip", target, "ftp:// .* is not supported")
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "mlflow-artifacts://attacker/uploads/" + "0" * 64 + "/a.zip",
+        "mlflow-artifacts:///1/artifacts/a.zip",
+        "mlflow-artifacts:///uploads/" + "0" * 64 + "/../a.zip",
+    ],
+    ids=["another host", "a run's artifact", "out of its folder"],
+)
+def test_only_uploads_are_fetched_from_mlflow(address: str, target: Path) -> None:
+    refused(address, target, "is no upload of `mlpipe run`")
+
+
 def test_http(make: SimpleNamespace, target: Path) -> None:
     with make.web_server((200, {}, b"content")) as (address, _):
         assert fetch_uri(f"{address}/a.zip", target, field="data_uri").num_bytes == 7
