@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any
 
 from mlpipe.config import ESTIMATORS, RunConfig
@@ -46,7 +47,8 @@ def _check_architectures(config: RunConfig) -> None:
         if model.architecture not in TAKE_ANY_IMAGE_SIZE
         or (model.variant != "standard" and config.data.image_size < SMALLEST_OF_VARIANTS)
     ]
-    if others:
+    # A worker that only downloads may have no torch; then training finds the mistake.
+    if others and find_spec("torchvision"):
         from mlpipe.models.registry import check_architecture
 
         for model in others:
