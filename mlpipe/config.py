@@ -221,13 +221,16 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, 0 to 1 (networks)."""
     augmentation: Literal["none", "crop", "flip", "flip_crop"] = "none"
-    """Random changes of the training images: shifted crop, horizontal flip, or both (networks)."""
+    """Random changes of the training images: shifted crop, horizontal flip, or both. A linear model is given each image
+    and its mirror image where flips are on, and no crops."""
     test_time_averaging: Literal["none", "flip"] = "none"
     """flip: the model averages the probabilities of an image and of its mirror image when it predicts (networks)."""
     early_stopping_patience: int | None = None
     """Epochs without a better val/accuracy after which training ends; `None`: never (networks)."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Arithmetic; auto is bfloat16 where the processor has it in hardware (networks)."""
+    num_components: int = 256
+    """Principal components of the features that are kept at most (linear models)."""
     inverse_regularization: float = 1.0
     """scikit-learn's C: the smaller, the stronger the L2 penalty (linear models)."""
     max_iterations: int = 100

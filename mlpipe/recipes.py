@@ -70,6 +70,7 @@ RECIPES: dict[RecipeName, Recipe] = {
             label_smoothing=0.1,
             augmentation="flip_crop",
             test_time_averaging="flip",
+            num_components=512,
             inverse_regularization=1e-3,
         ),
         small_images_variants=True,

@@ -9,11 +9,8 @@ from sklearn.pipeline import Pipeline
 from mlpipe.config import ESTIMATORS, TrainConfig
 from mlpipe.errors import UserError
 
-MAX_DIMENSIONS = {"logistic_regression": 256, "hog_logistic_regression": 600}
-"""Principal components that the linear model sees at most."""
-
 IMAGES_PER_DIMENSION = 20
-"""Training images that each of them needs; whitening would blow up what fewer images cannot tell from noise."""
+"""Training images that each principal component needs; whitening would blow up what fewer images cannot tell from noise."""
 
 
 def build_estimator(architecture: str, train: TrainConfig, *, num_images: int, num_features: int) -> Pipeline:
@@ -26,10 +23,12 @@ def build_estimator(architecture: str, train: TrainConfig, *, num_images: int, n
     """
     if architecture not in ESTIMATORS:
         raise UserError(f"models: {architecture!r} is not an estimator; known are {', '.join(sorted(ESTIMATORS))}")
+    num_components = max(1, min(train.num_components, num_images // IMAGES_PER_DIMENSION, num_features))
     whiten = PCA(
-        n_components=max(1, min(MAX_DIMENSIONS[architecture], num_images // IMAGES_PER_DIMENSION, num_features)),
+        n_components=num_components,
         whiten=True,
-        svd_solver="randomized" if architecture == "logistic_regression" else "covariance_eigh",
+        # Finding a few of many by random projections is faster than finding all.
+        svd_solver="randomized" if num_components * 10 <= num_features else "covariance_eigh",
         random_state=train.seed,
     )
     classify = LogisticRegression(

@@ -36,14 +36,13 @@ NETWORK_SETTINGS = frozenset(
         "weight_decay",
         "schedule",
         "label_smoothing",
-        "augmentation",
         "test_time_averaging",
         "early_stopping_patience",
         "precision",
     }
 )
 """Fields of `TrainConfig` that say nothing about an estimator; the others of these say nothing about a network."""
-ESTIMATOR_SETTINGS = frozenset({"inverse_regularization", "max_iterations"})
+ESTIMATOR_SETTINGS = frozenset({"num_components", "inverse_regularization", "max_iterations"})
 
 
 @services_named()

@@ -35,7 +35,8 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     """
     manifest = dataset.manifest
     image_size = min(manifest.image_size, MAX_IMAGE_SIZE)
-    features, labels = _features(dataset.train_split(), model.architecture, image_size)
+    mirrored = "flip" in model.train.augmentation
+    features, labels = _features(dataset.train_split(), model.architecture, image_size, mirrored=mirrored)
     estimator = build_estimator(
         model.architecture, model.train, num_images=len(features), num_features=features.shape[1]
     )
@@ -76,16 +77,26 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     )
 
 
-def _features(split: Split, architecture: str, image_size: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(N, D) float32 features and (N,) labels; made piece by piece, the images may not fit in memory."""
+def _features(
+    split: Split, architecture: str, image_size: int, *, mirrored: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(N, D) float32 features and (N,) labels; made piece by piece, the images may not fit in memory.
+
+    Args:
+        mirrored: followed by those of the mirror images, (2·N, D) and (2·N,).
+    """
+    num_images, sides = len(split.labels), (1, 2)[mirrored]
     features = np.empty((0, 0), np.float32)
-    for start in range(0, len(split.labels), IMAGES_PER_READ):
+    for start in range(0, num_images, IMAGES_PER_READ):
         images = torch.from_numpy(np.array(split.images_u8[start : start + IMAGES_PER_READ]))
-        piece = estimator_features(resize(images, image_size), architecture)
-        if not start:
-            features = np.empty((len(split.labels), piece.shape[1]), np.float32)
-        features[start : start + IMAGES_PER_READ] = piece
-    return features, np.asarray(split.labels)
+        images = resize(images, image_size)
+        for side in range(sides):
+            piece = estimator_features(images.flip(2) if side else images, architecture)
+            if not len(features):
+                features = np.empty((sides * num_images, piece.shape[1]), np.float32)
+            first = side * num_images + start
+            features[first : first + len(piece)] = piece
+    return features, np.tile(np.asarray(split.labels), sides)
 
 
 def _fit(estimator: Pipeline, features: NDArray[np.float32], labels: NDArray[np.int64]) -> bool:
