@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import requests
@@ -37,8 +37,11 @@ def running_stack(home: Path, timeout: float = 240.0) -> Iterator[StackSettings]
 
 
 @contextlib.contextmanager
-def running_object_store(folder: Path, timeout: float = 60.0) -> Iterator[dict[str, str]]:
+def running_object_store(folder: Path, timeout: float = 60.0, launcher: Sequence[str] = ()) -> Iterator[dict[str, str]]:
     """Start SeaweedFS on free ports with its data in `folder`; gives boto3's variables that name it and its keys.
+
+    Args:
+        launcher: a command that prepares its place and then becomes the command that follows.
 
     Raises:
         RuntimeError: it did not start.
@@ -49,7 +52,16 @@ def running_object_store(folder: Path, timeout: float = 60.0) -> Iterator[dict[s
     ports = dict(zip(names, free_block(len(names)), strict=False))
     flags = [f"-{name}={port}" for name, port in ports.items()]
     off = ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-    command = [program("weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags, *off]
+    command = [
+        *launcher,
+        program("weed"),
+        "mini",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        *flags,
+        *off,
+    ]
     keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"
     log = folder / "weed.log"

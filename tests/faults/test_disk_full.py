@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import subprocess
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -24,9 +26,9 @@ from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources import fetch_source
 from mlpipe.data.store import ObjectStore
 from mlpipe.errors import ServiceUnavailableError
+from mlpipe.stack.temporary import running_object_store
 from mlpipe.stages.services import services_named
 from mlpipe.training.checkpoints import CheckpointStore
-from tests.conftest import _command, _wait_until_up
 from tests.faults.lab import Table
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
@@ -34,6 +36,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 MOUNT_AND_RUN = 'mount -t tmpfs -o size=100m tmpfs "$0" && exec "$@"'
 MEGABYTE = 2**20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,30 +54,21 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]
         pytest.skip("no mount namespaces here, so no disk of its own")
     folder = tmp_path / "disk"
     folder.mkdir()
-    command, endpoint = _command(folder)
-    keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
-    for name, value in {**keys, "AWS_ENDPOINT_URL_S3": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(name, value)
     # An answer that the disk is full is tried again as any other failure: this is about the disk, not about patience.
     monkeypatch.setattr("mlpipe.data.store._CLIENT_RETRIES", {"mode": "standard", "max_attempts": 4})
-    log = tmp_path / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*IN_A_NAMESPACE, "sh", "-c", MOUNT_AND_RUN, str(folder), *command], stdout=output, stderr=output
-        )
 
     def enlarge() -> None:
-        inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target", str(process.pid)]
+        (pid,) = [p.pid for p in psutil.process_iter() if f"-dir={folder}" in p.cmdline()]
+        inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target", str(pid)]
         subprocess.run([*inside, "mount", "-o", "remount,size=1000m", str(folder)], check=True)
 
-    try:
-        _wait_until_up(endpoint, process, log)
+    launcher = [*IN_A_NAMESPACE, "sh", "-c", MOUNT_AND_RUN, str(folder)]
+    with running_object_store(folder, launcher=launcher) as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         store = ObjectStore("small")
         store.create_bucket()
         yield SmallDisk(store, enlarge)
-    finally:
-        process.kill()
-        process.wait(10)
 
 
 def fill(store: ObjectStore) -> None:
@@ -85,6 +80,17 @@ def fill(store: ObjectStore) -> None:
         except ServiceUnavailableError:
             return
     pytest.fail("the disk has no end")
+
+
+def tried_again(work: Callable[[], T]) -> T:
+    """As Airflow does it: the server needs some seconds to notice that there is room."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return work()
+        except ServiceUnavailableError:
+            assert time.monotonic() < deadline
+            time.sleep(1)
 
 
 def test_while_a_data_set_is_published(disk: SmallDisk, tmp_path: Path, table: Table) -> None:
@@ -107,7 +113,7 @@ def test_while_a_data_set_is_published(disk: SmallDisk, tmp_path: Path, table: T
 
     disk.enlarge()
 
-    digest = publish()
+    digest = tried_again(publish)
     assert load_manifest(digest, disk.store).num_test == 40
     assert len(open_dataset(digest, disk.store, tmp_path / "cache").test_split().images_u8[:]) == 40
     table.add(
@@ -135,7 +141,7 @@ def test_while_a_checkpoint_is_saved(disk: SmallDisk, table: Table) -> None:
 
     disk.enlarge()
 
-    save()
+    tried_again(save)
     now = checkpoints.load()
     assert now is not None
     assert torch.equal(now["weights"], weights[2])
