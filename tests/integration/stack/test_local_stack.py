@@ -124,6 +124,17 @@ def test_nobody_gets_in_without_a_key(stack):
     assert http.post(f"{stack.airflow_url}/api/v2/pools", json={"name": "a", "slots": 1}, timeout=5).status_code == 401
 
 
+def test_pages_of_other_sites_cannot_write_to_mlflow(stack):
+    """MLflow has no login on one machine; a web page that its user has open must not use that."""
+    http = requests.Session()
+    http.trust_env = False
+    url = f"{stack.mlflow_url}/api/2.0/mlflow/experiments/create"
+
+    for headers in ({"Origin": "http://elsewhere.example"}, {"Host": "elsewhere.example"}):
+        answer = http.post(url, json={"name": "theirs"}, headers=headers, timeout=10)
+        assert answer.status_code == 403, headers
+
+
 def test_the_doctor_finds_every_connection_well(stack, mlpipe):
     result = mlpipe("doctor")
 
