@@ -1,31 +1,29 @@
 """Training throughput, in pairs: this project, the loop everybody writes, and the same arithmetic without a framework.
 
-    make bench DATA=cifar10-images.zip
+    python benchmarks/training.py cifar10-images.zip
 
-Each round runs all contestants one after the other on the same images; what is compared are the rounds. Images per
-second are those of the training steps of one epoch, without validation, after an epoch to warm up.
+Each round runs all contestants one after the other on the same images, each in a process of its own, so that none
+profits from another's settings; what is compared are the rounds. Images per second are those of the training steps of
+one epoch, without validation, after an epoch to warm up.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import logging
-import os
-import platform
-import statistics
+import multiprocessing
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torchvision
+from common import conditions, paired, read_images, spread, table
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -36,7 +34,10 @@ from torchvision.transforms import v2
 from mlpipe.config import TrainConfig
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Split
+from mlpipe.models.portable import ByteDropout
 from mlpipe.models.registry import build_network
+from mlpipe.training.dead_taps import TrimmedKernels
+from mlpipe.training.memory import keep_freed_memory
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.network import choose_precision
 
@@ -54,16 +55,17 @@ class Setting(NamedTuple):
 
 SETTINGS = (Setting("custom_cnn", 64, 12_800), Setting("resnet18", 64, 3_200), Setting("resnet18", 256, 3_072))
 
+images = lru_cache(maxsize=1)(read_images)
 
-def read_images(path: Path, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The first `count` training images of a zip, spread over all classes: (N, 32, 32, 3) and (N,)."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.startswith("train/") and not name.endswith("/")]
-        classes = sorted({name.split("/")[1] for name in names})
-        names = names[:: max(1, len(names) // count)][:count]
-        images = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names]
-        labels = [classes.index(name.split("/")[1]) for name in names]
-    return np.stack(images), np.array(labels, np.int64)
+
+def usual_network(architecture: str) -> nn.Module:
+    """The network as its users write it, with PyTorch's own dropout."""
+    network = build_network(architecture, num_classes=10, image_size=32, seed=0)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ByteDropout):
+                setattr(module, name, nn.Dropout(child.p))
+    return network
 
 
 class PerImage(Dataset[tuple[Tensor, int]]):
@@ -115,37 +117,52 @@ def trainer(timer: EpochTimer, precision: Any) -> pl.Trainer:
     )  # fmt: skip
 
 
-def reference(new: Callable[[], nn.Module], images: Any, labels: Any, batch_size: int, workers: int) -> float:
+def reference(setting: Setting, path: Path, num_workers: int) -> float:
+    """Images per second of a Lightning module, torchvision transforms per image, a DataLoader and Adam."""
+    images_u8, labels = images(path, "train", setting.num_images)
     loader = DataLoader(
-        PerImage(images, labels), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-    )
+        PerImage(images_u8, labels), setting.batch_size, shuffle=True,
+        num_workers=num_workers, persistent_workers=num_workers > 0,
+    )  # fmt: skip
     timer = EpochTimer()
-    trainer(timer, "32-true").fit(Reference(new()), loader)
+    trainer(timer, "32-true").fit(Reference(usual_network(setting.architecture)), loader)
     return len(labels) / timer.seconds[-1]
 
 
-def ours(new: Callable[[], nn.Module], images: Any, labels: Any, batch_size: int) -> float:
-    loader = BatchLoader(Split.of(images, labels), batch_size, seed=0, shuffle=True)
+def ours(setting: Setting, path: Path) -> float:
+    """Images per second of what `train_network` does."""
+    images_u8, labels = images(path, "train", setting.num_images)
+    keep_freed_memory()
+    network = build_network(setting.architecture, num_classes=10, image_size=32, seed=0)
+    TrimmedKernels(network, 32)
+    loader = BatchLoader(Split.of(images_u8, labels), setting.batch_size, seed=0, shuffle=True)
     module = ClassificationModule(
-        new(), TrainConfig(batch_size=batch_size), channel_mean=MEAN, channel_std=STD, total_steps=2 * len(loader)
+        network,
+        TrainConfig(batch_size=setting.batch_size),
+        channel_mean=MEAN,
+        channel_std=STD,
+        total_steps=2 * len(loader),
     )
     timer = EpochTimer()
     trainer(timer, choose_precision("auto")).fit(module, loader)
     return len(labels) / timer.seconds[-1]
 
 
-def bare(new: Callable[[], nn.Module], images: Any, labels: Any, batch_size: int) -> float:
-    """Tensors in memory, channels last, fused Adam, the same precision as ours; nothing else."""
-    network = new().to(memory_format=torch.channels_last).train()
+def bare(setting: Setting, path: Path) -> float:
+    """Images per second without a framework: our network, precision and allocator, tensors in memory, fused Adam."""
+    images_u8, labels = images(path, "train", setting.num_images)
+    keep_freed_memory()
+    network = build_network(setting.architecture, num_classes=10, image_size=32, seed=0)
+    network = network.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    all_images, all_labels = torch.from_numpy(images), torch.from_numpy(labels)
+    all_images, all_labels = torch.from_numpy(images_u8), torch.from_numpy(labels)
     scale = (1 / (255 * torch.tensor(STD))).view(3, 1, 1)
     shift = (255 * torch.tensor(MEAN)).view(3, 1, 1)
     half = choose_precision("auto") == "bf16-mixed"
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        for rows in torch.randperm(len(labels)).split(batch_size):
+        for rows in torch.randperm(len(labels)).split(setting.batch_size):
             batch = all_images[rows].permute(0, 3, 1, 2).to(torch.float32).sub_(shift).mul_(scale)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = F.cross_entropy(network(batch), all_labels[rows])
@@ -156,67 +173,67 @@ def bare(new: Callable[[], nn.Module], images: Any, labels: Any, batch_size: int
     return len(labels) / seconds
 
 
-def best_workers(new: Callable[[], nn.Module], images: Any, labels: Any, batch_size: int) -> int:
+class Contestant:
+    """A loop in a process of its own, which waits while others run."""
+
+    def __init__(self, loop: Callable[..., float], *arguments: Any) -> None:
+        self._loop, self._arguments = loop, arguments
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=hush)
+
+    def run(self) -> float:
+        """Images per second."""
+        return self._pool.submit(self._loop, *self._arguments).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def hush() -> None:
+    """Keep Lightning's remarks out of the report."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def best_workers(setting: Setting, path: Path) -> int:
     """The number of loader processes with which the reference is fastest here."""
-    rates = {workers: reference(new, images, labels, batch_size, workers) for workers in (0, 1, 2)}
-    return max(rates, key=lambda workers: rates[workers])
+    rates = {}
+    for num_workers in (0, 1, 2):
+        contestant = Contestant(reference, setting, path, num_workers)
+        rates[num_workers] = contestant.run()
+        contestant.close()
+    return max(rates, key=lambda num_workers: rates[num_workers])
 
 
-def spread(values: list[float], digits: int) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-
-
-def heading() -> str:
+def report(setting: Setting, rates: Mapping[str, list[float]], num_workers: int) -> str:
+    ratios = [[f"ours / {other}", spread(paired(rates["ours"], rates[other]), 2)] for other in ("reference", "bare")]
     return "\n".join(
         [
-            "# Training throughput",
             "",
-            "`make bench DATA=cifar10-images.zip`. *reference*: a Lightning module, torchvision transforms per image,",
-            "`DataLoader` with the best of 0, 1, 2 persistent workers, Adam. *bare*: the same arithmetic as ours,",
-            "tensors in memory, no framework. One epoch after an epoch to warm up; the loops take turns in each of the",
-            "rounds.",
+            f"## {setting.architecture}, batch {setting.batch_size}",
             "",
-            f"{datetime.now(UTC):%Y-%m-%d}; {platform.machine()} {torch.cpu.get_capabilities().get('cpu_name', '')}, "
-            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {choose_precision('auto')}; "
-            f"torch {torch.__version__}, torchvision {torchvision.__version__}, lightning {pl.__version__}; seed 0.",
+            f"{setting.num_images:,} images, {len(rates['ours'])} rounds; reference with {num_workers} workers.",
+            "",
+            table(["loop", "images/s, median (range)"], [[name, spread(each, 0)] for name, each in rates.items()]),
+            "",
+            table(["ratio, round by round", "median (range)"], ratios),
         ]
     )
 
 
-def report(setting: Setting, rates: Mapping[str, list[float]], workers: int) -> str:
-    lines = [
-        "",
-        f"## {setting.architecture}, batch {setting.batch_size}",
-        "",
-        f"{setting.num_images:,} images, {len(rates['ours'])} rounds; reference with {workers} workers.",
-        "",
-        "| loop | images/s, median (range) |",
-        "| --- | ---: |",
-        *(f"| {name} | {spread(values, 0)} |" for name, values in rates.items()),
-        "",
-        "| ratio, round by round | median (range) |",
-        "| --- | ---: |",
-    ]
-    for other in ("reference", "bare"):
-        ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates[other], strict=True)]
-        lines.append(f"| ours / {other} | {spread(ratios, 2)} |")
-    return "\n".join(lines)
-
-
 def measure(setting: Setting, path: Path, rounds: int) -> str:
-    images, labels = read_images(path, setting.num_images)
-
-    def new() -> nn.Module:
-        return build_network(setting.architecture, num_classes=10, image_size=32, seed=0)
-
-    workers = best_workers(new, images, labels, setting.batch_size)
-    rates: dict[str, list[float]] = {"reference": [], "bare": [], "ours": []}
+    num_workers = best_workers(setting, path)
+    contestants = {
+        "reference": Contestant(reference, setting, path, num_workers),
+        "bare": Contestant(bare, setting, path),
+        "ours": Contestant(ours, setting, path),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        rates["reference"].append(reference(new, images, labels, setting.batch_size, workers))
-        rates["bare"].append(bare(new, images, labels, setting.batch_size))
-        rates["ours"].append(ours(new, images, labels, setting.batch_size))
-    return report(setting, rates, workers)
+        for name, contestant in contestants.items():
+            rates[name].append(contestant.run())
+    for contestant in contestants.values():
+        contestant.close()
+    return report(setting, rates, num_workers)
 
 
 def main() -> None:
@@ -224,9 +241,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="zip of train/<class>/…, 32×32 pixels")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    print(heading())
+    print("# Training throughput\n")
+    print("*reference*: a Lightning module, torchvision transforms per image, `DataLoader` with the best of 0, 1, 2")
+    print("persistent workers, Adam. *bare*: our network, precision and allocator, tensors in memory, fused Adam, and")
+    print("no framework. One epoch after an epoch to warm up; the loops take turns in each of the rounds.\n")
+    print(conditions("torch", "torchvision", "lightning"))
+    print(f"{torch.get_num_threads()} threads, {choose_precision('auto')}.")
     for setting in SETTINGS:
         print(measure(setting, arguments.data, arguments.rounds), flush=True)
 

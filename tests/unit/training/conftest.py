@@ -115,7 +115,8 @@ def run_training(model: ModelConfig, dataset: TinyDataset, tracking: RecordingLo
     network = options.pop("network", None) or registry.build_network(
         model.architecture, num_classes=len(CLASSES), image_size=dataset.manifest.image_size, seed=model.train.seed
     )
-    return train_network(model, dataset, tracking, network=network, initial=RANDOM, **options)  # type: ignore[arg-type]
+    initial = options.pop("initial", RANDOM)
+    return train_network(model, dataset, tracking, network=network, initial=initial, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

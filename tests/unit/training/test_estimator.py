@@ -7,8 +7,10 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from mlpipe.errors import UserError
+from mlpipe.models.portable import estimator_features
 from mlpipe.training.estimator import train_estimator
 
 
@@ -25,6 +27,17 @@ def test_it_learns_and_reports_like_the_networks(new_dataset, config, tracking) 
 def test_the_same_seed_gives_the_same_coefficients(dataset, config, tracking) -> None:
     first, second = (train_estimator(config("logistic_regression"), dataset, tracking).predictor for _ in range(2))
     assert np.array_equal(first[-1].coef_, second[-1].coef_)
+
+
+def test_with_flips_it_also_sees_mirror_images(new_dataset, config, tracking) -> None:
+    dataset = new_dataset(num_train=300)
+    plain = train_estimator(config("hog_logistic_regression"), dataset, tracking).predictor
+    flipped = train_estimator(config("hog_logistic_regression", augmentation="flip_crop"), dataset, tracking).predictor
+    first, second = (model.named_steps["whiten"].n_samples_ for model in (plain, flipped))
+    assert (first, second) == (300, 600)
+    images_u8 = torch.from_numpy(dataset.train[0])
+    both = [estimator_features(each, "hog_logistic_regression") for each in (images_u8, images_u8.flip(2))]
+    np.testing.assert_allclose(flipped.named_steps["whiten"].mean_, np.concatenate(both).mean(axis=0), atol=1e-4)
 
 
 def test_stopping_before_convergence_is_a_line_and_a_metric_not_a_warning(dataset, config, tracking, caplog) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from mlpipe.errors import UserError
 from mlpipe.models.portable import normalise
+from mlpipe.models.registry import build_network
+from mlpipe.models.weights import InitialWeights
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.network import choose_precision
 
+RANDOM = InitialWeights(description="random", replaced_head=False, sha256=None)
 METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
 
 
@@ -49,6 +53,42 @@ def test_a_batch_can_be_overfitted(architecture, new_dataset, config, train, tra
     dataset.train = dataset.val = (noise, rng.integers(0, 3, 24))
     model = config(architecture, num_epochs=30, batch_size=24, learning_rate=1e-3)
     assert train(model, dataset, tracking).metrics["val/accuracy"] == 1
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "custom_cnn"])
+def test_the_same_seed_gives_the_same_weights_also_without_dead_taps(
+    architecture, new_dataset, config, train, tracking
+) -> None:
+    """At 32×32, where kernels of resnet18's last stage are trimmed; with two threads, as in a slot of two cores."""
+    dataset = new_dataset(size=32)
+    model = config(architecture, augmentation="flip_crop", schedule="one_cycle", optimizer="sgd", weight_decay=5e-4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = train(model, dataset, tracking), train(model, dataset, tracking)
+    finally:
+        torch.set_num_threads(threads)
+    assert same(first, second)
+    if architecture == "resnet18":
+        assert weights(first)["layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
+
+
+def test_the_small_images_form_is_whitened_on_the_training_images_and_repeatable(
+    new_dataset, config, train, tracking
+) -> None:
+    dataset = new_dataset(size=32)
+    model = config(augmentation="flip_crop", schedule="one_cycle", optimizer="sgd", label_smoothing=0.1)
+    initial = replace(RANDOM, variant="small_images")
+
+    def network() -> nn.Module:
+        return build_network("custom_cnn", num_classes=3, image_size=32, seed=0, variant="small_images")
+
+    first = train(model, dataset, tracking, network=network(), initial=initial)
+    second = train(model, dataset, tracking, network=network(), initial=initial)
+    assert same(first, second)
+    assert first.description.variant == "small_images"
+    stem = weights(first)["stem.weight"]
+    assert torch.equal(stem[:12], -stem[12:]), "whitening has made it, and training has left it"
 
 
 def test_the_same_seed_gives_the_same_weights(dataset, config, train, tracking) -> None:
