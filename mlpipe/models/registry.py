@@ -40,7 +40,8 @@ def check_architecture(
         near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5) or ["custom_cnn", "resnet18"]
         raise UserError(
             f"models: {architecture!r} is unknown; did you mean {' or '.join(near)}? Known are custom_cnn, "
-            "logistic_regression and torchvision's classification networks (torchvision.models.list_models())"
+            f"{', '.join(sorted(ESTIMATORS))} and torchvision's classification networks "
+            "(torchvision.models.list_models())"
         )
     if image_size is None or architecture in ESTIMATORS or _takes(architecture, input_size or image_size, variant):
         return
