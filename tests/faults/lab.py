@@ -95,7 +95,7 @@ class Lab:
         """Messages of a task's log."""
         return [str(event.get("event")) for event in self.log_of(run_id, name, try_number)]
 
-    def wait(self, run_id: str, state: str = "success", seconds: float = 420) -> None:
+    def wait(self, run_id: str, state: str = "success", seconds: float = 900) -> None:
         """Wait until the DAG run has ended, and see that it ended so."""
         ended = until(lambda: ended_state(self.api.dag_run_state(DAG_ID, run_id)), f"the end of {run_id}", seconds)
         assert ended == state, self.story(run_id)
@@ -117,7 +117,7 @@ class Lab:
             "train": lambda: self.steps(run_id, "custom_cnn"),
             "evaluate": lambda: self.parent(run_id).data.tags["task_id"] == "evaluate",
         }
-        until(questions[stage], f"{stage} of {run_id}", 300)
+        until(questions[stage], f"{stage} of {run_id}", 900)
 
     def process_of(self, run_id: str, task: str) -> psutil.Process:
         """The process that runs the task's own code: a fork of the worker that watches over it."""

@@ -7,12 +7,12 @@ import pytest
 from tests.faults.conftest import EPOCHS
 from tests.faults.lab import Lab, Table, ended_state, until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 
 def test_a_training_outlives_the_loss_of_mlflow(lab: Lab, table: Table) -> None:
     run_id = lab.start(models="custom_cnn", epochs=EPOCHS)
-    until(lambda: len(lab.steps(run_id, "custom_cnn")) >= 3, "three epochs", 300)
+    until(lambda: len(lab.steps(run_id, "custom_cnn")) >= 3, "three epochs", 900)
     lab.take_away("mlflow")
     try:
         ended = until(

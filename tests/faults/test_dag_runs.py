@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from tests.faults.lab import Lab, Table, ended_state, until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 NUM_AT_ONCE = 10
 
@@ -57,7 +57,7 @@ def test_ten_dag_runs_at_once_on_one_new_data_set(lab: Lab, table: Table, archiv
     forms = [{**common, "epochs": 1 + number % 3, "seed": number} for number in range(NUM_AT_ONCE)]
     run_ids = [lab.start(**form) for form in forms]
     for run_id in run_ids:
-        lab.wait(run_id, seconds=900)
+        lab.wait(run_id, seconds=1500)
 
     digests = set()
     accuracy_of = {}

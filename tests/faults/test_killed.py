@@ -11,7 +11,7 @@ import pytest
 from tests.faults.conftest import EPOCHS, IMAGE_SIZE
 from tests.faults.lab import Lab, Table, until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 SECONDS_AWAY = 30
 STORAGE = ("mlflow", "seaweedfs")
@@ -21,7 +21,7 @@ NAMES = {"scheduler": "Scheduler", "api-server": "API server", "mlflow": "MLflow
 
 def test_a_killed_training_goes_on_where_it_was(lab: Lab, unbroken: str, table: Table, tmp_path: Path) -> None:
     run_id = lab.start(models="custom_cnn", epochs=EPOCHS, image_size=IMAGE_SIZE)
-    until(lambda: len(lab.steps(run_id, "custom_cnn")) >= 3, "three epochs", 300)
+    until(lambda: len(lab.steps(run_id, "custom_cnn")) >= 3, "three epochs", 900)
     process = lab.process_of(run_id, "custom_cnn")
     before = lab.child(run_id, "custom_cnn")
     process.kill()
