@@ -118,9 +118,9 @@ def _fit(
     checkpoints: CheckpointStore,
 ) -> TrainedModel:
     if start is None:
-        from mlpipe.training.estimator import train_estimator
+        from mlpipe.stages.kept_fit import fit_once
 
-        return train_estimator(model, dataset, tracked)
+        return fit_once(model, dataset, tracked, checkpoints)
     from mlpipe.training.network import train_network
 
     network, initial = start
