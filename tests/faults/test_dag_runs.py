@@ -28,7 +28,12 @@ def test_a_stopped_dag_run_leaves_killed_mlflow_runs(stage: str, lab: Lab, table
     until(lambda: not [run for run in lab.runs(run_id) if run.info.status == "RUNNING"], "the end of its runs", 60)
     until(lambda: not [row for row in lab.tasks(run_id) if row["state"] == "running"], "the end of its tasks", 60)
 
-    assert lab.api.dag_run_state("image_classification", run_id) == "failed"
+    # Airflow's scheduler, at work on the DAG run at that moment, may write "success" over "failed", since the last task
+    # was skipped; so the task is asked, and MLflow.
+    assert ended_state(lab.api.dag_run_state("image_classification", run_id))
+    evaluation = lab.task(run_id, "evaluate")
+    assert evaluation is not None
+    assert evaluation["state"] in ("skipped", "failed")
     assert lab.parent(run_id).info.status == "KILLED"
     states = {run.data.tags.get("model", run.data.tags["stage"]): run.info.status for run in lab.runs(run_id)}
     if stage == "train":  # the other stages may be done before Airflow tells them to end
