@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mlpipe.config import RunParams
 from mlpipe.models.estimators import build_estimator
-from mlpipe.models.portable import flatten
+from mlpipe.models.portable import estimator_features
 from mlpipe.recipes import resolve
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parts = {}
     for part in ("train", "test"):
         images_u8, labels = read_images(arguments.data, part)
-        parts[part] = flatten(torch.from_numpy(images_u8)), labels
+        parts[part] = estimator_features(torch.from_numpy(images_u8), "logistic_regression"), labels
     features, labels = parts["train"]
     times: dict[str, list[float]] = {"ours": [], "reference": []}
     rows = []
