@@ -52,10 +52,13 @@ ENGINES = {
 def test_airflow_accepts_the_file_under_every_engine(engine: str, run_python: RunPython) -> None:
     script = f"""
 from airflow.dag_processing.dagbag import DagBag
+from airflow.executors.executor_loader import ExecutorLoader
 from airflow.serialization.serialized_objects import DagSerialization
 import json, sys
 bag = DagBag({str(DAG_FILE)!r})
 parsed_with_kubernetes = "kubernetes.client" in sys.modules
+for name in ExecutorLoader.get_executor_names():
+    ExecutorLoader.import_executor_cls(name)
 dag = bag.dags["image_classification"]
 tasks = [DagSerialization.from_dict(DagSerialization.to_dict(dag)).get_task(name) for name in ("train", "evaluate")]
 pods = [task.executor_config["pod_override"] for task in tasks if task.executor_config]
