@@ -186,12 +186,14 @@ def build_network(architecture: str, num_classes: int, image_size: int, variant:
     Args:
         architecture: `custom_cnn` or the name of a classification network of torchvision.
         variant: `standard`, or `small_images`, of which custom_cnn and the resnets have one: for resnets a 3×3 first
-            convolution without stride in place of 7×7 with stride 2.
+            convolution without stride in place of 7×7 with stride 2, and blocks that begin as the identity.
     """
     if variant == "small_images":
         if architecture == "custom_cnn":
             return SmallResidualCNN(num_classes)
-        network = torchvision.models.get_model(architecture, weights=None, num_classes=num_classes)
+        network = torchvision.models.get_model(
+            architecture, weights=None, num_classes=num_classes, zero_init_residual=True
+        )
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         return network
