@@ -21,12 +21,10 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
-import torchvision
 from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as transforms
 
 logger = logging.getLogger(__name__)
 
@@ -188,17 +186,17 @@ def build_network(architecture: str, num_classes: int, image_size: int, variant:
         variant: `standard`, or `small_images`, of which custom_cnn and the resnets have one: for resnets a 3×3 first
             convolution without stride in place of 7×7 with stride 2, and blocks that begin as the identity.
     """
+    if architecture == "custom_cnn":
+        return SmallResidualCNN(num_classes) if variant == "small_images" else CustomCNN(num_classes)
+    import torchvision
+
     if variant == "small_images":
-        if architecture == "custom_cnn":
-            return SmallResidualCNN(num_classes)
         network = torchvision.models.get_model(
             architecture, weights=None, num_classes=num_classes, zero_init_residual=True
         )
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         return network
-    if architecture == "custom_cnn":
-        return CustomCNN(num_classes)
     options: dict[str, Any] = {}
     if architecture in ("googlenet", "inception_v3"):
         # Their auxiliary outputs only helped before batch normalisation. transform_input makes them take the same
@@ -233,6 +231,9 @@ def resize(images_u8: Tensor, image_size: int) -> Tensor:
     """(B, H, W, 3) uint8 to (B, image_size, image_size, 3) uint8: bilinear, with antialiasing when shrinking."""
     if images_u8.shape[1:3] == (image_size, image_size):
         return images_u8
+    # Here, since its import takes longer than most calls; the same below.
+    from torchvision.transforms.v2 import functional as transforms
+
     size = [image_size, image_size]
     return transforms.resize(images_u8.permute(0, 3, 1, 2), size, antialias=True).permute(0, 2, 3, 1)
 

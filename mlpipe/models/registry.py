@@ -6,7 +6,6 @@ import difflib
 from functools import lru_cache
 
 import torch
-import torchvision
 from torch import nn
 
 from mlpipe.config import ESTIMATORS, Variant
@@ -20,6 +19,8 @@ IMAGE_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 
 @lru_cache(maxsize=1)
 def known_architectures() -> tuple[str, ...]:
     """All names that `models` may have."""
+    import torchvision  # here: it takes seconds, and the networks of this project do without
+
     return ("custom_cnn", *sorted(ESTIMATORS), *torchvision.models.list_models(module=torchvision.models))
 
 
@@ -35,8 +36,8 @@ def check_architecture(
     Raises:
         UserError: no such architecture, or one that cannot take images of that size.
     """
-    known = known_architectures()
-    if architecture not in known:
+    if architecture != "custom_cnn" and architecture not in ESTIMATORS and architecture not in known_architectures():
+        known = known_architectures()
         near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5) or ["custom_cnn", "resnet18"]
         raise UserError(
             f"models: {architecture!r} is unknown; did you mean {' or '.join(near)}? Known are custom_cnn, "

@@ -17,9 +17,7 @@ from urllib.parse import urlsplit
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import interpolate_embeddings
 
 from mlpipe.config import ModelConfig, Variant
 from mlpipe.data.store import ObjectStore, file_sha256
@@ -141,6 +139,8 @@ def initial_network(
 
 
 def _imagenet(architecture: str, store: ObjectStore, folder: Path) -> _Found:
+    import torchvision  # here: it takes seconds, and the networks of this project do without
+
     try:
         weights = torchvision.models.get_model_weights(architecture).DEFAULT
     except (ValueError, AttributeError):
@@ -260,6 +260,8 @@ def _apply(network: nn.Module, found: _Found, architecture: str, variant: Varian
     own = network.state_dict()
     state = {LEGACY_DENSENET.sub(r"\1\2", key): value for key, value in found.state.items() if not AUXILIARY.match(key)}
     if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
         state = dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
     head = head_keys(architecture, variant)
     replaced = found.other_classes or any(key in state and state[key].shape != own[key].shape for key in head)

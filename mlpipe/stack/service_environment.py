@@ -106,6 +106,8 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
             "execution_api_retry_wait_max": 15,
             "execution_api_timeout": 30,
         },
+        # What the stages import besides torch, in the scheduler once, not in each task.
+        "gpu_executor": {"preload": "mlflow,boto3,pandas,sklearn.metrics,sklearn.model_selection,matplotlib.figure"},
         "dag_processor": {
             "dag_bundle_storage_path": settings.airflow_home / "bundles",
             "refresh_interval": 30,

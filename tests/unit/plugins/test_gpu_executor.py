@@ -139,6 +139,30 @@ def test_cpu_slots_and_threads_are_settings(run_scenario: RunScenario, no_gpu: d
     assert {line["environment"]["OMP_NUM_THREADS"] for line in result["starts"]} == {"7"}
 
 
+def test_modules_are_loaded_before_the_workers_are_forked(run_scenario: RunScenario, no_gpu: dict[str, str]) -> None:
+    script = """
+import sys
+before = "nturl2path" in sys.modules
+scheduler = Scheduler()
+scheduler.executor.end()
+result = {"loaded": [before, "nturl2path" in sys.modules]}
+"""
+    settings = {"AIRFLOW__GPU_EXECUTOR__PRELOAD": "json, nturl2path"}
+    assert run_scenario(script, no_gpu, **settings)["loaded"] == [False, True]
+
+
+def test_what_may_touch_cuda_is_not_loaded_before_a_fork(run_scenario: RunScenario, no_gpu: dict[str, str]) -> None:
+    script = """
+from airflow.exceptions import AirflowConfigException
+try:
+    Scheduler()
+except AirflowConfigException as error:
+    result = {"error": str(error)}
+"""
+    result = run_scenario(script, no_gpu, AIRFLOW__GPU_EXECUTOR__PRELOAD="json,torch.nn")
+    assert result["error"] == "[gpu_executor] preload: torch.nn must be imported by each task itself"
+
+
 def test_a_setting_out_of_range_is_named(run_scenario: RunScenario, no_gpu: dict[str, str]) -> None:
     script = """
 from airflow.exceptions import AirflowConfigException

@@ -34,6 +34,7 @@ def test_every_airflow_option_exists_in_the_installed_version(environment):
     known = yaml.safe_load(template.read_text())
 
     ours = [name.lower().split("__")[1:] for name in environment if name.startswith("AIRFLOW__")]
+    ours = [(section, option) for section, option in ours if section != "gpu_executor"]  # this project's own
 
     assert len(ours) > 25
     unknown = [f"{section}.{option}" for section, option in ours if option not in known[section]["options"]]

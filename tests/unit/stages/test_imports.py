@@ -20,7 +20,7 @@ HEAVY = ("lightning", "matplotlib", "sklearn", "torch", "torchvision")
     [
         ("download", set()),
         ("preprocess", {"matplotlib", "sklearn"}),
-        ("train", {"torch", "torchvision"}),
+        ("train", {"torch"}),
         ("evaluate", {"matplotlib", "sklearn"}),
     ],
 )
