@@ -94,6 +94,13 @@ class RunParams:
         minimum=8,
         maximum=512,
     )
+    devices: int | None = describe(
+        None,
+        "Devices",
+        "Devices that train one network together: GPUs of one host; without GPUs, processes. Empty: 1.",
+        minimum=1,
+        maximum=64,
+    )
     seed: int = describe(0, "Seed", "Of initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1)
     promotion: PromotionMode = describe(
         "enabled",
@@ -229,6 +236,9 @@ class TrainConfig:
     """Epochs without a better val/accuracy after which training ends; `None`: never (networks)."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Arithmetic; auto is bfloat16 where the processor has it in hardware (networks)."""
+    num_devices: int = 1
+    """GPUs of one host that train together, or processes where there is no GPU; each batch is divided among them
+    (networks)."""
     num_components: int = 256
     """Principal components of the features that are kept at most (linear models)."""
     inverse_regularization: float = 1.0

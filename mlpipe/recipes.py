@@ -135,6 +135,11 @@ def resolve(params: RunParams) -> RunConfig:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"models: {name!r} is given more than once; each model and its weights may appear once")
+    if (params.devices or 1) * 2 > models[0].train.batch_size:
+        raise UserError(
+            f"devices: {params.devices} is not allowed with batches of {models[0].train.batch_size} images, since each "
+            f"needs 2 of every batch; give at most {models[0].train.batch_size // 2}, or a larger batch_size"
+        )
     return RunConfig(
         recipe=params.recipe,
         data=DataConfig(dataset=params.dataset, uri=params.data_uri, image_size=image_size),

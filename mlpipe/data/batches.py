@@ -6,6 +6,7 @@ normalization are done per batch, on the device that trains.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,8 @@ class BatchLoader:
     Can be given to Lightning's Trainer as a data loader; whoever trains calls `set_epoch` as an epoch starts. Every
     image comes once an epoch. Batches have `batch_size` images but for the last; a last image left alone joins the
     batch before it, since a batch of one has no variance to normalise by.
+
+    Several processes that train together each take a `share`: the batches are then of all of them together.
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, shuffle: bool) -> None:
@@ -38,7 +41,28 @@ class BatchLoader:
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = 0
-        self._bounds = _bounds(len(split), batch_size)
+        self._rank, self._num_shares = 0, 1
+        self._bounds = _bounds(len(split), batch_size, num_shares=1)
+
+    def share(self, rank: int, num_shares: int) -> BatchLoader:
+        """A loader of every `num_shares`-th image of each batch, from the `rank`-th on.
+
+        The shares of a batch differ by one image at most and hold at least two images each where the split and the
+        batch size allow it: too few images left over for that join the batch before them.
+        """
+        loader = copy.copy(self)
+        loader._rank, loader._num_shares = rank, num_shares
+        loader._bounds = _bounds(self.num_images, self.batch_size, num_shares)
+        return loader
+
+    def loss_weight(self, batch: int) -> float:
+        """Size of this share of a batch over that of the mean share.
+
+        The mean over the processes of the gradients of their mean losses, so weighted, is the gradient of the mean
+        loss over all of the batch.
+        """
+        size = self._bounds[batch + 1] - self._bounds[batch]
+        return len(range(self._rank, size, self._num_shares)) * self._num_shares / size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration goes through."""
@@ -52,7 +76,7 @@ class BatchLoader:
 
     @property
     def num_images(self) -> int:
-        """Of an epoch."""
+        """Of an epoch, all shares together."""
         return len(self._labels)
 
     def __len__(self) -> int:
@@ -62,12 +86,12 @@ class BatchLoader:
         # A generator: Lightning asks for the iterator before its epoch begins; the order is made at the first batch.
         order = self.order()
         for start, stop in zip(self._bounds[:-1], self._bounds[1:], strict=True):
-            rows = order[start:stop]
+            rows = order[start + self._rank : stop : self._num_shares]
             yield torch.from_numpy(self._split.images_u8.take(rows)), self._labels[torch.from_numpy(rows)]
 
 
-def _bounds(num_images: int, batch_size: int) -> list[int]:
+def _bounds(num_images: int, batch_size: int, num_shares: int) -> list[int]:
     bounds = [*range(0, num_images, batch_size), num_images]
-    if batch_size > 1 and num_images > batch_size and num_images % batch_size == 1:
+    if num_images > batch_size and 0 < num_images % batch_size < 2 * num_shares:
         del bounds[-2]
     return bounds

@@ -45,9 +45,23 @@ class ImageRows:
         """All of them, in memory."""
         return self[:].astype(dtype or self.dtype, copy=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process on this machine opens the file itself; arrays in memory are copied."""
+        stored = self._stored_u8
+        if isinstance(stored, np.memmap):
+            return _map_rows, (str(stored.filename), stored.shape, self._indices)
+        return ImageRows, (stored, self._indices)
+
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(len(rows), H, W, 3): faster than indexing by an array."""
         return np.take(self._stored_u8, rows if self._indices is None else self._indices[rows], axis=0)
+
+
+def _map_rows(path: str, shape: tuple[int, ...], indices: NDArray[np.int64] | None) -> ImageRows:
+    stored_u8 = np.load(path, mmap_mode="r", allow_pickle=False)
+    if stored_u8.shape != shape:
+        raise ValueError(f"{path} holds {stored_u8.shape}, not {shape}")
+    return ImageRows(stored_u8, indices)
 
 
 @dataclass(frozen=True)

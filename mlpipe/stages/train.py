@@ -39,6 +39,7 @@ NETWORK_SETTINGS = frozenset(
         "test_time_averaging",
         "early_stopping_patience",
         "precision",
+        "num_devices",
     }
 )
 """Fields of `TrainConfig` that say nothing about an estimator; the others of these say nothing about a network."""

@@ -27,12 +27,64 @@ LOGGED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_
 """What of an epoch's record goes to the tracking; the durations are for the totals at the end."""
 
 
-class EpochKeeper(Callback):
-    """Keeps the state of a training at the end of each epoch and reports it.
+class EpochFollower(Callback):
+    """What every process of a training does around its epochs.
 
-    All randomness of an epoch depends on the seed and the epoch's number alone. So a resumed training needs no state
-    of a random generator, on any device.
+    All randomness of an epoch depends on the seed, the epoch's number and the process's rank alone. So a resumed
+    training needs no state of a random generator, on any device.
     """
+
+    def __init__(self, loader: BatchLoader, *, seed: int, resumed: dict[str, Any] | None) -> None:
+        """
+        Args:
+            loader: the training batches, this process's share of them.
+            resumed: `weights`, `optimizer` and `schedules` as the last try left them; `None`: a new training.
+        """
+        self.resumed = resumed
+        self.loader = loader
+        self._seed = seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
+        """Put the network, the optimizer and the schedule where the last try left them."""
+        if self.resumed is None:
+            return
+        pl_module.network.load_state_dict(self.resumed["weights"])
+        trainer.optimizers[0].load_state_dict(self.resumed["optimizer"])
+        for config, state in zip(trainer.lr_scheduler_configs, self.resumed["schedules"], strict=True):
+            config.scheduler.load_state_dict(state)
+        self.resumed = None  # its memory
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override] # noqa: ARG002
+        """Set the order and the random numbers of this epoch."""
+        epoch, rank = trainer.current_epoch, trainer.global_rank
+        self.loader.set_epoch(epoch)
+        source = f"{self._seed} {epoch} {rank}" if rank else f"{self._seed} {epoch}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big"))
+
+    def on_train_batch_start(  # type: ignore[override]
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: ClassificationModule,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Shares of one batch may differ by an image."""
+        pl_module.loss_weight = self.loader.loss_weight(batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
+        """Sum what all processes have counted; the first of them decides whether to go on."""
+        pl_module.training_totals.sum_over(trainer.strategy)
+        pl_module.validation_totals.sum_over(trainer.strategy)
+        if trainer.strategy.broadcast(self._end_epoch(trainer, pl_module)):
+            trainer.should_stop = True
+
+    def _end_epoch(self, trainer: Trainer, module: ClassificationModule) -> bool:  # noqa: ARG002
+        """Whether training ends here; of the first process alone it is asked."""
+        return False
+
+
+class EpochKeeper(EpochFollower):
+    """Keeps the state of a training at the end of each epoch and reports it; there is one in a training."""
 
     def __init__(
         self,
@@ -47,19 +99,17 @@ class EpochKeeper(Callback):
         """Resume from the checkpoint, where there is one of this configuration.
 
         Args:
-            loader: the training batches.
+            loader: the training batches, this process's share of them.
             fingerprint: identifies model, settings and data; a checkpoint of another one is not used.
             patience: epochs without a better validation accuracy after which training ends.
         """
         self.history: list[dict[str, float]] = []
         self.best_weights: dict[str, Tensor] = {}
-        self._loader = loader
         self._tracking = tracking
         self._checkpoints = checkpoints
         self._fingerprint = fingerprint
-        self._seed = seed
         self._patience = patience
-        self._resumed = self._load()
+        super().__init__(loader, seed=seed, resumed=self._load())
         self._started = self._trained = self._reported = 0.0
 
     @property
@@ -92,7 +142,7 @@ class EpochKeeper(Callback):
         last_logged = self._tracking.last_logged_step("val/accuracy")
         for epoch in range(last_logged + 1, len(self.history) + 1):  # saved, but interrupted before it was logged
             self._log(epoch)
-        return state
+        return {name: state[name] for name in ("weights", "optimizer", "schedules")}
 
     def _save(self, trainer: Trainer, module: ClassificationModule) -> None:
         if self._checkpoints is None:
@@ -111,21 +161,9 @@ class EpochKeeper(Callback):
             }
         )
 
-    def on_train_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
-        """Put the network, the optimizer and the schedule where the last try left them."""
-        if self._resumed is None:
-            return
-        pl_module.network.load_state_dict(self._resumed["weights"])
-        trainer.optimizers[0].load_state_dict(self._resumed["optimizer"])
-        for config, state in zip(trainer.lr_scheduler_configs, self._resumed["schedules"], strict=True):
-            config.scheduler.load_state_dict(state)
-        self._resumed = None  # its memory
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override] # noqa: ARG002
-        """Set the order and the random numbers of this epoch."""
-        epoch = trainer.current_epoch
-        self._loader.set_epoch(epoch)
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()[:8], "big"))
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
+        """Also note the time."""
+        super().on_train_epoch_start(trainer, pl_module)
         self._started = self._reported = time.monotonic()
 
     def on_train_batch_end(  # type: ignore[override]
@@ -136,13 +174,13 @@ class EpochKeeper(Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
-        """Say now and then how far a long epoch is."""
+        """Say now and then how far a long epoch is, from this process's share."""
         now = time.monotonic()
         if now - self._reported < PROGRESS_SECONDS:
             return
         self._reported = now
         totals = pl_module.training_totals
-        rate = totals.num_images / (now - self._started)
+        rate = totals.num_images * trainer.world_size / (now - self._started)
         logger.info(
             "epoch %d/%d: batch %d of %d, train/loss %.4f, train/accuracy %.4f, %.0f images/s",
             trainer.current_epoch + 1, trainer.max_epochs, batch_idx + 1, trainer.num_training_batches,
@@ -154,29 +192,29 @@ class EpochKeeper(Callback):
         pl_module.training_totals.mean_loss()
         self._trained = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
-        """Record, save, log and decide whether to go on, in this order.
+    def _end_epoch(self, trainer: Trainer, module: ClassificationModule) -> bool:
+        """Record, save, log and decide whether to end, in this order.
 
         Saved before it is logged: an epoch that was logged is never trained again, and one that was saved but not
         logged is logged on resuming.
         """
-        metrics = self._measure(trainer, pl_module)
+        metrics = self._measure(trainer, module)
         epoch = trainer.current_epoch + 1
         if not math.isfinite(metrics["train/loss"] + metrics["val/loss"]):
-            rate = pl_module.train_config.learning_rate
+            rate = module.train_config.learning_rate
             raise UserError(
                 f"learning_rate: {rate:g} made the loss infinite in epoch {epoch}; "
                 f"choose a smaller one, such as {rate / 10:g}"
             )
         self.history.append(metrics)
         if self.best_epoch == epoch:
-            self.best_weights = {key: value.cpu().clone() for key, value in pl_module.network.state_dict().items()}
-        self._save(trainer, pl_module)
+            self.best_weights = {key: value.cpu().clone() for key, value in module.network.state_dict().items()}
+        self._save(trainer, module)
         self._log(epoch)
         self._report(epoch, trainer)
         if self.finished:
             logger.info("val/accuracy has not risen for %d epochs: stopping early", self._patience)
-            trainer.should_stop = True
+        return self.finished
 
     def _measure(self, trainer: Trainer, module: ClassificationModule) -> dict[str, float]:
         seconds = self._trained - self._started

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,13 @@ class EpochTotals:
         self._loss += loss.detach() * len(labels)
         self._hits += (logits.detach().argmax(dim=1) == labels).sum()
         self.num_images += len(labels)
+
+    def sum_over(self, strategy: Strategy) -> None:
+        """Add up the totals of all processes that train together; each must call it."""
+        sums = torch.stack([self._loss.double(), self._hits.double(), self._loss.new_tensor(self.num_images).double()])
+        sums = strategy.reduce(sums, reduce_op="sum")
+        self._loss, self._hits = sums[0], sums[1]
+        self.num_images = int(sums[2])
 
     def mean_loss(self) -> float:
         """Mean over the images counted so far."""
@@ -75,6 +83,7 @@ class ClassificationModule(LightningModule):
         self.train_config = train
         self.total_steps = total_steps
         self.input_size = input_size
+        self.loss_weight = 1.0
         self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(channel_std).view(3, 1, 1), persistent=False)
 
@@ -92,7 +101,7 @@ class ClassificationModule(LightningModule):
         logits = self._logits(augment(images_u8, self.train_config.augmentation))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
         self.training_totals.add(loss, logits, labels)
-        return loss
+        return loss if self.loss_weight == 1.0 else loss * self.loss_weight
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Count one batch, without augmentation."""

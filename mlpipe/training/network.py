@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 
 from mlpipe.config import ModelConfig
@@ -22,13 +17,12 @@ from mlpipe.models.portable import ModelDescription, SmallResidualCNN, normalise
 from mlpipe.models.weights import Channels, InitialWeights
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.dead_taps import TrimmedKernels
+from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import EpochKeeper
-from mlpipe.training.memory import keep_freed_memory
+from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.whitening import MAX_IMAGES, whiten
-
-logger = logging.getLogger(__name__)
 
 VALIDATION_BATCH_SIZE = 256
 
@@ -52,18 +46,25 @@ def train_network(
         initial: what those are; decides the normalisation.
 
     Raises:
-        UserError: the loss became infinite.
+        UserError: the loss became infinite, or there are not as many devices as wanted, or images for them.
     """
     config, manifest = model.train, dataset.manifest
     mean = initial.channel_mean or manifest.channel_mean
     std = initial.channel_std or manifest.channel_std
     training = BatchLoader(dataset.train_split(), config.batch_size, seed=config.seed, shuffle=True)
     validation = BatchLoader(dataset.val_split(), VALIDATION_BATCH_SIZE, seed=config.seed, shuffle=False)
+    check_devices(
+        config.num_devices,
+        batch_size=config.batch_size,
+        num_training=training.num_images,
+        num_validation=validation.num_images,
+    )
     if isinstance(network, SmallResidualCNN) and initial.sha256 is None:
         _whiten_stem(network, training, mean, std)
     trimmed = TrimmedKernels(network, initial.input_size or manifest.image_size)
+    own_share = training.share(0, config.num_devices)
     keeper = EpochKeeper(
-        training,
+        own_share,
         tracking,
         checkpoints,
         fingerprint=_fingerprint(model, dataset, initial, network),
@@ -75,13 +76,25 @@ def train_network(
         config,
         channel_mean=mean,
         channel_std=std,
-        total_steps=config.num_epochs * len(training),
+        total_steps=config.num_epochs * len(own_share),
         input_size=initial.input_size,
     )
     precision = choose_precision(config.precision)
-    tracking.log_params({"precision": precision, "device": _device_name(), "threads": torch.get_num_threads()})
+    num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
+    tracking.log_params({"precision": precision, "device": _device_name(), "threads": num_threads})
     if len(keeper.history) < config.num_epochs and not keeper.finished:
-        _fit(module, keeper, training, validation, num_epochs=config.num_epochs, precision=precision)
+        fit = Fit(
+            module=module,
+            training=training,
+            validation=validation,
+            num_epochs=config.num_epochs,
+            epochs_done=len(keeper.history),
+            precision=precision,
+            seed=config.seed,
+            num_devices=config.num_devices,
+            num_threads=num_threads,
+        )
+        (run_trainer if config.num_devices == 1 else fit_together)(fit, keeper)
     network = network.cpu()
     network.load_state_dict(keeper.best_weights)
     trimmed.restore()
@@ -134,55 +147,12 @@ def choose_precision(wanted: Literal["auto", "32-true", "bf16-mixed"]) -> Litera
     return "bf16-mixed" if in_hardware else "32-true"
 
 
+def _threads_of_each(num_devices: int) -> int:
+    """Processes on the CPU share the threads that one would have."""
+    return max(1, torch.get_num_threads() // num_devices)
+
+
 def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return str(torch.cpu.get_capabilities().get("cpu_name", "CPU"))
-
-
-def _fit(
-    module: ClassificationModule,
-    keeper: EpochKeeper,
-    training: BatchLoader,
-    validation: BatchLoader,
-    *,
-    num_epochs: int,
-    precision: Literal["32-true", "bf16-mixed"],
-) -> None:
-    keep_freed_memory()
-    on_gpu = torch.cuda.is_available()
-    with _quiet_lightning():
-        trainer = Trainer(
-            accelerator="gpu" if on_gpu else "cpu",
-            devices=1,
-            precision=precision,
-            max_epochs=num_epochs,
-            callbacks=[keeper],
-            deterministic="warn" if on_gpu else None,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        # Lightning's own count of completed epochs, from which it goes on.
-        trainer.fit_loop.epoch_progress.current.processed = len(keeper.history)  # type: ignore[attr-defined]
-        trainer.fit(module, training, validation)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep what Lightning says about itself out of the task's log."""
-    names = ("lightning.pytorch", "lightning.fabric")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings():
-        # Lightning 2.6.6 uses a part of PyTorch's pytree that 2.14 has deprecated.
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        try:
-            for each in loggers:
-                each.setLevel(logging.WARNING)
-            yield
-        finally:
-            for each, level in zip(loggers, levels, strict=True):
-                each.setLevel(level)

@@ -79,6 +79,12 @@ def test_what_the_user_chose_goes_over_the_recipe() -> None:
     assert (train.num_epochs, train.learning_rate, train.batch_size, train.seed) == (3, 1.0, 8, 5)
 
 
+def test_devices_need_two_images_of_a_batch_each() -> None:
+    assert resolved(devices=4, batch_size=8).models[0].train.num_devices == 4
+    with pytest.raises(UserError, match=r"^devices: 5 is not allowed with batches of 8 .*; give at most 4, or"):
+        resolved(devices=5, batch_size=8)
+
+
 def test_every_recipe_resolves() -> None:
     for recipe in RECIPES:
         assert resolved(recipe=recipe).models

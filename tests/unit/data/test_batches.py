@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import lightning
@@ -66,6 +67,36 @@ def test_no_image_is_left_alone(count: int, batch_size: int, sizes: list[int]) -
     loader = BatchLoader(split_of(count), batch_size, seed=0, shuffle=True)
     assert [len(labels) for _, labels in loader] == sizes
     assert len(loader) == len(sizes)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "num_shares"), [(50, 16, 2), (53, 16, 3), (21, 8, 4), (9, 64, 2)])
+def test_shares_divide_each_batch_evenly(count: int, batch_size: int, num_shares: int) -> None:
+    whole = BatchLoader(split_of(count), batch_size, seed=0, shuffle=True)
+    shares = [whole.share(rank, num_shares) for rank in range(num_shares)]
+    for loader in (whole, *shares):
+        loader.set_epoch(2)
+    assert len({len(loader) for loader in shares}) == 1
+    start = 0
+    for number, parts in enumerate(zip(*shares, strict=True)):
+        labels = [set(part[1].tolist()) for part in parts]
+        sizes = [len(part[1]) for part in parts]
+        assert min(sizes) >= 2
+        assert max(sizes) - min(sizes) <= 1
+        assert set.union(*labels) == set(whole.order()[start : start + sum(sizes)])
+        weights = [loader.loss_weight(number) for loader in shares]
+        assert weights == pytest.approx([size / np.mean(sizes) for size in sizes])
+        start += sum(sizes)
+    assert start == count
+
+
+def test_a_mapped_split_travels_to_another_process_by_its_path(tmp_path: Path) -> None:
+    rows = ImageRows(split_of(200, tmp_path / "a.npy").images_u8._stored_u8, np.arange(50, 60))
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1000
+    assert np.array_equal(np.asarray(pickle.loads(sent)), np.asarray(rows))  # noqa: S301
+    np.save(tmp_path / "a.npy", np.zeros((3, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"holds \(3, 4, 4, 3\)"):
+        pickle.loads(sent)  # noqa: S301
 
 
 def test_batch_size_is_checked() -> None:

@@ -1,0 +1,53 @@
+"""`python -m mlpipe.training.follower FOLDER RANK`: one of the processes that train one network together.
+
+`mlpipe.training.devices` starts it, and it never outlives the process that did.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+
+from mlpipe.training.devices import FIT_FILE, RESUMED_FILE, meeting_point, process_group, ready_key
+from mlpipe.training.epochs import EpochFollower
+from mlpipe.training.fitting import Fit, run_trainer
+
+
+def follow(folder: Path, rank: int) -> None:
+    """Train as process `rank`, from 1, of the training that the folder describes."""
+    # Written by the process that started this one, into a folder of its user alone.
+    fit: Fit = torch.load(folder / FIT_FILE, weights_only=False)
+    resumed = folder / RESUMED_FILE
+    torch.set_num_threads(fit.num_threads)
+    epochs = EpochFollower(
+        fit.training.share(rank, fit.num_devices),
+        seed=fit.seed,
+        resumed=torch.load(resumed, map_location="cpu", weights_only=True) if resumed.exists() else None,
+    )
+    store = meeting_point(folder, fit.num_devices)
+    store.set(ready_key(rank), "1")
+    with process_group(store, rank, fit.num_devices):
+        run_trainer(fit, epochs, rank)
+
+
+def _end_with_the_starter() -> None:
+    """Standard input is a pipe from the process that started this one; its end closes with that process."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    try:
+        follow(Path(sys.argv[1]), int(sys.argv[2]))
+    except BaseException:  # noqa: BLE001 - ends the process
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at once: the others wait, and what is left to tear down may wait for them
