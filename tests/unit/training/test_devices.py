@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from mlpipe.data.dataset import ImageRows, Split
-from mlpipe.errors import UserError
+from mlpipe.errors import StoppedError, UserError
 from mlpipe.training.checkpoints import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -179,6 +181,29 @@ def test_a_process_that_cannot_start_says_why(mapped, config, train, tracking, n
     before = children()
     with pytest.raises(RuntimeError, match="ended with exit code 1: ModuleNotFoundError: .*watching_networks"):
         train(config(**SETTINGS, num_devices=2), mapped, tracking, network=networks.Watching())
+    assert children() == before
+
+
+def test_a_task_that_is_told_to_end_ends_the_others(mapped, config, train, tracking, monkeypatch) -> None:
+    """SIGTERM at any moment of an epoch, handled as the DAG does."""
+
+    def stop(signal_number: int, _: Any) -> None:
+        raise StoppedError(signal.strsignal(signal_number))
+
+    log = tracking.log_metrics
+
+    def log_and_be_stopped(metrics: Any, step: int) -> None:
+        log(metrics, step)
+        if step == 2:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(tracking, "log_metrics", log_and_be_stopped)
+    before, handler = children(), signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(StoppedError):
+            train(config(**SETTINGS | {"num_epochs": 1000}, num_devices=2), mapped, tracking, network=small_network())
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert children() == before
 
 
