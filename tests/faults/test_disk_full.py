@@ -58,7 +58,8 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]
     monkeypatch.setattr("mlpipe.data.store._CLIENT_RETRIES", {"mode": "standard", "max_attempts": 4})
 
     def enlarge() -> None:
-        (pid,) = [p.pid for p in psutil.process_iter() if f"-dir={folder}" in p.cmdline()]
+        running = psutil.process_iter(["cmdline"])  # `None` for one that has just ended
+        (pid,) = [process.pid for process in running if f"-dir={folder}" in (process.info["cmdline"] or ())]
         inside = ["nsenter", "--user", "--mount", "--preserve-credentials", "--target", str(pid)]
         subprocess.run([*inside, "mount", "-o", "remount,size=1000m", str(folder)], check=True)
 
