@@ -223,8 +223,8 @@ def test_our_containers_run_without_root(stack: ComposeStack) -> None:
     assert not [service for service, row in own.items() if row["Config"]["User"] in ("", "root", "0")]
     # These two drop it themselves.
     for service, process in (("redis", "redis-server"), ("postgres", "postgres")):
-        shown = run(["docker", "top", stack.containers()[service]["Id"], "-eo", "uid,comm"], 60).splitlines()[1:]
-        users = {line.split()[0] for line in shown if line.split()[1] == process}
+        shown = run(["docker", "top", stack.containers()[service]["Id"], "-eo", "pid,uid,comm"], 60).splitlines()[1:]
+        users = {line.split()[1] for line in shown if line.split()[2] == process}
         assert users
         assert "0" not in users
 
