@@ -61,6 +61,8 @@ def running_object_store(folder: Path, timeout: float = 60.0, launcher: Sequence
         "-ip.bind=127.0.0.1",
         *flags,
         *off,
+        # Each bucket takes several volumes, of which there are as many as fit on the disk: small ones do for tests.
+        "-master.volumeSizeLimitMB=16",
     ]
     keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"

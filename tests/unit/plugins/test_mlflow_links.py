@@ -166,7 +166,7 @@ def test_navigation_leads_where_the_environment_says_and_loads_nothing(run_airfl
     script = f"""
 import json, os, sys
 from airflow import plugins_manager
-(plugin,) = plugins_manager._get_plugins()[0]
+plugin = next(plugin for plugin in plugins_manager._get_plugins()[0] if plugin.name == "mlflow_links")
 answers = []
 for environment in {[environment for environment, _ in cases]!r}:  # the plugin is loaded before they are set
     os.environ.update(environment)
