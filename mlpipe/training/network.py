@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from itertools import islice
@@ -132,7 +133,8 @@ def _whiten_stem(network: SmallResidualCNN, training: BatchLoader, mean: Channel
 def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:
     """What a checkpoint must agree with to be gone on from; the shapes, since the code may change between two tries."""
     shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
-    return json.dumps([asdict(model), dataset.manifest.digest, initial.description, shapes], sort_keys=True)
+    facts = json.dumps([asdict(model), dataset.manifest.digest, initial.description, shapes], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()  # an address among them may hold a password
 
 
 def choose_precision(wanted: Literal["auto", "32-true", "bf16-mixed"]) -> Literal["32-true", "bf16-mixed"]:
