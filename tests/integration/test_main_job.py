@@ -107,9 +107,9 @@ def test_training_tasks_ran_side_by_side(demo: dict[str, Any], airflow_get: Call
     rows = [row for row in answer["task_instances"] if row["task_id"] == "train"]
     assert {row["rendered_map_index"] for row in rows} == MODELS
     assert {row["executor"] for row in rows} == {"gpu"}
-    latest_start = max(datetime.fromisoformat(row["start_date"]) for row in rows)
-    earliest_end = min(datetime.fromisoformat(row["end_date"]) for row in rows)
-    assert latest_start < earliest_end
+    spans = [(datetime.fromisoformat(row["start_date"]), datetime.fromisoformat(row["end_date"])) for row in rows]
+    # Not all three: the fit to digits may be over before the last task's process has begun.
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) >= 2
 
 
 def test_the_data_set_and_the_champion_are_announced(demo: dict[str, Any], airflow_get: Callable[[str], Any]) -> None:
