@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ def demo(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def airflow_get(environment: dict[str, str]) -> Callable[[str], Any]:
     """Ask Airflow's API; takes the path after /api/v2."""
+    return airflow_getter(environment)
+
+
+def airflow_getter(environment: Mapping[str, str]) -> Callable[[str], Any]:
+    """Log in with these variables; what asks Airflow's API for a path after /api/v2."""
     base = environment["MLPIPE_AIRFLOW_URL"]
     login = {"username": environment["MLPIPE_AIRFLOW_USER"], "password": environment["MLPIPE_AIRFLOW_PASSWORD"]}
     token = requests.post(f"{base}/auth/token", json=login, timeout=30).json()["access_token"]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 
 from mlpipe.stack.ports import free_block
+from tests.stack_fixtures import airflow_getter
 
 ROOT = Path(__file__).parents[2]
 UP_SECONDS = 600
@@ -168,14 +168,4 @@ def mlpipe(stack: ComposeStack, tmp_path_factory: pytest.TempPathFactory) -> Cal
 @pytest.fixture(scope="session")
 def airflow_get(stack: ComposeStack) -> Callable[[str], Any]:
     """Ask Airflow's API; takes the path after /api/v2."""
-    url = stack.environment["MLPIPE_AIRFLOW_URL"]
-    names = {"username": "MLPIPE_AIRFLOW_USER", "password": "MLPIPE_AIRFLOW_PASSWORD"}
-    login = {name: stack.environment[variable] for name, variable in names.items()}
-    token = requests.post(f"{url}/auth/token", json=login, timeout=30).json()["access_token"]
-
-    def get(path: str) -> Any:
-        answer = requests.get(f"{url}/api/v2{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
-        answer.raise_for_status()
-        return answer.json()
-
-    return get
+    return airflow_getter(stack.environment)

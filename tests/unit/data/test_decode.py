@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import zlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ from PIL import Image
 
 from mlpipe.data import decode
 from mlpipe.data.decode import BadImageError, decode_image
+from tests.unit.bad_input.images import png_header
 
 
 def decoded(data: bytes | memoryview, size: int, remarks: Counter[str]) -> np.ndarray:
@@ -154,16 +153,6 @@ def test_tiny_image_is_reported() -> None:
     remarks: Counter[str] = Counter()
     assert (decoded(saved(Image.new("RGB", (1, 1), "white")), 8, remarks) == 255).all()
     assert remarks == {"with a side of less than 4 pixels": 1}
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises that many pixels and has none."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
 
 
 @pytest.mark.parametrize(
