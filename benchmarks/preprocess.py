@@ -140,7 +140,10 @@ def memory() -> list[str]:
 @contextmanager
 def object_store() -> Iterator[None]:
     """A store of its own; boto3's variables name it."""
-    with tempfile.TemporaryDirectory(prefix="mlpipe-bench-") as folder, running_object_store(Path(folder)) as variables:
+    with (
+        tempfile.TemporaryDirectory(prefix="mlpipe-bench-") as folder,
+        running_object_store(Path(folder), volume_mib=1024) as variables,  # as `mlpipe up` has it
+    ):
         os.environ.update(variables)
         ObjectStore("bench").create_bucket()
         yield

@@ -135,10 +135,11 @@ def resolve(params: RunParams) -> RunConfig:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"models: {name!r} is given more than once; each model and its weights may appear once")
-    if (params.devices or 1) * 2 > models[0].train.batch_size:
+    batch_sizes = [model.train.batch_size for model in models if model.architecture not in ESTIMATORS]
+    if batch_sizes and (params.devices or 1) * 2 > (smallest := min(batch_sizes)):
         raise UserError(
-            f"devices: {params.devices} is not allowed with batches of {models[0].train.batch_size} images, since each "
-            f"needs 2 of every batch; give at most {models[0].train.batch_size // 2}, or a larger batch_size"
+            f"devices: {params.devices} is not allowed with batches of {smallest} images, since each needs 2 of every "
+            f"batch; give at most {smallest // 2}, or a larger batch_size"
         )
     return RunConfig(
         recipe=params.recipe,

@@ -52,6 +52,10 @@ class ImageRows:
             return _map_rows, (str(stored.filename), stored.shape, self._indices)
         return ImageRows, (stored, self._indices)
 
+    def select(self, rows: NDArray[np.int64]) -> ImageRows:
+        """Only these rows; nothing is read."""
+        return ImageRows(self._stored_u8, rows if self._indices is None else self._indices[rows])
+
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """(len(rows), H, W, 3): faster than indexing by an array."""
         return np.take(self._stored_u8, rows if self._indices is None else self._indices[rows], axis=0)
@@ -77,6 +81,10 @@ class Split:
     def of(cls, images_u8: NDArray[np.uint8], labels: NDArray[np.int64]) -> Split:
         """A split of arrays in memory."""
         return cls(ImageRows(images_u8), labels)
+
+    def select(self, rows: NDArray[np.int64]) -> Split:
+        """The images of these rows; none is read yet."""
+        return Split(self.images_u8.select(rows), self.labels[rows])
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,7 +9,7 @@ import tarfile
 import zlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -58,8 +58,8 @@ class Packed:
     start: int
     """Position of the first image in the archive's order of images."""
     count: int
-    read: Callable[[], list[bytes | memoryview]]
-    """The image files' bytes.
+    read: Callable[[], Iterable[bytes | memoryview]]
+    """The image files' bytes, best used one by one: many such objects at once set off Python's garbage collector.
 
     Raises `UserError` where the archive itself is damaged there.
     """

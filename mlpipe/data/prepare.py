@@ -244,8 +244,10 @@ def _measure(run: Run, is_trained_on: NDArray[np.bool_]) -> _Measured:
     """Decode, hash and sum up one run; called in a pool's thread."""
     decoded = run.decode()
     images = np.ascontiguousarray(decoded.images_u8)
-    hashes = np.frombuffer(b"".join([sha256(image).digest()[:8] for image in images]), np.uint64)
-    trained_on = images[is_trained_on[run.start : run.start + run.count]].reshape(-1, images[0].size)
+    content, length = memoryview(images).cast("B"), images[0].size
+    digests = [sha256(content[at : at + length]).digest()[:8] for at in range(0, len(content), length)]
+    hashes = np.frombuffer(b"".join(digests), np.uint64)
+    trained_on = images[is_trained_on[run.start : run.start + run.count]].reshape(-1, length)
     squares = trained_on.astype(np.uint16)
     squares *= squares  # 255² fits
     # Adding rows is what processors do fastest; 2²⁴ squares fit 32 bits, a run has fewer rows.

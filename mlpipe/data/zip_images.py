@@ -141,14 +141,14 @@ class ZipImages(ImageArchive):
         if (starts[order][1:] < ends[order][:-1]).any():
             raise UserError("the archive is damaged (members overlap); pack it again")
 
-    def _read(self, start: int, stop: int) -> list[bytes | memoryview]:
+    def _read(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
         first, last = self._offsets[start], stop - 1
         span = self._offsets[last] + self._extent(last) - first
         in_order = all(a < b for a, b in pairwise(self._offsets[start:stop]))
         if in_order and span <= 2 * sum(self._packed_sizes[start:stop]) + (1 << 20):
             block = _pread(self._fd, span, first)
-            return [self._unpack(i, block, self._offsets[i] - first) for i in range(start, stop)]
-        return [self._unpack(i, self._block(i), 0) for i in range(start, stop)]
+            return (self._unpack(i, block, self._offsets[i] - first) for i in range(start, stop))
+        return (self._unpack(i, self._block(i), 0) for i in range(start, stop))
 
     def _block(self, index: int) -> memoryview:
         return _pread(self._fd, self._extent(index), self._offsets[index])

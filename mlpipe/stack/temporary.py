@@ -37,11 +37,15 @@ def running_stack(home: Path, timeout: float = 240.0) -> Iterator[StackSettings]
 
 
 @contextlib.contextmanager
-def running_object_store(folder: Path, timeout: float = 60.0, launcher: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+def running_object_store(
+    folder: Path, timeout: float = 60.0, launcher: Sequence[str] = (), volume_mib: int = 16
+) -> Iterator[dict[str, str]]:
     """Start SeaweedFS on free ports with its data in `folder`; gives boto3's variables that name it and its keys.
 
     Args:
         launcher: a command that prepares its place and then becomes the command that follows.
+        volume_mib: size of the files that objects are written into. Each bucket takes several, of which there are as
+            many as fit on the disk, so small ones do for tests; to write large objects takes several times as long.
 
     Raises:
         RuntimeError: it did not start.
@@ -61,8 +65,7 @@ def running_object_store(folder: Path, timeout: float = 60.0, launcher: Sequence
         "-ip.bind=127.0.0.1",
         *flags,
         *off,
-        # Each bucket takes several volumes, of which there are as many as fit on the disk: small ones do for tests.
-        "-master.volumeSizeLimitMB=16",
+        f"-master.volumeSizeLimitMB={volume_mib}",
     ]
     keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"

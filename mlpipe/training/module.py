@@ -138,7 +138,7 @@ class ClassificationModule(LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=config.learning_rate,
-            total_steps=self.total_steps,
+            total_steps=self.total_steps + 1,  # it moves on after the last step, too
             pct_start=0.2,
             anneal_strategy="linear",
             cycle_momentum=False,

@@ -22,7 +22,7 @@ def contents(path: Path, max_count: int = 3, max_bytes: int = 1 << 20) -> dict[s
         for packed in archive.stream(max_count, max_bytes):
             assert packed.start == len(found)
             assert 1 <= packed.count <= max_count
-            files = packed.read()
+            files = list(packed.read())
             assert len(files) == packed.count
             for offset, data in enumerate(files):
                 found[archive.name(packed.start + offset)] = bytes(data)
@@ -34,7 +34,7 @@ def refused(path: Path, match: str, limits: ArchiveLimits | None = None) -> None
     def read_all() -> None:
         with open_archive(path, limits) as archive:
             for packed in archive.stream(8, 1 << 20):
-                packed.read()
+                list(packed.read())
 
     with pytest.raises(UserError, match=match):
         read_all()

@@ -24,6 +24,15 @@ def test_each_architecture_said_to_have_a_form_for_small_images_has_one(architec
     assert shapes[0] != shapes[1]
 
 
+def test_a_resnet_for_small_images_keeps_their_size_up_to_its_second_stage() -> None:
+    network = portable.outline_network("resnet18", 3, 32, "small_images")
+    seen = []
+    for stage in (network.layer1, network.layer4):
+        stage.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    network(torch.zeros(2, 3, 32, 32, device="meta"))
+    assert seen == [(64, 32, 32), (256, 8, 8)]
+
+
 @pytest.mark.parametrize("probability", [0.25, 0.5])
 def test_byte_dropout_drops_that_share_and_keeps_the_mean(probability: float) -> None:
     torch.manual_seed(0)

@@ -40,6 +40,18 @@ def test_with_flips_it_also_sees_mirror_images(new_dataset, config, tracking) ->
     np.testing.assert_allclose(flipped.named_steps["whiten"].mean_, np.concatenate(both).mean(axis=0), atol=1e-4)
 
 
+def test_of_too_many_images_each_class_gives_the_same_share(new_dataset, config, tracking, monkeypatch) -> None:
+    monkeypatch.setattr("mlpipe.training.estimator.MAX_FITTED", 120)
+    dataset = new_dataset(num_train=300)
+    labels = dataset.train[1]
+    labels[:] = np.where(np.arange(300) < 1, 2, np.arange(300) % 2)
+    for augmentation, images in (("none", 119), ("flip", 2 * 60)):
+        fitted = train_estimator(
+            config("logistic_regression", augmentation=augmentation), dataset, tracking
+        ).predictor.named_steps["whiten"]
+        assert fitted.n_samples_ == images
+
+
 def test_stopping_before_convergence_is_a_line_and_a_metric_not_a_warning(dataset, config, tracking, caplog) -> None:
     caplog.set_level(logging.INFO)
     with warnings.catch_warnings():

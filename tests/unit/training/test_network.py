@@ -263,6 +263,12 @@ def test_deleting_the_checkpoint_leaves_nothing(dataset, config, train, tracking
     assert not [path for path in store.root.rglob("*") if path.is_file()]
 
 
+def test_one_cycle_ends_with_a_rate_that_is_still_one(dataset, config, train, tracking) -> None:
+    train(config(num_epochs=1, batch_size=96, schedule="one_cycle"), dataset, tracking)
+    train(config(num_epochs=2, batch_size=32, schedule="one_cycle"), dataset, tracking)
+    assert min(epoch["learning_rate"] for epoch in tracking.metrics) > 0
+
+
 def test_an_infinite_loss_names_the_learning_rate(dataset, config, train, tracking, store) -> None:
     model = config(optimizer="sgd", learning_rate=10.0, num_epochs=5, precision="32-true")
     with pytest.raises(UserError, match=r"learning_rate: 10 made the loss infinite in epoch \d; choose"):
