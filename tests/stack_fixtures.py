@@ -60,3 +60,34 @@ def airflow_getter(environment: Mapping[str, str]) -> Callable[[str], Any]:
         return answer.json()
 
     return get
+
+
+def strangers_champion(environment: Mapping[str, str], home: Path) -> dict[str, Any]:
+    """Load the champion of the digits where mlpipe cannot be imported; its `accuracy` and the `columns` it answers.
+
+    Args:
+        environment: MLflow's address, and its login where it has one.
+        home: an empty folder.
+    """
+    script = """
+import json, sys
+sys.modules["mlpipe"] = None
+import mlflow, numpy as np
+from sklearn.datasets import load_digits
+digits = load_digits()
+images = np.round(digits.images[:300] / 16 * 255).astype(np.uint8)[..., None]  # (300, 8, 8, 1)
+answer = mlflow.pyfunc.load_model("models:/digits-classifier@champion").predict(images)
+accuracy = (answer["label"] == digits.target[:300].astype(str)).mean()
+print(json.dumps({"accuracy": accuracy, "columns": list(answer.columns)}))
+"""
+    variables = {name: value for name, value in environment.items() if name.startswith("MLFLOW_TRACKING_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PATH": os.environ["PATH"], "HOME": str(home), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"} | variables,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

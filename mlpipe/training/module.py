@@ -79,7 +79,7 @@ class ClassificationModule(LightningModule):
             input_size: height and width to which images are enlarged, pixels; `None`: not at all.
         """
         super().__init__()
-        # Lightning's own way from the loss to the optimizer's step takes half as long as all else that it does.
+        # Automatic optimization is half of the time that Lightning adds to a step.
         self.automatic_optimization = False
         self.network = network.to(memory_format=torch.channels_last)
         self.train_config = train

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +17,8 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import requests
+
+from tests.stack_fixtures import strangers_champion
 
 from .conftest import ROOT, ComposeStack, run
 
@@ -127,27 +127,7 @@ def test_logs_of_both_workers_can_be_read(demo: dict[str, Any], airflow_get: Air
 
 
 def test_a_stranger_loads_the_champion(demo: dict[str, Any], stack: ComposeStack, tmp_path: Path) -> None:
-    script = """
-import sys
-sys.modules["mlpipe"] = None
-import mlflow, numpy as np
-from sklearn.datasets import load_digits
-digits = load_digits()
-images = np.round(digits.images[:300] / 16 * 255).astype(np.uint8)[..., None]  # (300, 8, 8, 1)
-answer = mlflow.pyfunc.load_model("models:/digits-classifier@champion").predict(images)
-print((answer["label"] == digits.target[:300].astype(str)).mean())
-"""
-    names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | {name: stack.environment[name] for name in names},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) > 0.9
+    assert strangers_champion(stack.environment, tmp_path)["accuracy"] > 0.9
     assert demo["champion"]
 
 

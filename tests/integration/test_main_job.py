@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from mlpipe.stack.local import StackSettings
+from tests.stack_fixtures import strangers_champion
 
 pytestmark = pytest.mark.integration
 
@@ -131,32 +132,9 @@ def test_no_secret_is_written_down(demo: dict[str, Any], stack: StackSettings) -
 
 
 def test_a_stranger_loads_the_champion(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
-    script = """
-import sys
-sys.modules["mlpipe"] = None
-import mlflow, numpy as np
-from sklearn.datasets import load_digits
-digits = load_digits()
-images = np.round(digits.images[:300] / 16 * 255).astype(np.uint8)[..., None]  # (300, 8, 8, 1)
-answer = mlflow.pyfunc.load_model("models:/digits-classifier@champion").predict(images)
-assert list(answer.columns) == ["label", "confidence", *(f"probability_{n}" for n in range(10))], answer.columns
-print((answer["label"] == digits.target[:300].astype(str)).mean())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={
-            "PATH": os.environ["PATH"],
-            "HOME": str(tmp_path),
-            "MLFLOW_TRACKING_URI": environment["MLFLOW_TRACKING_URI"],
-            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) > 0.9
+    found = strangers_champion(environment, tmp_path)
+    assert found["columns"] == ["label", "confidence", *(f"probability_{n}" for n in range(10))]
+    assert found["accuracy"] > 0.9
     assert demo["champion"]
 
 
