@@ -1,12 +1,13 @@
-"""Batches of raw images, gathered from memory.
+"""Batches of raw images, gathered from memory, or on the device that trains when they fit into its memory.
 
 A batch of 64 CIFAR-10 images takes 0.05 ms to gather here, so no worker processes are wanted; augmentation and
-normalization are done per batch, on the device that trains.
+normalization are done per batch, on the device.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from mlpipe.data.dataset import Split
 
+IMAGES_PER_COPY = 4096
+
 
 class BatchLoader:
-    """Batches of a split: uint8 images (B, H, W, 3) and int64 labels (B,), on the CPU.
+    """Batches of a split: uint8 images (B, H, W, 3) and int64 labels (B,), on the CPU or where `keep_on` said.
 
     Can be given to Lightning's Trainer as a data loader; whoever trains calls `set_epoch` as an epoch starts. Every
     image comes once an epoch. Batches have `batch_size` images but for the last; a last image left alone joins the
@@ -37,6 +40,7 @@ class BatchLoader:
             raise ValueError(f"batch_size: {batch_size} is not allowed; give 1 or more")
         self._split = split
         self._labels = torch.from_numpy(np.array(split.labels, np.int64))
+        self._kept: Tensor | None = None
         self.batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
@@ -54,6 +58,20 @@ class BatchLoader:
         loader._rank, loader._num_shares = rank, num_shares
         loader._bounds = _bounds(self.num_images, self.batch_size, num_shares)
         return loader
+
+    def keep_on(self, device: torch.device, max_bytes: int) -> None:
+        """Copy images of at most `max_bytes` in all, and the labels, to a device, and gather batches there from now on.
+
+        The processor then neither waits for the device nor sends it anything but the order of an epoch.
+        """
+        shape = self._split.images_u8.shape
+        if math.prod(shape) > max_bytes:
+            return
+        self._kept = torch.empty(shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(self._split), IMAGES_PER_COPY):
+            part = slice(start, start + IMAGES_PER_COPY)
+            self._kept[part] = torch.from_numpy(self._split.images_u8[part]).to(device)
+        self._labels = self._labels.to(device)
 
     def loss_weight(self, batch: int) -> float:
         """Size of this share of a batch over that of the mean share.
@@ -84,10 +102,15 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning asks for the iterator before its epoch begins; the order is made at the first batch.
-        order = self.order()
+        order = torch.from_numpy(self.order())
+        there = order.to(self._labels.device)
         for start, stop in zip(self._bounds[:-1], self._bounds[1:], strict=True):
-            rows = order[start + self._rank : stop : self._num_shares]
-            yield torch.from_numpy(self._split.images_u8.take(rows)), self._labels[torch.from_numpy(rows)]
+            part = slice(start + self._rank, stop, self._num_shares)
+            if self._kept is None:
+                images = torch.from_numpy(self._split.images_u8.take(order[part].numpy()))
+            else:
+                images = self._kept.index_select(0, there[part])
+            yield images, self._labels[there[part]]
 
 
 def _bounds(num_images: int, batch_size: int, num_shares: int) -> list[int]:

@@ -19,6 +19,9 @@ from mlpipe.training.epochs import EpochFollower
 from mlpipe.training.memory import keep_freed_memory
 from mlpipe.training.module import ClassificationModule
 
+SHARE_FOR_IMAGES = 0.4
+"""Of a GPU's free memory, at most, for the images of each split."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
@@ -72,7 +75,11 @@ def run_trainer(fit: Fit, epochs: EpochFollower, rank: int = 0) -> None:
         trainer.fit_loop.epoch_progress.current.processed = fit.epochs_done  # type: ignore[attr-defined]
         if several:
             _send_no_signals(trainer)
-        trainer.fit(fit.module, epochs.loader, fit.validation.share(rank, fit.num_devices))
+        validation = fit.validation.share(rank, fit.num_devices)
+        if on_gpu:
+            for loader in (epochs.loader, validation):
+                loader.keep_on(torch.device("cuda", rank), int(torch.cuda.mem_get_info(rank)[0] * SHARE_FOR_IMAGES))
+        trainer.fit(fit.module, epochs.loader, validation)
 
 
 def _strategy(rank: int) -> Strategy:

@@ -53,6 +53,22 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
 
+@pytest.mark.parametrize("num_shares", [1, 2])
+def test_batches_gathered_on_a_device_are_the_same(monkeypatch: pytest.MonkeyPatch, num_shares: int) -> None:
+    """With the CPU as the device."""
+    monkeypatch.setattr("mlpipe.data.batches.IMAGES_PER_COPY", 7)
+    plain, kept, large = (BatchLoader(split_of(50), 16, seed=0, shuffle=True) for _ in range(3))
+    kept.keep_on(torch.device("cpu"), max_bytes=50 * 4 * 4 * 3)
+    large.keep_on(torch.device("cpu"), max_bytes=50 * 4 * 4 * 3 - 1)
+    assert kept._kept is not None
+    assert large._kept is None
+    for rank in range(num_shares):
+        shares = [list(loader.share(rank, num_shares)) for loader in (plain, kept, large)]
+        for batch, *others in zip(*shares, strict=True):
+            for other in others:
+                assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch, other, strict=True))
+
+
 def test_without_shuffling_the_order_is_the_splits() -> None:
     loader = BatchLoader(split_of(20), 8, seed=0, shuffle=False)
     loader.set_epoch(5)
