@@ -244,7 +244,7 @@ def _measure(run: Run, is_trained_on: NDArray[np.bool_]) -> _Measured:
     """Decode, hash and sum up one run; called in a pool's thread."""
     decoded = run.decode()
     images = np.ascontiguousarray(decoded.images_u8)
-    content, length = memoryview(images).cast("B"), images[0].size
+    content, length = images.data.cast("B"), images[0].size
     digests = [sha256(content[at : at + length]).digest()[:8] for at in range(0, len(content), length)]
     hashes = np.frombuffer(b"".join(digests), np.uint64)
     trained_on = images[is_trained_on[run.start : run.start + run.count]].reshape(-1, length)

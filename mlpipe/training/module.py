@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 
 from mlpipe.config import TrainConfig
 from mlpipe.models.portable import enlarge, normalise
@@ -103,12 +104,12 @@ class ClassificationModule(LightningModule):
         logits = self._logits(augment(images_u8, self.train_config.augmentation))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
         self.training_totals.add(loss, logits, labels)
-        optimizer, schedule = self.trainer.optimizers[0], self.lr_schedulers()
+        optimizer = self.trainer.optimizers[0]
         with torch.autocast(self.device.type, enabled=False):
             optimizer.zero_grad()
             self.manual_backward(loss if self.loss_weight == 1.0 else loss * self.loss_weight)
             optimizer.step()
-        if schedule is not None:
+        if isinstance(schedule := self.lr_schedulers(), OneCycleLR):
             schedule.step()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
@@ -143,7 +144,7 @@ class ClassificationModule(LightningModule):
             optimizer = torch.optim.Adam(parameters, **options)
         if config.schedule == "constant":
             return {"optimizer": optimizer}
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
+        schedule = OneCycleLR(
             optimizer,
             max_lr=config.learning_rate,
             total_steps=self.total_steps + 1,  # it moves on after the last step, too
