@@ -26,7 +26,7 @@ MAX_IMAGE_SIZE = 32
 
 MAX_FITTED = 100_000
 """Training images, mirror images counted, that an estimator is fitted to: with 3,072 features 1.2 GB, and as much again
-while it is fitted. A linear model does not learn from more."""
+while it is fitted."""
 
 IMAGES_PER_READ = 1024
 
