@@ -33,6 +33,15 @@ def test_a_resnet_for_small_images_keeps_their_size_up_to_its_second_stage() -> 
     assert seen == [(64, 32, 32), (256, 8, 8)]
 
 
+def test_a_resnet_for_small_images_begins_with_pytorchs_own_weights() -> None:
+    network = registry.build_network("resnet18", num_classes=3, image_size=32, seed=0, variant="small_images")
+    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(convolutions) == 20
+    for convolution in convolutions:
+        bound = convolution.weight[0].numel() ** -0.5
+        assert 0.9 * bound < float(convolution.weight.detach().abs().max()) <= bound
+
+
 @pytest.mark.parametrize("probability", [0.25, 0.5])
 def test_byte_dropout_drops_that_share_and_keeps_the_mean(probability: float) -> None:
     torch.manual_seed(0)
