@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -65,6 +66,7 @@ def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> 
         logger.info("data set %s is published already", digest)
         return known
     started = time.monotonic()
+    gc.freeze()  # else a full collection may walk through all that torch and MLflow made when they were imported
     with tempfile.TemporaryDirectory(prefix="mlpipe-") as name:
         folder = Path(name)
         store.get_file(source.key, folder / "source", source.sha256)

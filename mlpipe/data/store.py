@@ -214,6 +214,8 @@ class Upload:
             content = content[room:]
             if len(self._part) == self._part_bytes:
                 self._send_part()
+        if self._part and not self._bytes_left and self._pool is not None:
+            self._send_part()
 
     def _send_part(self) -> None:
         if self._pool is None:
@@ -233,8 +235,6 @@ class Upload:
             raise ValueError(f"{self._target['Key']}: {self._bytes_left} bytes are missing")
         if self._pool is None:
             return self._client.put_object(**self._target, Body=self._part)["ETag"]
-        if self._part:
-            self._send_part()
         parts = [{"PartNumber": number, "ETag": part.result()} for number, part in enumerate(self._parts, start=1)]
         answer = self._client.complete_multipart_upload(
             **self._target, UploadId=self._id, MultipartUpload={"Parts": parts}
