@@ -135,7 +135,7 @@ class RunParams:
 
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number"}
-_WORDS = {"string": "text", "integer": "a whole number", "number": "a number", "null": "empty"}
+_WORDS = {"string": "text", "integer": "a whole number", "number": "a number"}
 
 
 def _schema_of(hint: Any) -> dict[str, Any]:
@@ -151,16 +151,16 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    text = " or ".join(_WORDS[name] for name in reversed(names))
+    text = _WORDS[names[-1]]
     if "exclusiveMinimum" in schema:
         text += f" above {schema['exclusiveMinimum']}"
     elif "minimum" in schema:
         text += f" from {schema['minimum']}"
     if "maximum" in schema:
-        text += f" to {schema['maximum']}"
+        text += f" {'and at most' if 'exclusiveMinimum' in schema else 'to'} {schema['maximum']}"
     if "maxLength" in schema:
         text += f" of at most {schema['maxLength']} characters"
-    return text
+    return f"{text}, or nothing" if "null" in names else text
 
 
 def _checked(key: str, value: Any, schema: Mapping[str, Any]) -> Any:

@@ -216,7 +216,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 def test_a_bad_option_is_refused_before_anything_is_triggered(environment: dict[str, str]) -> None:
     done = mlpipe(environment, "run", "--epochs", "0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "epochs: 0 is not allowed; give a whole number or empty from 1 to 1000" in done.stderr
+    assert "epochs: 0 is not allowed; give a whole number from 1 to 1000, or nothing" in done.stderr
 
 
 def test_the_same_data_is_prepared_once(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
