@@ -92,12 +92,12 @@ def without_averaging(model: TrainedModel) -> TrainedModel:
 def ablations(rate: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is changed in the recipe, in words and in settings."""
     yield "the recipe", {}
-    yield "no label smoothing", {"label_smoothing": 0.0}
+    yield "no augmentation", {"augmentation": "none"}
     yield "flips alone, no crops", {"augmentation": "flip"}
     yield "crops alone, no flips", {"augmentation": "crop"}
-    yield "no augmentation", {"augmentation": "none"}
-    yield "constant learning rate, a fifth of the peak", {"schedule": "constant", "learning_rate": rate / 5}
     yield "no weight decay", {"weight_decay": 0.0}
+    yield "no label smoothing", {"label_smoothing": 0.0}
+    yield "constant learning rate, a fifth of the peak", {"schedule": "constant", "learning_rate": rate / 5}
 
 
 def seeds_table(data: Any, path: Path, num_seeds: int) -> str:
