@@ -219,10 +219,10 @@ class TrainConfig:
     """Images in one optimizer step (networks)."""
     learning_rate: float = 1e-3
     """Step size; the peak one where a schedule varies it (networks)."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd"] = "adam"
     """Update rule; sgd has Nesterov momentum 0.9 (networks)."""
     weight_decay: float = 0.0
-    """Coefficient of the decoupled (adamw) or L2 (adam, sgd) penalty (networks)."""
+    """Coefficient of the L2 penalty (networks)."""
     schedule: Literal["constant", "one_cycle"] = "constant"
     """Learning rate over the steps (networks)."""
     label_smoothing: float = 0.0

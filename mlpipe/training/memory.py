@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import platform
 from functools import lru_cache
-
-logger = logging.getLogger(__name__)
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's `mallopt`, from malloc.h."""
@@ -23,6 +20,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    accepted = [mallopt(MMAP_THRESHOLD, 2**30), mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2**28)]
-    if not all(accepted):
-        logger.debug("mallopt refused a setting: %s", accepted)
+    # Older ones refuse more than 32 MiB. Without it the others would do harm: any setting ends glibc's own adjustment.
+    if mallopt(MMAP_THRESHOLD, 2**30) or mallopt(MMAP_THRESHOLD, 2**25):
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(TOP_PAD, 2**28)

@@ -138,8 +138,6 @@ class ClassificationModule(LightningModule):
         optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **options)
-        elif config.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(parameters, **options)
         else:
             optimizer = torch.optim.Adam(parameters, **options)
         if config.schedule == "constant":

@@ -14,7 +14,7 @@ from torch import nn
 from mlpipe.config import ModelConfig
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
-from mlpipe.models.portable import ModelDescription, SmallResidualCNN, normalise
+from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, SmallResidualCNN, normalise
 from mlpipe.models.weights import Channels, InitialWeights
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.dead_taps import TrimmedKernels
@@ -24,8 +24,6 @@ from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.whitening import MAX_IMAGES, whiten
-
-VALIDATION_BATCH_SIZE = 256
 
 
 def train_network(
@@ -53,7 +51,10 @@ def train_network(
     mean = initial.channel_mean or manifest.channel_mean
     std = initial.channel_std or manifest.channel_std
     training = BatchLoader(dataset.train_split(), config.batch_size, seed=config.seed, shuffle=True)
-    validation = BatchLoader(dataset.val_split(), VALIDATION_BATCH_SIZE, seed=config.seed, shuffle=False)
+    # What fits when it is trained on fits when it is not.
+    side = initial.input_size or manifest.image_size
+    validation_batch_size = max(config.batch_size, PIXELS_PER_BATCH // side**2)
+    validation = BatchLoader(dataset.val_split(), validation_batch_size, seed=config.seed, shuffle=False)
     check_devices(
         config.num_devices,
         batch_size=config.batch_size,
@@ -62,7 +63,7 @@ def train_network(
     )
     if isinstance(network, SmallResidualCNN) and initial.sha256 is None:
         _whiten_stem(network, training, mean, std)
-    trimmed = TrimmedKernels(network, initial.input_size or manifest.image_size)
+    trimmed = TrimmedKernels(network, side)
     own_share = training.share(0, config.num_devices)
     keeper = EpochKeeper(
         own_share,
@@ -124,10 +125,9 @@ def train_network(
 
 def _whiten_stem(network: SmallResidualCNN, training: BatchLoader, mean: Channels, std: Channels) -> None:
     """Fit the stem to the first images of the first epoch."""
-    num_batches = 1 + MAX_IMAGES // training.batch_size
-    images_u8 = torch.cat([images_u8 for images_u8, _ in islice(training, num_batches)])[:MAX_IMAGES]
     scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    whiten(network.stem, normalise(images_u8, *scale))
+    first = islice(training, -(-MAX_IMAGES // training.batch_size))
+    whiten(network.stem, (normalise(images_u8, *scale) for images_u8, _ in first))
 
 
 def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:

@@ -13,7 +13,7 @@ def test_its_outputs_are_uncorrelated_and_of_one_variance() -> None:
     smooth = nn.functional.avg_pool2d(torch.randn(64, 3, 20, 20), 2, stride=1)  # neighbours alike
     images = smooth + 0.3 * smooth.mean(dim=1, keepdim=True)  # channels, too
     convolution = nn.Conv2d(3, 24, kernel_size=2)
-    whiten(convolution, images)
+    whiten(convolution, images.split(20))
     outputs = convolution(images).permute(1, 0, 2, 3).flatten(1)
     covariance = outputs[:12] @ outputs[:12].T / outputs.shape[1]
     torch.testing.assert_close(covariance, torch.eye(12), atol=0.05, rtol=0)
