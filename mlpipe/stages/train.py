@@ -94,7 +94,8 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
                 f"({len(dataset.manifest.classes)} classes) by recipe {config.recipe}. {origin.link}",
             )
         tracked.set_tags({"model_version": f"{version.name}/{version.version}"})
-        checkpoints.delete()
+    # When MLflow has all: until then a retry trains nothing again.
+    checkpoints.delete()
     return {
         "name": model.name,
         "architecture": model.architecture,

@@ -48,22 +48,32 @@ def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str],
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    return find(name, run_id) or _version(
-        client.create_model_version(
-            name,
-            source=model_uri,
-            run_id=run_id,
-            tags=dict(tags),
-            description=description,
-            model_id=model_uri.rsplit("/", 1)[-1],
-        )
+    if found := find(name, run_id):
+        return found
+    client.create_model_version(
+        name,
+        source=model_uri,
+        run_id=run_id,
+        tags=dict(tags),
+        description=description,
+        model_id=model_uri.rsplit("/", 1)[-1],
     )
+    # As in `runs.open_run`.
+    first, *copies = _versions(name, run_id)
+    for copy in copies:
+        client.delete_model_version(name, copy.version)
+    return first
 
 
 def find(name: str, run_id: str) -> RegisteredVersion | None:
     """The version that a try before this one made of the run's model, or `None`."""
+    return next(iter(_versions(name, run_id)), None)
+
+
+def _versions(name: str, run_id: str) -> list[RegisteredVersion]:
+    """Versions of a run's model, the oldest first."""
     found = mlflow.MlflowClient().search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return _version(found[0]) if found else None
+    return sorted(map(_version, found), key=lambda version: int(version.version))
 
 
 def discard_logged_models(run: Run) -> None:

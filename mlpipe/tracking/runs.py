@@ -146,7 +146,13 @@ def open_run(
     first = {"run_key": key, MLFLOW_RUN_NAME: name, MLFLOW_RUN_NOTE: description}
     if parent_run_id:
         first[MLFLOW_PARENT_RUN_ID] = parent_run_id
-    return client.create_run(experiment, tags={**first, **tags})
+    client.create_run(experiment, tags={**first, **tags})
+    # A server that dies between writing and answering is asked again by MLflow's client, and then has written twice.
+    by_age = ["attributes.start_time ASC", "attributes.run_id ASC"]
+    run, *copies = client.search_runs([experiment], f"tags.run_key = '{key}'", order_by=by_age)
+    for copy in copies:
+        client.delete_run(copy.info.run_id)
+    return run
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -184,6 +190,11 @@ class TrackedRun:
         fresh = {name: value for name, value in metrics.items() if step > self._last_step_before(name)}
         for part in batched(fresh.items(), MAX_METRICS_PER_BATCH):
             mlflow.log_metrics(dict(part), step=step, run_id=self.run_id, model_id=model_id, synchronous=True)
+
+    def replace_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Write results that may differ from those of a try before this one, where they do."""
+        changed = {name: value for name, value in metrics.items() if self._run.data.metrics.get(name) != value}
+        mlflow.log_metrics(changed, run_id=self.run_id, synchronous=True)
 
     def last_logged_step(self, metric: str) -> int:
         """The largest step at which the metric was written; 0 if never."""

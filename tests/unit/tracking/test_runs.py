@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -108,6 +108,33 @@ def test_a_retry_writes_no_metric_twice(experiment: str) -> None:
         "test/log_loss": [(0, 2)],
     }
     assert [entry.step for entry in history(first.info.run_id, "val/accuracy")] == [2, 3, 4]
+
+
+def test_a_result_that_has_changed_is_replaced(experiment: str) -> None:
+    run = opened(experiment, origin())
+    for number in (2, 3, 3):
+        with runs.active(opened(experiment, origin())) as tracked:
+            tracked.replace_metrics({"num_models": number, "chance": 0.1})
+    assert fetched(run).data.metrics == {"num_models": 3, "chance": 0.1}
+    assert len(mlflow.MlflowClient().get_metric_history(run.info.run_id, "num_models")) == 2
+
+
+def test_what_a_dying_server_wrote_twice_is_kept_once(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's client repeats a request that got no answer; here each is simply made twice."""
+
+    def twice(call: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **kwargs: [call(*args, **kwargs) for _ in range(2)][-1]
+
+    for name in ("create_run", "create_model_version"):
+        monkeypatch.setattr(mlflow.MlflowClient, name, twice(getattr(mlflow.MlflowClient, name)))
+    run = opened(experiment, origin())
+    assert opened(experiment, origin()).info.run_id == run.info.run_id
+    assert len(mlflow.MlflowClient().search_runs([experiment])) == 1
+    with runs.active(run):
+        logged = mlflow.pyfunc.log_model(name="m", python_model=lambda model_input: model_input, pip_requirements=[])
+    registered = {"model_uri": logged.model_uri, "run_id": run.info.run_id, "tags": {}, "description": ""}
+    assert registry.register("twice-classifier", **registered).version == "1"
+    assert len(mlflow.MlflowClient().search_model_versions("name = 'twice-classifier'")) == 1
 
 
 def test_abandoning_ends_what_is_open_and_nothing_else(experiment: str) -> None:
