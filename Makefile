@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo down test test-faults test-compose lint bench bench-accuracy
+.PHONY: help install up demo down test test-faults test-compose images lint bench bench-accuracy
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ test-compose: install ## Build the images, start docker-compose.yml, run the dem
 
 .env: ## Write the settings of docker-compose.yml with generated secrets, once
 	$(PYTHON) docker/generate_env.py $@
+
+images: .env ## Build the images of docker-compose.yml, marked with the commit that they are made of; needs Docker
+	compose='docker compose'; $$compose version >/dev/null 2>&1 || compose=docker-compose; \
+		GIT_SHA=$$(git describe --always --abbrev=40 --dirty --exclude='*') $$compose build
 
 lint: install ## Run the linter and the type checker
 	$(BIN)/ruff check

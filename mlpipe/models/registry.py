@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from functools import lru_cache
-
 import torch
 from torch import nn
 
 from mlpipe.config import ESTIMATORS, Variant
 from mlpipe.errors import UserError
 from mlpipe.models import portable
+from mlpipe.models.names import check_name
 
 IMAGE_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 """Sizes to suggest where a network cannot take the one that was asked for, pixels."""
-
-
-@lru_cache(maxsize=1)
-def known_architectures() -> tuple[str, ...]:
-    """All names that `models` may have."""
-    import torchvision  # here: it takes seconds, and the networks of this project do without
-
-    return ("custom_cnn", *sorted(ESTIMATORS), *torchvision.models.list_models(module=torchvision.models))
 
 
 def check_architecture(
@@ -36,14 +26,7 @@ def check_architecture(
     Raises:
         UserError: no such architecture, or one that cannot take images of that size.
     """
-    if architecture != "custom_cnn" and architecture not in ESTIMATORS and architecture not in known_architectures():
-        known = known_architectures()
-        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5) or ["custom_cnn", "resnet18"]
-        raise UserError(
-            f"models: {architecture!r} is unknown; did you mean {' or '.join(near)}? Known are custom_cnn, "
-            f"{', '.join(sorted(ESTIMATORS))} and torchvision's classification networks "
-            "(torchvision.models.list_models())"
-        )
+    check_name(architecture)
     if image_size is None or architecture in ESTIMATORS or _takes(architecture, input_size or image_size, variant):
         return
     nearest = sorted(IMAGE_SIZES, key=lambda size: (size < image_size, abs(size - image_size)))  # larger ones first

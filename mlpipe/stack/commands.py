@@ -189,10 +189,11 @@ def doctor() -> None:
     console = Console(highlight=False)
     failed = 0
     for finding in diagnose(StackSettings.load()):
-        console.print(f"{'[green]✔[/]' if finding.ok else '[red]✘[/]'} {finding.name:<28}", end="")
+        mark = "[red]✘[/]" if not finding.ok else "[yellow]![/]" if finding.remedy else "[green]✔[/]"
+        console.print(f"{mark} {finding.name:<28}", end="")
         console.print(finding.detail, markup=False, soft_wrap=True)
-        if not finding.ok:
-            failed += 1
+        failed += not finding.ok
+        if finding.remedy:
             console.print(f"  {finding.remedy}", style="yellow", markup=False, soft_wrap=True)
     if failed:
         sys.exit(1)

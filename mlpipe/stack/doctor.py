@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,11 @@ from mlpipe.stack.service_environment import executor, service_environment
 from mlpipe.stack.supervisor import Supervisor
 
 MIN_FREE_BYTES = 5 * 2**30
+"""For data sets, models and checkpoints."""
+MIN_FREE_TEMPORARY_BYTES = 2**30
+"""For the archive, model or checkpoint that is on its way."""
+STACK_EXTRAS = ("training", "airflow", "local-stack")
+REINSTALL = "run `make install` (or `uv pip sync requirements.lock`)"
 ROUND_TRIP_SIZES = (0, 1, 5 * 2**20 + 3)
 """Bytes: nothing, the least, and more than one part of an upload."""
 COMMAND_SECONDS = 60
@@ -39,26 +44,62 @@ class Finding:
     detail: str
     """What was found."""
     remedy: str = ""
-    """What to do when it is not well."""
+    """What to do when it is not well, or when it is but might be better."""
 
 
 class NotWellError(Exception):
     """A check failed; its text says what was found."""
 
 
+class MightBeBetterError(NotWellError):
+    """A check found what works, though not as it should be."""
+
+
 def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Run all checks, the cheap ones first: of this machine, then of the stack that `mlpipe run` would talk to."""
-    yield _finding("versions", versions, "run `make install` (or `uv pip sync requirements.lock`)")
+    url = environ.get("MLPIPE_AIRFLOW_URL", "").rstrip("/")
+    if url and not _runs_here(url, settings):
+        yield from _client(environ)
+        return
+    yield _finding("versions", lambda: versions(STACK_EXTRAS), REINSTALL)
     yield _finding("programs", programs, "run `make install`")
-    yield _finding("disk space", lambda: disk_space(settings), "free some, or set MLPIPE_HOME to a larger disk")
+    folders = (settings.home, settings.home / "cache")
+    yield _finding(
+        "disk space", lambda: disk_space(MIN_FREE_BYTES, *folders), "free some, or set MLPIPE_HOME to a larger disk"
+    )
+    yield _temporary_space()
     yield _finding("GPU", gpus, "mend the driver, or install the torch that fits it: both must list the same devices")
     yield _finding("executor", lambda: executors(settings), "restore plugins/gpu_executor.py")
-    if environ.get("MLPIPE_AIRFLOW_URL"):
-        yield from connections(environ)
-    elif Supervisor(settings).states():
+    if Supervisor(settings).states():
         yield from _local_stack(settings)
     else:
         yield Finding(name="stack", ok=False, detail="does not run", remedy="run `mlpipe up`")
+
+
+def _runs_here(url: str, settings: StackSettings) -> bool:
+    """Whether this is the address of the local stack. A machine that never started one may lack supervisor."""
+    return url == settings.airflow_url and bool(settings.remembered() and Supervisor(settings).states())
+
+
+def _client(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """What a machine needs from which runs are started on a stack elsewhere."""
+    yield _finding("versions", versions, REINSTALL)
+    if cache := environ.get("MLPIPE_CACHE_DIR"):
+        remedy = "free some, or set MLPIPE_CACHE_DIR to a larger disk"
+        yield _finding("disk space", lambda: disk_space(MIN_FREE_BYTES, Path(cache).expanduser()), remedy)
+    yield _temporary_space()
+    yield Finding(
+        name="executor", ok=True, detail="not checked: that Airflow alone knows what runs its tasks, and where"
+    )
+    yield from connections(environ, local=False)
+
+
+def _temporary_space() -> Finding:
+    return _finding(
+        "temporary files",
+        lambda: disk_space(MIN_FREE_TEMPORARY_BYTES, Path(tempfile.gettempdir())),
+        "free some, or set TMPDIR to a folder of a larger disk",
+    )
 
 
 def _local_stack(settings: StackSettings) -> Iterator[Finding]:
@@ -66,18 +107,28 @@ def _local_stack(settings: StackSettings) -> Iterator[Finding]:
     for name in NAMES:
         remedy = f"see `mlpipe logs {name}`; `mlpipe up` starts what is missing"
         yield _finding(name, lambda name=name: _healthy(health.problem(name)), remedy)  # type: ignore[misc]
-    yield from connections(settings.client_environment())
+    yield from connections(settings.client_environment(), local=True)
     yield _finding("secrets", lambda: secrets(settings), f"chmod 600 {settings.credentials_path}")
 
 
-def connections(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Use every service as a client does, at the addresses of these variables."""
+def connections(environ: Mapping[str, str], *, local: bool) -> Iterator[Finding]:
+    """Use every service as a client does, at the addresses of these variables.
+
+    Args:
+        local: whether they are those of the local stack, whose logs `mlpipe logs` shows.
+    """
+
+    def logs(component: str = "") -> str:
+        return f" (`{f'mlpipe logs {component}'.rstrip()}`)" if local else ""
+
     url = environ["MLPIPE_AIRFLOW_URL"].rstrip("/")
-    yield _finding("Airflow health", lambda: airflow_health(url), "see the logs of what is named (`mlpipe logs`)")
+    yield _finding("Airflow health", lambda: airflow_health(url), f"see the logs of what is named{logs()}")
     yield _finding("DAG", lambda: dag(environ), "see the message; the DAG processor's log has more")
+    mlflow_log = f"see MLflow's log{logs('mlflow')}"
     for name, variable, check, remedy in (
-        ("S3 round trip", "AWS_ENDPOINT_URL_S3", s3_round_trip, "see the store's log (`mlpipe logs seaweedfs`)"),
-        ("MLflow artifact round trip", "MLFLOW_TRACKING_URI", artifact_round_trip, "see `mlpipe logs mlflow`"),
+        ("S3 round trip", "AWS_ENDPOINT_URL_S3", s3_round_trip, f"see the store's log{logs('seaweedfs')}"),
+        ("MLflow version", "MLFLOW_TRACKING_URI", mlflow_version, f"run the same MLflow on both sides; {mlflow_log}"),
+        ("MLflow artifact round trip", "MLFLOW_TRACKING_URI", artifact_round_trip, mlflow_log),
     ):
         if environ.get(variable):
             yield _finding(name, lambda check=check: check(environ), remedy)  # type: ignore[misc]
@@ -85,16 +136,13 @@ def connections(environ: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(name=name, ok=True, detail=f"not checked: {variable} is not set here, only where stages run")
 
 
-def versions() -> str:
-    """Compare what is installed with what this project asks for."""
+def versions(extras: Sequence[str] = ()) -> str:
+    """Compare what is installed with what this project, with these extras, asks for."""
     from packaging.requirements import Requirement
 
     wrong, checked = [], 0
     for requirement in map(Requirement, importlib.metadata.requires("mlpipe") or []):
-        if not any(
-            requirement.marker is None or requirement.marker.evaluate({"extra": e})
-            for e in ("training", "airflow", "local-stack")
-        ):
+        if not any(requirement.marker is None or requirement.marker.evaluate({"extra": e}) for e in ("", *extras)):
             continue
         checked += 1
         try:
@@ -118,13 +166,13 @@ def programs() -> str:
         raise NotWellError(str(error)) from None
 
 
-def disk_space(settings: StackSettings) -> str:
-    """Room for data sets, models and checkpoints where the state is."""
-    place = next(path for path in (settings.home, *settings.home.parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    text = f"{free / 2**30:.1f} GiB free at {place}"
-    if free < MIN_FREE_BYTES:
-        raise NotWellError(f"{text}, less than {MIN_FREE_BYTES / 2**30:.0f}")
+def disk_space(needed: int, *folders: Path) -> str:
+    """Bytes to spare where these folders are, or will be."""
+    places = [next(path for path in (folder, *folder.parents) if path.exists()) for folder in folders]
+    free = {place: shutil.disk_usage(place).free for place in {place.stat().st_dev: place for place in places}.values()}
+    text = ", ".join(f"{amount / 2**30:.1f} GiB free at {place}" for place, amount in free.items())
+    if min(free.values()) < needed:
+        raise NotWellError(f"{text}; {needed / 2**30:.0f} are needed")
     return text
 
 
@@ -224,14 +272,28 @@ def s3_round_trip(environ: Mapping[str, str]) -> str:
     return f"objects of {', '.join(f'{size:,}' for size in ROUND_TRIP_SIZES)} bytes came back byte for byte"
 
 
+def mlflow_version(environ: Mapping[str, str]) -> str:
+    """Compare MLflow's version on the server with the one here."""
+    with _direct() as http:
+        answer = http.get(
+            f"{environ['MLFLOW_TRACKING_URI'].rstrip('/')}/version",
+            auth=_mlflow_login(environ),
+            timeout=COMMAND_SECONDS,
+        )
+    answer.raise_for_status()
+    there, here = answer.text.strip()[:40], importlib.metadata.version("mlflow")
+    if there != here:
+        raise MightBeBetterError(f"{there} on the server, {here} here")
+    return f"{there} on both sides"
+
+
 def artifact_round_trip(environ: Mapping[str, str]) -> str:
     """Send a file through MLflow's proxy, as a client without S3 keys does, and compare what comes back."""
     content = os.urandom(2**20 + 1)
     base = f"{environ['MLFLOW_TRACKING_URI'].rstrip('/')}/api/2.0/mlflow-artifacts/artifacts/doctor"
     url = f"{base}/{hashlib.sha256(content).hexdigest()}"
     with _direct() as http:
-        if user := environ.get("MLFLOW_TRACKING_USERNAME"):
-            http.auth = (user, environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+        http.auth = _mlflow_login(environ)
         http.put(url, data=content, timeout=COMMAND_SECONDS).raise_for_status()
         try:
             answer = http.get(url, timeout=COMMAND_SECONDS)
@@ -250,6 +312,11 @@ def secrets(settings: StackSettings) -> str:
         if mode & 0o077:
             raise NotWellError(f"{path} can be read by others (mode {mode:o})")
     return "readable by their owner only"
+
+
+def _mlflow_login(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    user = environ.get("MLFLOW_TRACKING_USERNAME")
+    return (user, environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
 
 
 def _direct() -> requests.Session:
@@ -272,4 +339,5 @@ def _finding(name: str, check: Callable[[], str], remedy: str) -> Finding:
     try:
         return Finding(name=name, ok=True, detail=check())
     except (*own, requests.RequestException, BotoCoreError, ClientError) as error:
-        return Finding(name=name, ok=False, detail=" ".join(str(error).split()), remedy=remedy)
+        well = isinstance(error, MightBeBetterError)
+        return Finding(name=name, ok=well, detail=" ".join(str(error).split()), remedy=remedy)

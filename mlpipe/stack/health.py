@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -111,11 +110,3 @@ def s3_client(settings: StackSettings, credentials: Credentials) -> Any:
         aws_secret_access_key=credentials.s3_secret_key,
         config=Config(proxies={}, connect_timeout=TIMEOUT, read_timeout=30, retries={"max_attempts": 1}),
     )
-
-
-def wait_until(question: Callable[[], str | None], seconds: float, pause: float = 0.2) -> str | None:
-    """Ask until there is no problem left; returns the last one when time is up."""
-    deadline = time.monotonic() + seconds
-    while (problem := question()) and time.monotonic() < deadline:
-        time.sleep(pause)
-    return problem

