@@ -23,10 +23,14 @@ class CheckpointStore:
         self._key = f"checkpoints/{run_id}/last.pt"
 
     def save(self, state: dict[str, Any]) -> None:
-        """Publish the state (tensors and plain values) in place of the one before."""
+        """Publish the state (tensors and plain values) in place of the one before.
+
+        Raises:
+            OSError: this machine's disk is full.
+        """
         with tempfile.TemporaryDirectory(prefix="mlpipe-checkpoint-") as folder:
             path = Path(folder) / "last.pt"
-            torch.save(state, path)
+            _write(state, path)
             self._store.put_file(self._key, path)
 
     def load(self) -> dict[str, Any] | None:
@@ -45,3 +49,18 @@ class CheckpointStore:
     def delete(self) -> None:
         """Remove the checkpoint, once the model itself is published."""
         self._store.delete(self._key)
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """As `torch.save`, but of a write that fails it raises the reason, an `OSError` with its number.
+
+    Given a path, torch's writer loses the reason; given a file, it fails a second time while it ends the archive.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(reason.errno, reason.strerror, str(path)) from error

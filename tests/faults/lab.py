@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import mlflow
+import numpy as np
 import psutil
 import requests
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from mlpipe.airflow_api import AirflowApi
 from mlpipe.errors import UserError
@@ -25,12 +31,20 @@ from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.health import Health, s3_client
 from mlpipe.stack.local import DATA_BUCKET, StackSettings
 from mlpipe.stack.supervisor import Supervisor
+from mlpipe.training.epochs import LOGGED
 
 DAG_ID = "image_classification"
 MODEL_NAME = "digits-classifier"
 
 AWAY = (UserError, MlflowException, requests.RequestException)
 """What looking raises while the component that is asked is down."""
+
+TASK_OF = {"preprocess": "preprocess", "train": "custom_cnn", "evaluate": "evaluate"}
+"""The task that is looked at, by stage."""
+WORD_FOR = {"preprocess": "preprocessing", "train": "training", "evaluate": "evaluation"}
+
+STARTS, HAS_ENDED = "the stage starts", "the stage has ended"
+"""Lines that the DAG writes to a task's log around the stage's own code."""
 
 
 @dataclass
@@ -95,6 +109,21 @@ class Lab:
         """Messages of a task's log."""
         return [str(event.get("event")) for event in self.log_of(run_id, name, try_number)]
 
+    def events_of_all_tries(self, run_id: str, name: str) -> list[dict[str, Any]]:
+        """Events of the logs of all tries of a task; none where there is no such task yet."""
+        row = self.task(run_id, name)
+        numbers = range(1, row["try_number"] + 1) if row else ()
+        return [event for number in numbers for event in self.log_of(run_id, name, number)]
+
+    def was_at_work(self, run_id: str, stage: str, moment: float) -> bool:
+        """Whether the stage's own code ran at that moment, `time.time()`, by its task's log."""
+        lines = sorted(
+            (datetime.fromisoformat(event["timestamp"]).timestamp(), event["event"])
+            for event in self.events_of_all_tries(run_id, TASK_OF[stage])
+            if event.get("event") in (STARTS, HAS_ENDED)
+        )
+        return [line for at, line in lines if at <= moment][-1:] == [STARTS]
+
     def wait(self, run_id: str, state: str = "success", seconds: float = 900) -> None:
         """Wait until the DAG run has ended, and see that it ended so."""
         ended = until(lambda: ended_state(self.api.dag_run_state(DAG_ID, run_id)), f"the end of {run_id}", seconds)
@@ -113,7 +142,7 @@ class Lab:
     def wait_for_stage(self, run_id: str, stage: str) -> None:
         """Wait until the stage is at work in the midst of what it does."""
         questions: dict[str, Callable[[], Any]] = {
-            "preprocess": lambda: self.child(run_id, "data"),
+            "preprocess": lambda: self.was_at_work(run_id, stage, time.time()),
             "train": lambda: self.steps(run_id, "custom_cnn"),
             "evaluate": lambda: self.parent(run_id).data.tags["task_id"] == "evaluate",
         }
@@ -180,7 +209,9 @@ class Lab:
                 steps = [entry.step for entry in self.mlflow.get_metric_history(run.info.run_id, metric)]
                 assert len(steps) == len(set(steps)), f"{run.info.run_name}: {metric} was written twice: {steps}"
         for model, epochs in models.items():
-            assert sorted(self.steps(run_id, model)) == list(range(1, (epochs or 1) + 1))
+            for metric in LOGGED if epochs else ("val/accuracy",):
+                steps = sorted(self.steps(run_id, model, metric))
+                assert steps == list(range(1, (epochs or 1) + 1)), f"{model}: {metric} has the steps {steps}"
             assert self.steps(run_id, model, "test/accuracy") == [0]
             run = self.child(run_id, model)
             assert run is not None
@@ -202,20 +233,24 @@ class Lab:
     def pid(self, component: str) -> int | None:
         return next((state.pid for state in self.supervisor.states() if state.name == component and state.alive), None)
 
-    def kill(self, component: str) -> None:
-        """kill -9; the supervisor starts it again at once."""
+    def kill(self, component: str) -> float:
+        """kill -9; the supervisor starts it again at once. Returns when it was, `time.time()`."""
         pid = self.pid(component)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
+        moment = time.time()
         until(lambda: self.pid(component) not in (None, pid), f"the successor of {component}", 60)
+        return moment
 
-    def take_away(self, component: str) -> None:
-        """kill -9, and no successor."""
+    def take_away(self, component: str) -> float:
+        """kill -9, and no successor. Returns when it was, `time.time()`."""
         pid = self.pid(component)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
+        moment = time.time()
         self.supervisor._rpc("stopProcess", component, True)
         assert self.pid(component) is None
+        return moment
 
     def bring_back(self, component: str) -> None:
         since = time.time()
@@ -251,3 +286,26 @@ def until(question: Callable[[], Any], what: str, seconds: float) -> Any:
             pass
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.2)
+
+
+def pack_digits(path: Path, num_images: int, num_large: int = 0) -> Path:
+    """Write real digits as an archive of images.
+
+    Args:
+        num_large: so many more are of 2500 × 2500 pixels, each of which takes a core some 30 ms to decode.
+    """
+    digits = load_digits()
+
+    def png(number: int, side: int) -> bytes:
+        image = Image.fromarray((digits.images[number] * 15).astype(np.uint8))
+        buffer = io.BytesIO()
+        image.resize((side, side), Image.Resampling.NEAREST).save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+    large = [png(number, 2500) for number in range(10 if num_large else 0)]  # one of each class
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(num_large):
+            archive.writestr(f"{digits.target[number % 10]}/large{number}.png", large[number % 10])
+        for number in range(num_images):
+            archive.writestr(f"{digits.target[number]}/{number}.png", png(number, 8))
+    return path

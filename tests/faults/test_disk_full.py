@@ -50,8 +50,11 @@ class SmallDisk:
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]:
-    if shutil.which("unshare") is None or subprocess.run([*IN_A_NAMESPACE, "true"], check=False).returncode:
-        pytest.skip("no mount namespaces here, so no disk of its own")
+    if not (shutil.which("unshare") and shutil.which("nsenter")):
+        pytest.fail("needs `unshare` and `nsenter` for a disk of its own; install util-linux")
+    tried = subprocess.run([*IN_A_NAMESPACE, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.fail(f"needs user and mount namespaces for a disk of its own; allow them here: {tried.stderr.strip()}")
     folder = tmp_path / "disk"
     folder.mkdir()
     # An answer that the disk is full is tried again as any other failure: this is about the disk, not about patience.
@@ -120,7 +123,8 @@ def test_while_a_data_set_is_published(disk: SmallDisk, tmp_path: Path, table: T
     table.add(
         "Object store's disk full",
         "preprocessing",
-        "The task failed, asked for room in one line and published nothing; with room it published the data set.",
+        "`prepare_dataset`, called as the stage calls it, asked for room in one line and published nothing; with room "
+        "it published the data set.",
     )
 
 
@@ -149,6 +153,6 @@ def test_while_a_checkpoint_is_saved(disk: SmallDisk, table: Table) -> None:
     table.add(
         "Object store's disk full",
         "training, saving a checkpoint",
-        "The task failed and asked for room in one line; the checkpoint before it stayed whole, and the next one was "
-        "saved when there was room.",
+        "`CheckpointStore.save`, called as the stage calls it, asked for room in one line; the checkpoint before it "
+        "stayed whole, and the next one was saved when there was room.",
     )

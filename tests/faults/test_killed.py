@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import EPOCHS, IMAGE_SIZE
-from tests.faults.lab import Lab, Table, until
+from tests.faults.lab import WORD_FOR, Lab, Table, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 SECONDS_AWAY = 30
 STORAGE = ("mlflow", "seaweedfs")
-STAGES = ("preprocess", "train", "evaluate")
 NAMES = {"scheduler": "Scheduler", "api-server": "API server", "mlflow": "MLflow", "seaweedfs": "SeaweedFS"}
 
 
@@ -52,34 +51,40 @@ def test_a_killed_training_goes_on_where_it_was(lab: Lab, unbroken: str, table: 
 
 
 @pytest.mark.parametrize("component", NAMES)
-def test_a_component_is_killed_in_each_stage(component: str, lab: Lab, table: Table) -> None:
+def test_a_component_is_killed_in_each_stage(component: str, lab: Lab, table: Table, slow_archive: Path) -> None:
     """Three times in one DAG run; what holds data is also kept away for half a minute, during training."""
     size = 17 + list(NAMES).index(component)  # a data set of its own: preprocessing has something to do
     models = {"custom_cnn": EPOCHS, "logistic_regression": None}
-    run_id = lab.start(models=",".join(models), epochs=EPOCHS, image_size=size)
-    seconds = {}
-    for stage in STAGES:
+    form = {"dataset": "images", "data_uri": str(slow_archive), "image_size": size}
+    run_id = lab.start(**form, models=",".join(models), epochs=EPOCHS)
+    seconds, moments = {}, []
+    for stage in WORD_FOR:
         lab.wait_for_stage(run_id, stage)
         began = time.monotonic()
         if component in STORAGE and stage == "train":
-            lab.take_away(component)
+            moments.append((stage, lab.take_away(component)))
             time.sleep(SECONDS_AWAY)
+            moments.append((stage, time.time()))
             lab.bring_back(component)
         else:
-            since = time.time()
-            lab.kill(component)
-            lab.wait_healthy(component, since)
+            killed = lab.kill(component)
+            moments.append((stage, killed))
+            lab.wait_healthy(component, killed)
         seconds[stage] = time.monotonic() - began
     lab.wait(run_id)
 
+    for stage, moment in moments:
+        assert lab.was_at_work(run_id, stage, moment), f"{stage} was not at work when {component} was away"
     lab.assert_nothing_lost_or_twice(run_id, models)
     tries = lab.tries(run_id)
     tries["train"] = max(tries[model] for model in models)
-    for stage in STAGES:
+    for stage, word in WORD_FOR.items():
         away = component in STORAGE and stage == "train"
+        if away:
+            assert tries[stage] == 1, f"{component} was away for {SECONDS_AWAY} s, and a training did not wait for it"
         count = "its first try" if tries[stage] == 1 else f"try {tries[stage]}"
         table.add(
             f"{NAMES[component]}, kill -9" + (f", away for {SECONDS_AWAY} s" if away else ""),
-            {"preprocess": "preprocessing", "train": "training", "evaluate": "evaluation"}[stage],
+            word,
             f"Usable again after {seconds[stage]:.0f} s; the stage ended in {count}. Whole.",
         )
