@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
 from mlpipe.data import cifar10
 from mlpipe.data.archive import open_archive
@@ -38,10 +39,7 @@ from mlpipe.data.npy import NpyWriter, file_bytes
 from mlpipe.data.sources import SourceRef, check_classes, named_source, read_digits
 from mlpipe.data.splits import Splits, plan_splits
 from mlpipe.data.store import ObjectStore, Upload
-from mlpipe.data.uris import redact_uri
 from mlpipe.errors import UserError
-
-__all__ = ["Manifest", "dataset_digest", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
