@@ -174,10 +174,9 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
     for position, entry in enumerate(entries):
         architecture, equals, weights = (part.strip() for part in entry.partition("="))
         if not MODEL_NAME.fullmatch(architecture):
-            before = entries[position - 1] if position else ""
-            if "://" in before:
+            if any("://" in before for before in entries[:position]):  # it may be the rest of an address
                 raise UserError(
-                    f"models: no model's name follows the comma after {redact_text(before)!r}; "
+                    f"models: entry {position + 1} of the list is not a model name; "
                     "write a comma within an address as %2C"
                 )
             raise UserError(

@@ -57,7 +57,7 @@ CUT_BY_COMMA = "https://us3r:pass,w0rd@h/w.pth?X-Amz-Signature=s1gnature"
         ("epochs: .* is not allowed", {"epochs": {"address": SECRET}}),
         ("models: 17 models in ", {"models": ",".join([f"resnet18={SECRET}"] * 17)}),
         ("models: .* is not a model name", {"models": SECRET}),
-        ("models: no model's name follows the comma", {"models": f"resnet18={CUT_BY_COMMA}"}),
+        ("models: entry 2 of the list is not a model name; .* as %2C", {"models": f"resnet18={CUT_BY_COMMA}"}),
         ("models: .* has no initial weights", {"models": f"logistic_regression={SECRET}"}),
         (
             "models: 'resnet18_h' is given more than once",
