@@ -64,6 +64,7 @@ ARCHIVES = [
     archive("control characters", archives.zipped({"cat\x1b[31m/1.png": b"x"}), ".*control characters"),
     archive("bomb by size", archives.changed(archives.claim_200_mb_each), ".*decompression bomb"),
     archive("bomb by one member", archives.larger_than_promised, ".*damaged at 'cat/big.bmp'"),
+    archive("bomb by a member that is no image", archives.zeros_beside_images, ".*decompression bomb"),
     archive("bomb by count", archives.many_folders, ".*more than 100,000 folders"),
     archive("bomb by nesting", archives.nested(3, 10), ".*no images .*it has '0.zip'"),
     archive("bomb by a tar header", archives.huge_tar_header, ".*absurd size"),
