@@ -10,6 +10,7 @@ where it lies, decodes with Pillow in one thread, stacks and saves `.npy` files 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -61,6 +62,7 @@ def measure(archive: Path, rounds: int) -> list[str]:
     data = DataConfig(dataset="images", uri=str(archive))
     source = fetch_source(data, store)
     times: dict[str, list[float]] = {"ours": [], "loop": []}
+    gc.freeze()  # as the stage does
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
             began = time.perf_counter()

@@ -2,7 +2,7 @@
 
 `RunParams` is the single source of the trigger form, the command-line options and their checks.
 `mlpipe.recipes.resolve` turns it into a `RunConfig`, in which nothing is left open.
-Only the standard library is imported: this module is read each time Airflow parses the DAG.
+Only the standard library is loaded: this module is read each time Airflow parses the DAG.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from mlpipe.addresses import redact_text
 from mlpipe.errors import UserError
 
 DatasetName = Literal["digits", "cifar10", "images"]
@@ -184,7 +185,7 @@ def _checked(key: str, value: Any, schema: Mapping[str, Any]) -> Any:
     if good and "maximum" in schema:
         good = value <= schema["maximum"]
     if not good:
-        shown = repr(value)
+        shown = redact_text(repr(value))
         raise UserError(
             f"{key}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; give {_allowed(schema)}"
         )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from mlpipe.addresses import without_login
+
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
@@ -21,7 +23,8 @@ class Environment:
     cache_dir: Path
     """Folder of this machine for copies of what is in the bucket (MLPIPE_CACHE_DIR)."""
     mlflow_ui_url: str | None
-    """MLflow as a browser reaches it (MLPIPE_MLFLOW_UI_URL, else MLFLOW_TRACKING_URI), without a final slash."""
+    """MLflow as a browser reaches it (MLPIPE_MLFLOW_UI_URL, else MLFLOW_TRACKING_URI), without user and password, which
+    are the client's, and without a final slash."""
     airflow_ui_url: str | None
     """Airflow as a browser reaches it (MLPIPE_AIRFLOW_UI_URL), without a final slash."""
 
@@ -33,6 +36,6 @@ class Environment:
         return cls(
             s3_bucket=os.environ.get("MLPIPE_S3_BUCKET") or "mlpipe",
             cache_dir=Path(os.environ.get("MLPIPE_CACHE_DIR") or Path.home() / ".cache" / "mlpipe").expanduser(),
-            mlflow_ui_url=mlflow_ui_url.rstrip("/") if mlflow_ui_url else None,
+            mlflow_ui_url=without_login(mlflow_ui_url).rstrip("/") if mlflow_ui_url else None,
             airflow_ui_url=airflow_ui_url.rstrip("/") if airflow_ui_url else None,
         )

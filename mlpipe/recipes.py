@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlpipe.addresses import redact_text, redact_uri
 from mlpipe.config import (
     ESTIMATORS,
     MAX_MODELS,
@@ -99,7 +100,8 @@ def resolve(params: RunParams) -> RunConfig:
         raise UserError("data_uri: empty, but the data set 'images' needs the address of a zip or tar archive")
     if params.dataset == "digits" and params.data_uri is not None:
         raise UserError(
-            f"data_uri: {params.data_uri!r} is not used by the data set 'digits'; leave it empty, or choose images"
+            f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set 'digits'; "
+            "leave it empty, or choose images"
         )
     recipe = RECIPES[params.recipe]
     chosen = {
@@ -145,7 +147,7 @@ def resolve(params: RunParams) -> RunConfig:
         )
     return RunConfig(
         recipe=params.recipe,
-        data=DataConfig(dataset=params.dataset, uri=params.data_uri, image_size=image_size),
+        data=DataConfig(dataset=params.dataset, uri=params.data_uri and params.data_uri.strip(), image_size=image_size),
         models=tuple(models),
         promotion=PromotionConfig(mode=params.promotion),
     )
@@ -165,20 +167,29 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
     """
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if not entries or len(entries) > MAX_MODELS:
-        raise UserError(f"models: {len(entries)} models in {text[:80]!r}; give 1 to {MAX_MODELS}, separated by commas")
+        raise UserError(
+            f"models: {len(entries)} models in {redact_text(text)[:80]!r}; give 1 to {MAX_MODELS}, separated by commas"
+        )
     parsed = []
-    for entry in entries:
+    for position, entry in enumerate(entries):
         architecture, equals, weights = (part.strip() for part in entry.partition("="))
         if not MODEL_NAME.fullmatch(architecture):
+            if any("://" in before for before in entries[:position]):  # it may be the rest of an address
+                raise UserError(
+                    f"models: entry {position + 1} of the list is not a model name; "
+                    "write a comma within an address as %2C"
+                )
             raise UserError(
-                f"models: {architecture[:80]!r} is not a model name; names are like custom_cnn, logistic_regression, "
-                "resnet18 or resnet18=random"
+                f"models: {redact_text(architecture)[:80]!r} is not a model name; names are like custom_cnn, "
+                "logistic_regression, resnet18 or resnet18=random"
             )
         if equals and not weights:
             raise UserError(f"models: {entry!r} names no weights after '='; give random, imagenet or a URI")
         if architecture in ESTIMATORS:
             if weights:
-                raise UserError(f"models: {entry!r}: {architecture} has no initial weights; write {architecture} alone")
+                raise UserError(
+                    f"models: {redact_text(entry)!r}: {architecture} has no initial weights; write {architecture} alone"
+                )
             weights = "none"
         elif not weights:
             weights = "random" if architecture == "custom_cnn" else default_weights
@@ -192,5 +203,5 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
 
 def weights_slug(weights: str) -> str:
     """A name part for initial weights: `imagenet`, `random`, or the last part of a URI."""
-    last = re.split(r"[?#]", weights)[0].rstrip("/").rsplit("/", 1)[-1]
+    last = re.split(r"[?#]", redact_uri(weights))[0].rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^a-z0-9]+", "_", last.lower()).strip("_")[:40] or "weights"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlpipe.data.dataset import Split
 
-IMAGES_PER_COPY = 4096
+BYTES_PER_COPY = 16 << 20
 
 
 class BatchLoader:
@@ -68,8 +68,7 @@ class BatchLoader:
         if math.prod(shape) > max_bytes:
             return
         self._kept = torch.empty(shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(self._split), IMAGES_PER_COPY):
-            part = slice(start, start + IMAGES_PER_COPY)
+        for part in self._split.images_u8.slices(BYTES_PER_COPY):
             self._kept[part] = torch.from_numpy(self._split.images_u8[part]).to(device)
         self._labels = self._labels.to(device)
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.data.archive import DAMAGED
+from mlpipe.data.archive import DAMAGED, ArchiveLimits
+from mlpipe.data.tar_images import open_tar
 from mlpipe.errors import UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -58,7 +59,7 @@ def file_md5(path: Path) -> str:
 def is_python_archive(path: Path) -> bool:
     """Whether a file has the official layout: a tar with pickled batches. Nothing of them is read."""
     try:
-        with tarfile.open(path) as tar:
+        with open_tar(path, ArchiveLimits()) as (tar, _):
             for member in tar:
                 if Path(member.name).name == _META:
                     return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ class ImageRows:
         """Images of an index, a slice or an array of indices, as a fresh array."""
         if self._indices is None:
             return np.array(self._stored_u8[rows])
-        return self._stored_u8[self._indices[rows]]
+        return np.take(self._stored_u8, self._indices[rows], axis=0)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """All of them, in memory."""
@@ -51,6 +53,11 @@ class ImageRows:
         if isinstance(stored, np.memmap):
             return _map_rows, (str(stored.filename), stored.shape, self._indices)
         return ImageRows, (stored, self._indices)
+
+    def slices(self, max_bytes: int) -> Iterator[slice]:
+        """All rows in order, in slices of at most `max_bytes` of pixels, but at least one image."""
+        length = max(1, max_bytes // math.prod(self.shape[1:]))
+        return (slice(start, start + length) for start in range(0, len(self), length))
 
     def select(self, rows: NDArray[np.int64]) -> ImageRows:
         """Only these rows; nothing is read."""

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from mlpipe.data.dataset import Dataset, Split
+from mlpipe.data.dataset import Dataset, ImageRows, Split
 from mlpipe.figures_style import (
     INK,
     MUTED,
@@ -28,6 +28,8 @@ MAX_CLASSES = 24
 CHANNELS = (("red", "#c8443c"), ("green", "#3a9a5b"), ("blue", "#2f6fb7"))
 STATISTICS_IMAGES = 2048
 """Images that the histograms of channels are drawn from."""
+BYTES_PER_COUNT = 4 << 20
+"""Pixels that are counted at once; counting takes eight bytes for each."""
 _PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -107,7 +109,12 @@ def channel_statistics(split: Split, *, seed: int = 0) -> Figure:
     """How often each brightness occurs in each colour channel, with mean and standard deviation."""
     number = min(STATISTICS_IMAGES, len(split))
     chosen = np.sort(np.random.default_rng(seed).choice(len(split), number, replace=False))
-    pixels = split.images_u8.take(chosen).reshape(-1, 3)
+    histograms = _channel_histograms(split.images_u8.select(chosen))
+    values = np.arange(256)
+    shares_of_values = histograms / histograms.sum(1, keepdims=True)
+    means = shares_of_values @ values
+    stds = np.sqrt((shares_of_values * (values - means[:, None]) ** 2).sum(1))
+    shares = shares_of_values.reshape(3, 64, 4).sum(2)
     width, height = 8.4, 3.4
     with figure_style():
         figure = new_figure(
@@ -117,14 +124,12 @@ def channel_statistics(split: Split, *, seed: int = 0) -> Figure:
             f"all pixels of {number:,} training images; line: mean, band: one standard deviation",
         )
         span = (width - 0.6 - 0.5) / 3
-        histograms = [np.bincount(pixels[:, channel], minlength=256).reshape(64, 4).sum(1) for channel in range(3)]
-        shares = [histogram / len(pixels) for histogram in histograms]
         ceiling = _ceiling(shares)
         for channel, (name, color) in enumerate(CHANNELS):
             axes = figure.add_axes(
                 ((0.7 + channel * span) / width, 0.55 / height, (span - 0.25) / width, (height - 1.75) / height)
             )
-            mean, std = float(pixels[:, channel].mean()), float(pixels[:, channel].std())
+            mean, std = float(means[channel]), float(stds[channel])
             axes.axvspan(max(mean - std, 0), min(mean + std, 255), color=color, alpha=0.10, linewidth=0)
             axes.fill_between(np.arange(64) * 4 + 2, shares[channel], color=color, alpha=0.75, linewidth=0)
             axes.axvline(mean, color=INK, linewidth=1.2)
@@ -152,12 +157,21 @@ def channel_statistics(split: Split, *, seed: int = 0) -> Figure:
     return figure
 
 
+def _channel_histograms(images_u8: ImageRows) -> NDArray[np.int64]:
+    """(3, 256) how often each value occurs in each channel; few images are in memory at a time."""
+    counts = np.zeros((3, 256), np.int64)
+    for part in images_u8.slices(BYTES_PER_COUNT):
+        pixels = images_u8[part].reshape(-1, 3)
+        counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(3)]
+    return counts
+
+
 def _label_width(names: Sequence[str]) -> float:
     """Room for class names at the left, inches."""
     return 0.6 + 0.085 * max(max(map(len, names)), 4)
 
 
-def _ceiling(shares: Sequence[NDArray[np.float64]]) -> float:
+def _ceiling(shares: NDArray[np.float64]) -> float:
     """Upper end of the axis: pure black and white may tower over all else, as in drawings, and are cut off then."""
     inner = max(float(share[1:-1].max()) for share in shares)
     peak = max(float(share.max()) for share in shares)

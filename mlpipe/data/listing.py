@@ -50,6 +50,10 @@ class ArchiveLimits:
     """Unpacked over packed bytes, held against archives that unpack to more than `ratio_from_bytes`."""
     ratio_from_bytes: int = 1 << 30
 
+    def unpacked_bytes(self, packed_bytes: int) -> int:
+        """What an archive of that size may unpack to."""
+        return min(self.max_total_bytes, max(self.ratio_from_bytes, int(self.max_ratio * packed_bytes)))
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -83,9 +87,7 @@ class Listing:
 
     def add(self, name: str, size: int) -> bool:
         """Take note of a file; whether it is an image."""
-        self._num_members += 1
-        if self._num_members > self.limits.max_members:
-            raise UserError(f"the archive has more than {self.limits.max_members:,} members; split it")
+        self._count_member()
         folder, _, file_name = name.rpartition("/")
         if folder in self._known and "\\" not in name:
             parts = self._known[folder]
@@ -123,19 +125,22 @@ class Listing:
 
     def add_folder(self, name: str) -> None:
         """Take note of a folder's own entry."""
-        self._num_members += 1
+        self._count_member()
         parts = safe_parts(name)
         if not any(map(is_hidden, parts)) and len(self.empty_folders) < self.limits.max_folders:
             self.empty_folders.add(parts)
+
+    def _count_member(self) -> None:
+        self._num_members += 1
+        if self._num_members > self.limits.max_members:
+            raise UserError(f"the archive has more than {self.limits.max_members:,} members; split it")
 
     def _folder_id(self, parts: tuple[str, ...]) -> int:
         return self.folders.setdefault(parts, len(self.folders))
 
     def check(self, packed_bytes: int) -> None:
         """Checks of the whole."""
-        if self._total > self.limits.max_total_bytes or (
-            self._total > self.limits.ratio_from_bytes and self._total > self.limits.max_ratio * packed_bytes
-        ):
+        if self._total > self.limits.unpacked_bytes(packed_bytes):
             raise UserError(
                 f"the archive of {packed_bytes / 1e6:,.0f} MB unpacks to {self._total / 1e6:,.0f} MB: "
                 "more than images do; is it a decompression bomb?"

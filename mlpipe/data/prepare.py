@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
 from mlpipe.data import cifar10
 from mlpipe.data.archive import open_archive
@@ -38,10 +38,7 @@ from mlpipe.data.npy import NpyWriter, file_bytes
 from mlpipe.data.sources import SourceRef, check_classes, named_source, read_digits
 from mlpipe.data.splits import Splits, plan_splits
 from mlpipe.data.store import ObjectStore, Upload
-from mlpipe.data.uris import redact_uri
 from mlpipe.errors import UserError
-
-__all__ = ["Manifest", "dataset_digest", "prepare_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +63,6 @@ def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> 
         logger.info("data set %s is published already", digest)
         return known
     started = time.monotonic()
-    gc.freeze()  # else a full collection may walk through all that torch and MLflow made when they were imported
     with tempfile.TemporaryDirectory(prefix="mlpipe-") as name:
         folder = Path(name)
         store.get_file(source.key, folder / "source", source.sha256)
@@ -261,7 +257,7 @@ def _measure(run: Run, is_trained_on: NDArray[np.bool_]) -> _Measured:
 
 def _in_parallel(runs: Iterator[Run], work: Callable[[Run], _Measured]) -> Iterator[_Measured]:
     """Results in order; only a few runs are in memory at any time."""
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads = _num_processors()
     waiting: deque[Future[_Measured]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
         try:
@@ -274,6 +270,11 @@ def _in_parallel(runs: Iterator[Run], work: Callable[[Run], _Measured]) -> Itera
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _num_processors() -> int:
+    """Processors that this process may run on; macOS does not say, and has all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse_bad(bad: list[tuple[int, str]], images: ImageSet) -> None:

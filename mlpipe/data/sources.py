@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
 from mlpipe.data import cifar10
 from mlpipe.data.archive import open_archive
@@ -26,17 +27,13 @@ from mlpipe.data.layout import Layout, resolve_layout
 from mlpipe.data.store import ObjectStore, file_sha256
 from mlpipe.data.uris import (
     MAX_BYTES,
-    Fetched,
     check_local,
     expected_sha256,
     fetch_uri,
     local_path,
-    redact_uri,
     version_of,
 )
 from mlpipe.errors import UserError
-
-__all__ = ["Fetched", "SourceKind", "SourceRef", "fetch_source", "fetch_uri", "redact_uri"]
 
 logger = logging.getLogger(__name__)
 

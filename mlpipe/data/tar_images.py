@@ -9,7 +9,7 @@ import lzma
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,7 @@ class TarImages(ImageArchive):
 
     def _members(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         """Members one by one; none is kept, so that memory does not grow with their number."""
-        with (
-            _unpacked(self.path) as unpacked,
-            closing(_Bounded(unpacked, self.limits)) as bounded,
-            tarfile.open(fileobj=bounded, mode="r:") as tar,
-        ):
+        with open_tar(self.path, self.limits) as (tar, bounded):
             while (member := tar.next()) is not None:
                 if not (member.isreg() or member.isdir()) or member.issparse():
                     raise UserError(
@@ -76,7 +72,18 @@ class TarImages(ImageArchive):
                     )
                 yield tar, member
                 tar.members.clear()  # type: ignore[attr-defined]
-            _check_end(unpacked, bounded.last_read)
+            _check_end(bounded)
+
+
+@contextmanager
+def open_tar(path: Path, limits: ArchiveLimits) -> Iterator[tuple[tarfile.TarFile, _Bounded]]:
+    """A tar, packed or not, and the bytes that it is read from, which end with an error where a bomb begins."""
+    with (
+        _unpacked(path) as unpacked,
+        closing(_Bounded(unpacked, limits, path.stat().st_size)) as bounded,
+        tarfile.open(fileobj=bounded, mode="r:") as tar,
+    ):
+        yield tar, bounded
 
 
 def _unpacked(path: Path) -> Any:
@@ -91,42 +98,42 @@ def _unpacked(path: Path) -> Any:
     return path.open("rb")
 
 
-def _check_end(unpacked: Any, last_block: bytes) -> None:
+def _check_end(bounded: _Bounded) -> None:
     """tarfile takes a damaged or cut header for the archive's end; that is a block of zeros."""
-    if len(last_block) != tarfile.BLOCKSIZE or any(last_block):
+    if len(bounded.last_read) != tarfile.BLOCKSIZE or any(bounded.last_read):
         raise EOFError("its end is missing or a header is broken")
     # What follows the last member holds a packed stream's own checksum.
-    while unpacked.read(1 << 20):
+    while bounded.read(1 << 16):
         pass
 
 
 class _Bounded(io.RawIOBase):
-    """The unpacked bytes, refusing reads of a size that no image or header has, and streams without end."""
+    """The unpacked bytes, refusing reads of a size that no image or header has, and more of them than images make."""
 
-    def __init__(self, unpacked: Any, limits: ArchiveLimits) -> None:
+    def __init__(self, unpacked: Any, limits: ArchiveLimits, packed_bytes: int) -> None:
         self._unpacked = unpacked
-        self._limits = limits
+        self._max_read = limits.max_image_bytes
+        self._max_total = limits.unpacked_bytes(packed_bytes)
         self.last_read = b""
 
     def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > self._limits.max_image_bytes:
+        if size < 0 or size > self._max_read:
             raise UserError("the archive has a member or header of an absurd size; pack it again")
         content: bytes = self._unpacked.read(size)
-        self._check()
+        self._check(self._unpacked.tell())
         self.last_read = content
         return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_SET and offset > self._limits.max_total_bytes:
-            raise UserError("the archive unpacks to more than images do; is it a decompression bomb?")
+        self._check(offset if whence == os.SEEK_SET else 0)  # before it is unpacked
         position: int = self._unpacked.seek(offset, whence)
-        self._check()
+        self._check(position)
         return position
 
     def tell(self) -> int:
         position: int = self._unpacked.tell()
         return position
 
-    def _check(self) -> None:
-        if self._unpacked.tell() > self._limits.max_total_bytes:
+    def _check(self, position: int) -> None:
+        if position > self._max_total:
             raise UserError("the archive unpacks to more than images do; is it a decompression bomb?")

@@ -28,6 +28,7 @@ from botocore.exceptions import (
 )
 from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
+from mlpipe.addresses import redact_uri
 from mlpipe.data.store import s3_client
 from mlpipe.errors import UserError
 
@@ -63,17 +64,6 @@ class _UnreachableError(ConnectionError):
     """Nobody answers at that address: likely a mistake in it, unless a further try succeeds."""
 
 
-def redact_uri(uri: str) -> str:
-    """The address without what may be secret: user and password, and the query (signatures of presigned addresses)."""
-    if not _SCHEME.match(uri):
-        return uri
-    head, _, rest = uri.partition("://")
-    authority, slash, path = rest.partition("/")
-    authority = re.split(r"[?#]", authority.rpartition("@")[2])[0]
-    path, question, _ = path.partition("#")[0].partition("?")
-    return f"{head}://{authority}{slash}{path}{'?…' if question else ''}"
-
-
 def local_path(uri: str) -> Path | None:
     """The file that a path or a `file://` address names; `None` for other schemes."""
     scheme = _SCHEME.match(uri)
@@ -95,9 +85,7 @@ def expected_sha256(uri: str, *, field: str) -> str | None:
     fragment = uri.partition("#")[2]
     match = _CHECKSUM.fullmatch(fragment)
     if match is None:
-        raise UserError(
-            f"{field}: '#{fragment[:80]}' in {redact_uri(uri)} is not allowed; give #sha256=<64 hex digits>"
-        )
+        raise UserError(f"{field}: what follows '#' in {redact_uri(uri)} is no checksum; give #sha256=<64 hex digits>")
     return match[1].lower()
 
 

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,7 +27,6 @@ _END_64_LOCATOR = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_MAX_DIRECTORY_BYTES = 4 << 30
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED, _UTF8 = 0x1 | 0x40 | 0x2000, 0x800
 _UNIX = 3
@@ -68,20 +68,24 @@ class ZipImages(ImageArchive):
 
     def _list(self, listing: Listing) -> None:
         file_size = os.fstat(self._fd).st_size
-        start, size, count = self._find_directory(file_size)
-        directory = os.pread(self._fd, size, start)
-        position = 0
-        unpack = _CENTRAL.unpack_from
-        while position < len(directory):
-            entry = unpack(directory, position)
+        position, size, count = self._find_directory(file_size)
+        end = position + size
+        with open(self._fd, "rb", buffering=1 << 20, closefd=False) as file:
+            file.seek(position)
+            self._list_directory(listing, file, position, end, count)
+
+    def _list_directory(self, listing: Listing, file: BinaryIO, position: int, end: int, count: int) -> None:
+        unpack, read = _CENTRAL.unpack, file.read
+        while position < end:
+            entry = unpack(read(_CENTRAL.size))
             signature, made_by, _, flags, method, _, _, checksum, packed, unpacked = entry[:10]
             name_length, extra_length, comment_length, _, _, attributes, offset = entry[10:]
             if signature != b"PK\x01\x02":
                 raise ValueError("its directory is broken")
-            name_at = position + _CENTRAL.size
-            name = _decoded(directory[name_at : name_at + name_length], flags)
+            rest = read(name_length + extra_length + comment_length)
+            name = _decoded(rest[:name_length], flags)
             if 0xFFFFFFFF in (packed, unpacked, offset):
-                extra = directory[name_at + name_length : name_at + name_length + extra_length]
+                extra = rest[name_length : name_length + extra_length]
                 unpacked, packed, offset = _large(extra, unpacked, packed, offset)
             count -= 1
             kind = stat.S_IFMT(attributes >> 16) if made_by >> 8 == _UNIX else 0
@@ -104,9 +108,9 @@ class ZipImages(ImageArchive):
                 self._checksums.append(checksum)
                 self._methods.append(method)
                 self._name_lengths.append(name_length)
-                self._directory_positions.append(start + position)
-            position = name_at + name_length + extra_length + comment_length
-        if count % 65536 or position != len(directory):
+                self._directory_positions.append(position)
+            position += _CENTRAL.size + len(rest)
+        if count % 65536 or position != end:
             raise ValueError("its directory is incomplete")
 
     def _find_directory(self, file_size: int) -> tuple[int, int, int]:
@@ -127,7 +131,7 @@ class ZipImages(ImageArchive):
             _, _, _, _, disk, first_disk, _, count, size, offset = record
         if disk or first_disk:
             raise UserError("the archive is one part of several; join them to one zip")
-        if offset + size != end or size > _MAX_DIRECTORY_BYTES:
+        if offset + size != end:
             raise ValueError("its directory lies outside of it")
         return offset, size, count
 

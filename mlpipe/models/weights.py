@@ -19,9 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mlpipe.addresses import redact_uri
 from mlpipe.config import ModelConfig, Variant
 from mlpipe.data.store import ObjectStore, file_sha256
-from mlpipe.data.uris import expected_sha256, fetch_uri, redact_uri
+from mlpipe.data.uris import expected_sha256, fetch_uri
 from mlpipe.errors import UserError
 from mlpipe.models import package, portable
 from mlpipe.models.registry import build_network

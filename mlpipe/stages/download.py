@@ -6,8 +6,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
+from mlpipe.addresses import redact_uri
 from mlpipe.config import ESTIMATORS, RunConfig
-from mlpipe.data.sources import fetch_source, redact_uri
+from mlpipe.data.sources import fetch_source
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.models.names import check_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ def preprocess(config: RunConfig, origin: Origin, source: Mapping[str, Any], *, 
     Raises:
         UserError: the archive or its images cannot be used.
     """
+    gc.freeze()  # else a full collection may walk through all that torch and MLflow made when they were imported
     environment = Environment.from_env()
     store = ObjectStore.from_environment(environment)
     reference = SourceRef(key=source["key"], sha256=source["sha256"], kind=source["kind"])

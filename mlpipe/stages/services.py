@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as S3ConnectionError
 from mlflow.exceptions import MlflowException
 
-from mlpipe.data.uris import redact_uri
+from mlpipe.addresses import redact_uri
 from mlpipe.errors import ServiceUnavailableError
 from mlpipe.tracking.runs import is_unreachable
 

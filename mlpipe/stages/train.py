@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mlpipe.addresses import redact_uri
 from mlpipe.config import ESTIMATORS, ModelConfig, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.store import ObjectStore
-from mlpipe.data.uris import redact_uri
 from mlpipe.environment import Environment
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
 from mlpipe.models.weights import InitialWeights, initial_network

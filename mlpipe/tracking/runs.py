@@ -33,6 +33,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
+from mlpipe.addresses import without_login
 from mlpipe.environment import Environment
 
 if TYPE_CHECKING:
@@ -100,16 +101,18 @@ def git_sha() -> str:
 
 def run_url(run: Run) -> str:
     """Address of a run in the MLflow UI."""
-    base = (Environment.from_env().mlflow_ui_url or mlflow.get_tracking_uri()).rstrip("/")
-    return f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{_ui_url()}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def compare_url(run_ids: Sequence[str], experiment: str) -> str:
     """Address of MLflow's page that sets runs side by side."""
-    base = (Environment.from_env().mlflow_ui_url or mlflow.get_tracking_uri()).rstrip("/")
-    return (
-        f"{base}/#/compare-runs?runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment]))}"
-    )
+    asked = f"runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment]))}"
+    return f"{_ui_url()}/#/compare-runs?{asked}"
+
+
+def _ui_url() -> str:
+    """MLflow's address for a browser; links are logged and go to XCom, so the client's login is no part of them."""
+    return Environment.from_env().mlflow_ui_url or without_login(mlflow.get_tracking_uri()).rstrip("/")
 
 
 def experiment_id(name: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from mlflow.artifacts import download_artifacts
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from mlpipe.addresses import redact_uri
 from mlpipe.errors import UserError
 
 SCHEME = "mlflow-artifacts"
@@ -47,7 +48,8 @@ def downloaded(address: str, *, field: str) -> Iterator[Path]:
     """
     if not _ADDRESS.fullmatch(address):
         raise UserError(
-            f"{field}: {address[:200]} is no upload of `mlpipe run`; give it the path of the archive instead"
+            f"{field}: {redact_uri(address)[:200]} is no upload of `mlpipe run`; "
+            "give it the path of the archive instead"
         )
     folder, _, name = address.rpartition("/")
     if name not in {item.path for item in get_artifact_repository(folder).list_artifacts()}:

@@ -43,8 +43,41 @@ def test_a_bad_value_is_refused_by_name_with_what_is_allowed(field: str, value: 
     assert "\n" not in str(refused.value)
 
 
+SECRET = "https://us3r:passw0rd@h/w.pth?X-Amz-Signature=s1gnature"
+CUT_BY_COMMA = "https://us3r:pass,w0rd@h/w.pth?X-Amz-Signature=s1gnature"
+
+
+@pytest.mark.parametrize(
+    ("message", "form"),
+    [
+        ("data_uri: .* is not used by the data set 'digits'", {"data_uri": SECRET}),
+        ("data_uri: .* is not allowed", {"data_uri": SECRET + "x" * 2048}),
+        ("data_uri: .* is not allowed", {"data_uri": [SECRET]}),
+        ("dataset: .* is not allowed", {"dataset": SECRET}),
+        ("epochs: .* is not allowed", {"epochs": {"address": SECRET}}),
+        ("models: 17 models in ", {"models": ",".join([f"resnet18={SECRET}"] * 17)}),
+        ("models: .* is not a model name", {"models": SECRET}),
+        ("models: entry 2 of the list is not a model name; .* as %2C", {"models": f"resnet18={CUT_BY_COMMA}"}),
+        ("models: .* has no initial weights", {"models": f"logistic_regression={SECRET}"}),
+        (
+            "models: 'resnet18_h' is given more than once",
+            {"models": ",".join(["resnet18=https://us3r:passw0rd@h"] * 2)},
+        ),
+    ],
+)
+def test_no_message_shows_what_is_secret_in_an_address(message: str, form: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"^{message}") as refused:
+        resolved(**form)
+    assert not any(secret in str(refused.value) for secret in ("us3r", "pass", "w0rd", "s1gnature"))
+
+
 def test_an_emptied_text_field_means_the_recipes_choice() -> None:
     assert resolved(models=" ", data_uri="") == resolved()
+
+
+def test_a_pasted_address_may_have_spaces_around_it() -> None:
+    """With one before it, it would be taken for a path, which messages show whole."""
+    assert resolved(dataset="images", data_uri=" https://h/a.zip\n").data.uri == "https://h/a.zip"
 
 
 def test_one_architecture_with_two_weights_has_two_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import struct
 import tarfile
@@ -88,6 +89,18 @@ def larger_than_promised(folder: Path) -> Path:
     """A member of a megabyte whose directory says ten bytes."""
     path = pack_zip(folder / "a.zip", {**GOOD, "cat/big.bmp": b"\0" * 1_000_000}, zipfile.ZIP_DEFLATED)
     path.write_bytes(path.read_bytes().replace(struct.pack("<L", 1_000_000), struct.pack("<L", 10)))
+    return path
+
+
+def zeros_beside_images(folder: Path) -> Path:
+    """A gigabyte of zeros in a tar.gz of a megabyte, in a member that is no image."""
+    path = pack_tar(folder / "a.tar", GOOD, "w")
+    zeros = tarfile.TarInfo("zeros")
+    zeros.size = 1100 << 20
+    images = path.read_bytes().rstrip(b"\0")
+    images += b"\0" * (-len(images) % tarfile.BLOCKSIZE)
+    packed = gzip.compress(b"\0" * (10 << 20)) * 110  # members of a gzip follow each other
+    path.write_bytes(gzip.compress(images + zeros.tobuf()) + packed + gzip.compress(b"\0" * 10240))
     return path
 
 

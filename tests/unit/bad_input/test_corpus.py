@@ -1,7 +1,8 @@
 """Bad input from one table, each row from the filled-in form through the stages as the DAG calls them.
 
-A row that is refused must end in one line that begins with the form's field, quickly, with nothing published. Rows
-without a complaint are odd but welcome: they must be published, with the note that says what was done.
+A row that is refused must end in one line that begins with the form's field, quickly, with nothing published and,
+where the archive's listing shows what is wrong, nothing stored. Rows without a complaint are odd but welcome: they
+must be published, with the note that says what was done.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ class Case:
     """Writes what it needs into a folder and returns the form's values."""
     complaint: str
     """What the one line must match; of welcome input, what a note must match."""
+    listed: bool = True
+    """Whether what is wrong shows in the form or in the archive's listing, before the archive is stored."""
 
 
-def archive(label: str, make: archives.Maker, complaint: str) -> Case:
+def archive(label: str, make: archives.Maker, complaint: str, *, listed: bool = True) -> Case:
     return Case(
         label,
         lambda folder: {"dataset": "images", "data_uri": str(make(folder)), "image_size": 16},
         f"data_uri: {complaint}",
+        listed,
     )
 
 
@@ -63,7 +67,8 @@ ARCHIVES = [
     archive("symbolic link in a zip", archives.zip_link, ".*link or device"),
     archive("control characters", archives.zipped({"cat\x1b[31m/1.png": b"x"}), ".*control characters"),
     archive("bomb by size", archives.changed(archives.claim_200_mb_each), ".*decompression bomb"),
-    archive("bomb by one member", archives.larger_than_promised, ".*damaged at 'cat/big.bmp'"),
+    archive("bomb by one member", archives.larger_than_promised, ".*damaged at 'cat/big.bmp'", listed=False),
+    archive("bomb by a member that is no image", archives.zeros_beside_images, ".*decompression bomb"),
     archive("bomb by count", archives.many_folders, ".*more than 100,000 folders"),
     archive("bomb by nesting", archives.nested(3, 10), ".*no images .*it has '0.zip'"),
     archive("bomb by a tar header", archives.huge_tar_header, ".*absurd size"),
@@ -71,7 +76,9 @@ ARCHIVES = [
     archive("truncated zip", archives.changed(archives.cut(0.6)), ".*damaged"),
     archive("truncated tar.gz", lambda folder: truncated_tar(folder), ".*damaged"),
     archive("encrypted", archives.changed(archives.encrypt_first), ".*is encrypted; pack it without a password"),
-    archive("wrong checksum", archives.changed(archives.flip_a_pixel), ".*damaged at 'cat/0.png' .*checksum"),
+    archive(
+        "wrong checksum", archives.changed(archives.flip_a_pixel), ".*damaged at 'cat/0.png' .*checksum", listed=False
+    ),
     archive("unknown compression", archives.zipped(archives.GOOD, zipfile.ZIP_LZMA), ".*packed by method 14"),
     archive("same name twice", archives.same_name_twice, ".*same name"),
     archive("empty file", archives.raw(b""), ".*is empty"),
@@ -80,11 +87,14 @@ ARCHIVES = [
     archive("7z", archives.raw(b"7z\xbc\xaf'\x1c" + b"\0" * 40), ".*7z archive, which is not read"),
     archive("noise", archives.raw(bytes(range(256)) * 4), ".*neither a zip nor a tar"),
     archive("one class", archives.zipped(archives.one_class()), ".*one class, 'cat'; at least 2"),
-    archive("class of one image", archives.zipped(image_tree({"cat": 30, "lonely": 1})), ".*'lonely' has 1"),
+    archive(
+        "class of one image", archives.zipped(image_tree({"cat": 30, "lonely": 1})), ".*'lonely' has 1", listed=False
+    ),
     archive(
         "class without test images",
         archives.zipped(split_tree({"cat": 9, "dog": 9}, {"cat": 3})),
         ".*in test/, but 'dog' has 0",
+        listed=False,
     ),
     archive("case collision", archives.zipped(image_tree({"Cat": 6, "cat": 6})), ".*'Cat', 'cat' differ in upper and"),
     archive("no class folders", archives.zipped({"1.png": b"x", "2.png": b"x"}), ".*lie in no class folder"),
@@ -93,7 +103,9 @@ ARCHIVES = [
 ]
 
 IMAGES = [
-    archive(f"image: {label}", archives.with_image(f"cat/odd{suffix}", content), f".*'cat/odd{suffix}' {why}")
+    archive(
+        f"image: {label}", archives.with_image(f"cat/odd{suffix}", content), f".*'cat/odd{suffix}' {why}", listed=False
+    )
     for label, suffix, content, why in [
         ("zero bytes", ".png", b"", "is empty"),
         ("truncated PNG", ".png", images.saved(images.plain())[:200], "is damaged"),
@@ -209,11 +221,13 @@ def test_the_corpus_has_no_row_twice() -> None:
 @rows([*ARCHIVES, *IMAGES, *PARAMETERS, *of_every_field()])
 def test_refused_before_anything_is_published(case: Case, pipeline: Pipeline, tmp_path: Path) -> None:
     form = case.form(tmp_path)
-    before = pipeline.published()
+    before, sources = pipeline.published(), pipeline.store.list("sources")
     with pytest.raises(UserError, match=f"^{case.complaint}") as refused:
         pipeline.prepare(form)
     assert_one_short_line(refused.value)
     assert pipeline.published() == before
+    if case.listed:
+        assert pipeline.store.list("sources") == sources
 
 
 @rows(WEIGHTS)

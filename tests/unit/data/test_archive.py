@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import io
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +125,15 @@ def test_what_systems_leave_behind_is_passed_over(make: SimpleNamespace, tmp_pat
         assert "3 files that are not images were left out: README.md" in resolve_layout(archive).notes[0]
 
 
+def tar_of_folders(path: Path, number: int) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for i in range(number):
+            folder = tarfile.TarInfo(f"{i}")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+    return path
+
+
 def test_bombs(make: SimpleNamespace, tmp_path: Path) -> None:
     big = make.pack_zip(tmp_path / "a.zip", {f"a/{i}.bmp": b"\0" * 200_000 for i in range(20)}, zipfile.ZIP_DEFLATED)
     refused(big, "decompression bomb", ArchiveLimits(ratio_from_bytes=1_000_000))
@@ -132,6 +143,14 @@ def test_bombs(make: SimpleNamespace, tmp_path: Path) -> None:
     refused(big, "more than 7 members", ArchiveLimits(max_members=7))
     tar = make.pack_tar(tmp_path / "a.tar", {"a/1.png": PIXEL, "zeros": b"\0" * 3_000_000})
     refused(tar, "decompression bomb", ArchiveLimits(max_total_bytes=1_000_000))
+    refused(tar, "decompression bomb", ArchiveLimits(ratio_from_bytes=1_000_000))  # no image in it is large
+    more = tmp_path / "more.tar"
+    more.write_bytes(
+        make.pack_tar(tmp_path / "b.tar", {"a/1.png": PIXEL}).read_bytes() + gzip.compress(b"\0" * 3_000_000)
+    )
+    refused(more, "decompression bomb", ArchiveLimits(ratio_from_bytes=1_000_000))  # after the archive's end
+    contents(more)
+    refused(tar_of_folders(tmp_path / "c.tar", 20), "more than 10 members", ArchiveLimits(max_members=10))
     folders = make.pack_zip(tmp_path / "b.zip", {f"{i}/1.png": PIXEL for i in range(20)})
     refused(folders, "more than 10 folders", ArchiveLimits(max_folders=10))
 

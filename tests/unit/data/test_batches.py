@@ -56,7 +56,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 @pytest.mark.parametrize("num_shares", [1, 2])
 def test_batches_gathered_on_a_device_are_the_same(monkeypatch: pytest.MonkeyPatch, num_shares: int) -> None:
     """With the CPU as the device."""
-    monkeypatch.setattr("mlpipe.data.batches.IMAGES_PER_COPY", 7)
+    monkeypatch.setattr("mlpipe.data.batches.BYTES_PER_COPY", 7 * 4 * 4 * 3)
     plain, kept, large = (BatchLoader(split_of(50), 16, seed=0, shuffle=True) for _ in range(3))
     kept.keep_on(torch.device("cpu"), max_bytes=50 * 4 * 4 * 3)
     large.keep_on(torch.device("cpu"), max_bytes=50 * 4 * 4 * 3 - 1)

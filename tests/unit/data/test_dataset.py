@@ -109,6 +109,7 @@ def test_rows(indices: np.ndarray | None) -> None:
     assert len(rows) == len(chosen)
     for key in (0, -1, slice(None), slice(1, 3), np.array([2, 0])):
         np.testing.assert_array_equal(rows[key], chosen[key])
+        assert not np.shares_memory(rows[key], stored)
     np.testing.assert_array_equal(rows.take(np.array([2, 0])), chosen[[2, 0]])
     np.testing.assert_array_equal(np.asarray(rows), chosen)
     assert np.asarray(rows, np.float32).dtype == np.float32

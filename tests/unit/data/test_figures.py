@@ -54,7 +54,9 @@ def test_balance_shows_the_counts() -> None:
     assert lengths == [700, 70, 100, 10, 200, 20]
 
 
-def test_channels_show_mean_and_deviation() -> None:
+@pytest.mark.parametrize("bytes_per_count", [1, 3 * 8 * 8 * 3, 1 << 20])
+def test_channels_show_mean_and_deviation(monkeypatch: pytest.MonkeyPatch, bytes_per_count: int) -> None:
+    monkeypatch.setattr(figures, "BYTES_PER_COUNT", bytes_per_count)
     images = np.zeros((4, 8, 8, 3), np.uint8)
     images[..., 0] = 200
     images[:2, ..., 1] = 100

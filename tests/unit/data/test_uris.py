@@ -11,7 +11,7 @@ from tenacity import stop_after_attempt, wait_none
 
 from mlpipe.data import uris
 from mlpipe.data.store import ObjectStore
-from mlpipe.data.uris import fetch_uri, redact_uri, version_of
+from mlpipe.data.uris import fetch_uri, version_of
 from mlpipe.errors import UserError
 
 
@@ -198,17 +198,3 @@ def test_version_of(make: SimpleNamespace, store: ObjectStore) -> None:
         assert version_of(f"{address}/a", field="data_uri") == '"abc" 1'
     with make.web_server((200, {}, b"1")) as (address, _):
         assert version_of(f"{address}/a", field="data_uri") is None
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("/a/b?c#d", "/a/b?c#d"),
-        ("https://user:pa@ss@host:8/a/b?sig=1#sha256=2", "https://host:8/a/b?…"),
-        ("https://host?token=1", "https://host"),
-        ("s3://bucket/key", "s3://bucket/key"),
-        ("https://host/a@b", "https://host/a@b"),
-    ],
-)
-def test_redacted(uri: str, shown: str) -> None:
-    assert redact_uri(uri) == shown

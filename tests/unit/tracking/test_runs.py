@@ -159,6 +159,14 @@ def test_links_lead_to_both_pages(experiment: str, monkeypatch: pytest.MonkeyPat
     assert run.data.tags["airflow_url"] == "http://localhost:8080/dags/image_classification/runs/manual__1"
 
 
+def test_links_hold_no_login(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = opened(experiment, origin())
+    for variable in ("MLFLOW_TRACKING_URI", "MLPIPE_MLFLOW_UI_URL"):
+        monkeypatch.setenv(variable, "https://us3r:passw0rd@mlflow:5000/")
+        for url in (runs.run_url(run), runs.compare_url([run.info.run_id], experiment)):
+            assert url.startswith("https://mlflow:5000/#/")
+
+
 def test_registering_again_gives_the_same_version(experiment: str) -> None:
     run = opened(experiment, origin())
     with runs.active(run):

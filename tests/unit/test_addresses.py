@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from mlpipe.addresses import redact_text, redact_uri, without_login
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("/a/b?c#d", "/a/b?c#d"),
+        ("https://user:pa@ss@host:8/a/b?sig=1#sha256=2", "https://host:8/a/b?…"),
+        ("https://host?token=a/b@c", "https://host?…"),
+        ("https://host/a#sha256=2", "https://host/a"),
+        ("s3://bucket/key", "s3://bucket/key"),
+        ("s3://key:a/b+c@bucket/key", "s3://bucket/key"),
+        ("https://user:a#b?c@host/a", "https://host/a"),
+        ("https://user:cut-off", "https://…"),
+        ("https://[::1]:80/a", "https://[::1]:80/a"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("file:///a/b", "file:///a/b"),
+    ],
+)
+def test_an_address_is_shown_without_login_and_query(uri: str, shown: str) -> None:
+    assert redact_uri(uri) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("resnet18,custom_cnn", "resnet18,custom_cnn"),
+        ("resnet18=https://u:p@h/w.pth?sig=1,custom_cnn", "resnet18=https://h/w.pth?…"),
+        ("a=https://u:p@h/w.pth,b=s3://u:p@h/w.pth", "a=https://h/w.pth,b=…"),
+        ("a=https://h/w.pth?from=https://h/x&sig=1", "a=https://h/w.pth?…"),
+    ],
+)
+def test_in_text_nothing_secret_of_an_address_is_shown(text: str, shown: str) -> None:
+    assert redact_text(text) == shown
+
+
+def test_the_rest_of_an_address_without_its_login_stays() -> None:
+    assert without_login("https://user:pass@host:5000/mlflow?a=b#c") == "https://host:5000/mlflow?a=b#c"
+    assert without_login("sqlite:////a/mlflow.db") == "sqlite:////a/mlflow.db"
