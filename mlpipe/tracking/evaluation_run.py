@@ -21,8 +21,8 @@ from mlpipe.evaluation.promotion import Decision, Measured, decide
 from mlpipe.tracking import registry
 from mlpipe.tracking.runs import TrackedRun, is_unreachable, tracked
 
-PIXELS_PER_CALL = 2048 * 32 * 32
-"""Handed to `predict` at once, so that test images need not fit in memory: 2048 images of 32×32, 8 of 512×512."""
+BYTES_PER_CALL = 6 << 20
+"""Pixels handed to `predict` at once, so that test images need not fit in memory: 2048 images of 32×32."""
 
 BOOTSTRAP_SEED = 0
 """The same for all, so that equal predictions have equal intervals."""
@@ -49,9 +49,8 @@ def measure(model_uri: str, test: Split, classes: Sequence[str]) -> Result:
         UserError: the model tells other classes apart.
     """
     model = mlflow.pyfunc.load_model(model_uri)
-    step = max(1, PIXELS_PER_CALL // (test.images_u8.shape[1] * test.images_u8.shape[2]))
-    starts = range(0, len(test.labels), step)
-    frames = [model.predict(np.ascontiguousarray(test.images_u8[start : start + step])) for start in starts]
+    parts = test.images_u8.slices(BYTES_PER_CALL)
+    frames = [model.predict(np.ascontiguousarray(test.images_u8[part])) for part in parts]
     frame = pd.concat(frames, ignore_index=True)
     columns = [f"{PROBABILITY}{name}" for name in classes]
     own = [column for column in frame.columns if column.startswith(PROBABILITY)]

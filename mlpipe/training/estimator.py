@@ -28,7 +28,7 @@ MAX_FITTED = 100_000
 """Training images, mirror images counted, that an estimator is fitted to: with 3,072 features 1.2 GB, and as much again
 while it is fitted."""
 
-PIXELS_PER_READ = 1024 * 32 * 32
+BYTES_PER_READ = 3 << 20
 
 
 def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogger) -> TrainedModel:
@@ -103,15 +103,14 @@ def _features(
     """
     num_images, sides = len(split.labels), (1, 2)[mirrored]
     features = np.empty((0, 0), np.float32)
-    step = max(1, PIXELS_PER_READ // (split.images_u8.shape[1] * split.images_u8.shape[2]))
-    for start in range(0, num_images, step):
-        images = torch.from_numpy(np.array(split.images_u8[start : start + step]))
+    for part in split.images_u8.slices(BYTES_PER_READ):
+        images = torch.from_numpy(split.images_u8[part])
         images = resize(images, image_size)
         for side in range(sides):
             piece = estimator_features(images.flip(2) if side else images, architecture)
             if not len(features):
                 features = np.empty((sides * num_images, piece.shape[1]), np.float32)
-            first = side * num_images + start
+            first = side * num_images + part.start
             features[first : first + len(piece)] = piece
     return features, np.tile(np.asarray(split.labels), sides)
 
