@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.spinner import Spinner
 from rich.table import Column, Table
 
+from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi, TaskInstance
 from mlpipe.config import RunParams
 from mlpipe.errors import UserError
@@ -179,7 +180,7 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
         "dag_run_id": run_id,
         "state": state,
         "parent_run_id": compared.get("parent_run_id"),
-        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"),
+        "tracking_uri": without_login(os.environ.get("MLFLOW_TRACKING_URI", "")),
         "wall_seconds": round(seconds, 3),
         "task_seconds": {item.label: item.seconds for item in tasks},
         "dataset": compared.get("dataset")

@@ -11,8 +11,8 @@ from torch import Tensor
 def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"]) -> Tensor:
     """Change each image of a batch by its own random draw from the device's default generator.
 
-    `flip` mirrors half of them horizontally; `crop` shifts each by up to a sixteenth of its size in both directions,
-    the gap being filled by reflection; `flip_crop` does both. All are one gather.
+    `flip` mirrors half of them horizontally; `crop` shifts each by up to a sixteenth of its size or one pixel, both
+    ways, the gap being filled by reflection; `flip_crop` does both. All are one gather.
 
     Args:
         images_u8: (B, H, W, C) uint8.

@@ -19,7 +19,7 @@ from mlpipe.training.epochs import EpochFollower
 from mlpipe.training.memory import keep_freed_memory
 from mlpipe.training.module import ClassificationModule
 
-SHARE_FOR_IMAGES = 0.4
+SHARE_FOR_IMAGES = 0.25
 """Of a GPU's free memory, at most, for the images of each split."""
 
 
