@@ -51,8 +51,9 @@ PROGRESS_SECONDS = 10.0
 def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> Manifest:
     """Publish the source's images as uint8 arrays; nothing is done where they are published already.
 
-    Images are decoded by as many threads as there are processors and sent to the store as they come, so memory does
-    not grow with their number. The order of images is the source's. The manifest is written last.
+    Images are decoded by as many threads as there are processors and sent to the store as they come: of all pixels a
+    few runs are in memory, beside some hundred bytes for each image. The order of images is the source's. The manifest
+    is written last.
 
     Raises:
         UserError: the source cannot be used; nothing is published then.
