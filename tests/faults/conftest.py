@@ -46,7 +46,7 @@ def table() -> Iterator[Table]:
         if len(table.rows) != NUM_ROWS:
             pytest.fail(f"{path} stays as it was: {len(table.rows)} of its {NUM_ROWS} rows were reached")
         rows = "".join(f"| {' | '.join(row)} |\n" for row in table.rows)
-        machine = f"{os.cpu_count()} processors, {platform.platform()}, Python {platform.python_version()}"
+        machine = f"{os.cpu_count()} processors, {platform.system()}, Python {platform.python_version()}"
         Path(path).write_text(f"{HEADER}{rows}\nOne run of all tests on {date.today()}: {machine}.\n")
 
 
