@@ -70,7 +70,7 @@ def reference(
     path: Path, architecture: str, seed: int, num_workers: int, num_epochs: int, target: float = 1.0
 ) -> list[Epoch]:
     """The usual loop, until the target at most."""
-    torch.manual_seed(seed)
+    network = usual_network(architecture, seed)
     loader = DataLoader(
         PerImage(*read_images(path, "train")), 64, shuffle=True,
         num_workers=num_workers, persistent_workers=num_workers > 0,
@@ -80,7 +80,7 @@ def reference(
         accelerator="cpu", max_epochs=num_epochs, callbacks=[measuring], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Reference(usual_network(architecture)), loader)
+    trainer.fit(Reference(network), loader)
     return measuring.epochs
 
 

@@ -58,9 +58,9 @@ SETTINGS = (Setting("custom_cnn", 64, 12_800), Setting("resnet18", 64, 3_200), S
 images = lru_cache(maxsize=1)(read_images)
 
 
-def usual_network(architecture: str) -> nn.Module:
+def usual_network(architecture: str, seed: int = 0) -> nn.Module:
     """The network as its users write it, with PyTorch's own dropout."""
-    network = build_network(architecture, num_classes=10, image_size=32, seed=0)
+    network = build_network(architecture, num_classes=10, image_size=32, seed=seed)
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, ByteDropout):
