@@ -76,10 +76,8 @@ RECIPES: dict[RecipeName, Recipe] = {
             num_components=512,
             inverse_regularization=1e-3,
         ),
-        overrides={
-            "custom_cnn": {"batch_size": 256, "learning_rate": 0.5},  # its logits are divided by 8
-            "resnet18": {"learning_rate": 0.3},
-        },
+        # Its logits are divided by 8.
+        overrides={"custom_cnn": {"batch_size": 256, "learning_rate": 0.5}},
         small_images_variants=True,
         # From the literature, for no ImageNet weights were at hand: images below 96×96 are shown at 128×128, without
         # weight decay (Kolesnikov et al., "Big Transfer", ECCV 2020); SGD with Nesterov momentum, batches of 256 and a

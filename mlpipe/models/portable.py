@@ -185,17 +185,15 @@ def build_network(architecture: str, num_classes: int, image_size: int, variant:
         architecture: `custom_cnn` or the name of a classification network of torchvision.
         variant: `standard`, or `small_images`, of which custom_cnn and the resnets have one: for resnets a 3×3 first
             convolution without stride in place of 7×7 with stride 2, no pooling after it (He et al., "Deep Residual
-            Learning", section 4.2), blocks that begin as the identity, and PyTorch's own initial weights, which are
-            smaller than torchvision's by a factor of about √6: the same steps then turn them further.
+            Learning", section 4.2), and PyTorch's own initial weights, which are smaller than torchvision's by a
+            factor of about √6: the same steps then turn them further.
     """
     if architecture == "custom_cnn":
         return SmallResidualCNN(num_classes) if variant == "small_images" else CustomCNN(num_classes)
     import torchvision
 
     if variant == "small_images":
-        network = torchvision.models.get_model(
-            architecture, weights=None, num_classes=num_classes, zero_init_residual=True
-        )
+        network = torchvision.models.get_model(architecture, weights=None, num_classes=num_classes)
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         network.maxpool = nn.Identity()
         for module in network.modules():
