@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import conditions, read_images, table
+from common import Logged, conditions, read_images, table
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
@@ -33,19 +33,6 @@ from mlpipe.training.protocol import TrainedModel
 
 NUM_VALIDATION = 5_000
 BATCH_SIZE = 500
-
-
-class Silent:
-    """Takes what a training logs."""
-
-    def log_metrics(self, metrics: Any, step: int) -> None:
-        """Of no interest here."""
-
-    def log_params(self, params: Any) -> None:
-        """Likewise."""
-
-    def last_logged_step(self, metric: str) -> int:  # noqa: ARG002
-        return 0
 
 
 def dataset(path: Path) -> Any:
@@ -75,7 +62,7 @@ def trained(data: Any, seed: int, **changes: Any) -> TrainedModel:
         model.architecture, num_classes=10, image_size=data.manifest.image_size, seed=seed, variant=model.variant
     )
     initial = InitialWeights(description="random", replaced_head=False, sha256=None, variant=model.variant)
-    return train_network(model, data, Silent(), network=network, initial=initial)
+    return train_network(model, data, Logged(), network=network, initial=initial)
 
 
 def hits(model: TrainedModel, images_u8: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,22 @@ def read_images(archive: Path, part: str, count: int | None = None) -> tuple[NDA
         images = [np.asarray(Image.open(io.BytesIO(opened.read(name))).convert("RGB")) for name in names]
         labels = [classes.index(name.split("/")[1]) for name in names]
     return np.stack(images), np.array(labels, np.int64)
+
+
+class Logged:
+    """Stands where a training logs to MLflow, and keeps what is logged of each epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: Any, step: int) -> None:  # noqa: ARG002
+        self.epochs.append(dict(metrics))
+
+    def log_params(self, params: Any) -> None:
+        """Of no interest here."""
+
+    def last_logged_step(self, metric: str) -> int:  # noqa: ARG002
+        return 0
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from common import conditions, paired, read_images, spread, table
+from common import Logged, conditions, paired, read_images, spread, table
 from torch.utils.data import DataLoader
 from training import MEAN, STD, Contestant, PerImage, Reference, usual_network
 
@@ -82,22 +82,6 @@ def reference(
     )  # fmt: skip
     trainer.fit(Reference(network), loader)
     return measuring.epochs
-
-
-class Logged:
-    """Keeps what is logged of each epoch."""
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, float]] = []
-
-    def log_metrics(self, metrics: Any, step: int) -> None:  # noqa: ARG002
-        self.epochs.append(dict(metrics))
-
-    def log_params(self, params: Any) -> None:
-        """Of no interest here."""
-
-    def last_logged_step(self, metric: str) -> int:  # noqa: ARG002
-        return 0
 
 
 def ours(path: Path, architecture: str, seed: int, recipe: RecipeName, num_epochs: int | None = None) -> list[Epoch]:

@@ -142,7 +142,12 @@ class AirflowApi:
         )
         return [event for event in self._call("GET", path)["content"] if isinstance(event, dict)]
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, fresh: bool = False) -> Any:
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._request(method, path, body).json()
+
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, fresh: bool = False
+    ) -> requests.Response:
         try:
             if fresh or "Authorization" not in self._session.headers:
                 self._log_in()
@@ -152,12 +157,12 @@ class AirflowApi:
                 f"Airflow at {self.url} does not answer ({type(error).__name__}); is it up? See `mlpipe status`"
             ) from error
         if answer.status_code == requests.codes.unauthorized and not fresh:
-            return self._call(method, path, body, fresh=True)
+            return self._request(method, path, body, fresh=True)
         if not answer.ok:
             raise UserError(
                 f"Airflow refused {method} {path.partition('?')[0]}: {answer.status_code} {_detail(answer)}"
             )
-        return answer.json()
+        return answer
 
     def _log_in(self) -> None:
         answer = self._session.post(f"{self.url}/auth/token", json=self._login, timeout=TIMEOUT)

@@ -41,7 +41,7 @@ class ImageRows:
         """Images of an index, a slice or an array of indices, as a fresh array."""
         if self._indices is None:
             return np.array(self._stored_u8[rows])
-        return np.take(self._stored_u8, self._indices[rows], axis=0)
+        return self.take(rows)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """All of them, in memory."""

@@ -50,7 +50,7 @@ def measure(model_uri: str, test: Split, classes: Sequence[str]) -> Result:
     """
     model = mlflow.pyfunc.load_model(model_uri)
     parts = test.images_u8.slices(BYTES_PER_CALL)
-    frames = [model.predict(np.ascontiguousarray(test.images_u8[part])) for part in parts]
+    frames = [model.predict(test.images_u8[part]) for part in parts]
     frame = pd.concat(frames, ignore_index=True)
     columns = [f"{PROBABILITY}{name}" for name in classes]
     own = [column for column in frame.columns if column.startswith(PROBABILITY)]
