@@ -25,11 +25,14 @@ from mlpipe.errors import UserError
 _END = struct.Struct("<4s4H2LH")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_CENTRAL = struct.Struct("<4sxB2xHH4x3L3H4x2L")
+"""Of a member's entry in the directory: signature, system, flags, method, CRC-32, packed and unpacked size, lengths of
+name, extra field and comment, attributes, offset of the local header."""
 _LOCAL = struct.Struct("<4s5H3L2H")
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED, _UTF8 = 0x1 | 0x40 | 0x2000, 0x800
 _UNIX = 3
+_PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)
 _SLACK = 256
 """Room for the local headers' extra fields, which may be longer than the directory says, bytes."""
 
@@ -60,40 +63,54 @@ class ZipImages(ImageArchive):
     def name(self, index: int) -> str:
         position = self._directory_positions[index]
         entry = _CENTRAL.unpack(os.pread(self._fd, _CENTRAL.size, position))
-        return _decoded(os.pread(self._fd, entry[10], position + _CENTRAL.size), entry[3])
+        flags, name_length = entry[2], entry[7]
+        return _decoded(os.pread(self._fd, name_length, position + _CENTRAL.size), flags)
 
     def stream(self, max_count: int, max_bytes: int) -> Iterator[Packed]:
         for start, stop in self._runs(max_count, max_bytes):
             yield Packed(start, stop - start, lambda start=start, stop=stop: self._read(start, stop))  # type: ignore[misc]
 
     def _list(self, listing: Listing) -> None:
-        file_size = os.fstat(self._fd).st_size
-        position, size, count = self._find_directory(file_size)
+        position, size, count = self._find_directory(os.fstat(self._fd).st_size)
         end = position + size
         with open(self._fd, "rb", buffering=1 << 20, closefd=False) as file:
             file.seek(position)
             self._list_directory(listing, file, position, end, count)
 
     def _list_directory(self, listing: Listing, file: BinaryIO, position: int, end: int, count: int) -> None:
-        unpack, read = _CENTRAL.unpack, file.read
+        unpack, header_size, read, add = _CENTRAL.unpack, _CENTRAL.size, file.read, listing.add
+        add_offset, add_packed_size = self._offsets.append, self._packed_sizes.append
+        add_checksum, add_method = self._checksums.append, self._methods.append
+        add_name_length, add_position = self._name_lengths.append, self._directory_positions.append
         while position < end:
-            entry = unpack(read(_CENTRAL.size))
-            signature, made_by, _, flags, method, _, _, checksum, packed, unpacked = entry[:10]
-            name_length, extra_length, comment_length, _, _, attributes, offset = entry[10:]
+            (
+                signature,
+                system,
+                flags,
+                method,
+                checksum,
+                packed,
+                unpacked,
+                name_length,
+                extra_length,
+                comment_length,
+                attributes,
+                offset,
+            ) = unpack(read(header_size))
             if signature != b"PK\x01\x02":
                 raise ValueError("its directory is broken")
-            rest = read(name_length + extra_length + comment_length)
+            rest_length = name_length + extra_length + comment_length
+            rest = read(rest_length)
             name = _decoded(rest[:name_length], flags)
-            if 0xFFFFFFFF in (packed, unpacked, offset):
+            if packed == 0xFFFFFFFF or unpacked == 0xFFFFFFFF or offset == 0xFFFFFFFF:
                 extra = rest[name_length : name_length + extra_length]
                 unpacked, packed, offset = _large(extra, unpacked, packed, offset)
             count -= 1
-            kind = stat.S_IFMT(attributes >> 16) if made_by >> 8 == _UNIX else 0
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            if system == _UNIX and stat.S_IFMT(attributes >> 16) not in _PLAIN:
                 raise UserError(f"the archive's member {name[:120]!r} is a link or device; pack plain files only")
-            if name.endswith(("/", "\\")):
+            if name[-1:] in ("/", "\\"):
                 listing.add_folder(name)
-            elif listing.add(name, unpacked):
+            elif add(name, unpacked):
                 if flags & _ENCRYPTED:
                     raise UserError(f"the archive's member {name[:120]!r} is encrypted; pack it without a password")
                 if method not in (_STORED, _DEFLATED):
@@ -103,13 +120,13 @@ class ZipImages(ImageArchive):
                     )
                 if method == _STORED and packed != unpacked:
                     raise ValueError(f"sizes of {name[:120]!r} contradict each other")
-                self._offsets.append(offset)
-                self._packed_sizes.append(packed)
-                self._checksums.append(checksum)
-                self._methods.append(method)
-                self._name_lengths.append(name_length)
-                self._directory_positions.append(position)
-            position += _CENTRAL.size + len(rest)
+                add_offset(offset)
+                add_packed_size(packed)
+                add_checksum(checksum)
+                add_method(method)
+                add_name_length(name_length)
+                add_position(position)
+            position += header_size + rest_length
         if count % 65536 or position != end:
             raise ValueError("its directory is incomplete")
 
@@ -193,11 +210,11 @@ def _pread(fd: int, size: int, offset: int) -> memoryview:
 
 def _decoded(name: bytes, flags: int) -> str:
     """A member's name. Many programs write UTF-8 without saying so; the specification's other choice is cp437."""
-    if flags & _UTF8 or name.isascii():
-        return name.decode("utf-8")
     try:
         return name.decode("utf-8")
     except UnicodeDecodeError:
+        if flags & _UTF8:
+            raise
         return name.decode("cp437")
 
 
