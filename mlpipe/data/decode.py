@@ -156,20 +156,36 @@ def _decode_plain(data: bytes | memoryview, pixels: NDArray[np.uint8]) -> bool:
 _NEUTRAL_SEGMENTS = frozenset({0xE0, 0xFE, 0xDB, 0xC4, 0xDD})
 _BASELINE, _EXTENDED, _PROGRESSIVE, _START_OF_SCAN = 0xC0, 0xC1, 0xC2, 0xDA
 
+_last_head = (b"", 0)
+"""All segments of the last plain JPEG and its size: most images of a data set come from one encoder."""
+
 
 def _is_plain_jpeg(data: bytes | memoryview, size: int) -> bool:
-    """8-bit grey or YCbCr of `size` × `size`, by its segments (ITU-T T.81, annex B)."""
+    """8-bit grey or YCbCr of `size` × `size`."""
+    global _last_head
+    head, size_of_last = _last_head
+    if size == size_of_last and bytes(data[: len(head)]) == head:
+        return True
+    scan_at = _find_scan(data, size)
+    if scan_at is None:
+        return False
+    _last_head = (bytes(data[: scan_at + 2]), size)
+    return True
+
+
+def _find_scan(data: bytes | memoryview, size: int) -> int | None:
+    """Where the picture begins, if the segments before it (ITU-T T.81, annex B) are those of a plain JPEG."""
     at, end, fits = 2, len(data) - 10, False
     while at < end:
         if data[at] != 0xFF:
-            return False
+            return None
         marker = data[at + 1]
         if marker == _START_OF_SCAN:
-            return fits
+            return at if fits else None
         if marker in (_BASELINE, _EXTENDED, _PROGRESSIVE):
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
             fits = data[at + 4] == 8 and height == width == size and data[at + 9] in (1, 3)
         elif marker not in _NEUTRAL_SEGMENTS:
-            return False
+            return None
         at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return False
+    return None

@@ -56,6 +56,18 @@ def test_short_way_gives_pillows_pixels(
     np.testing.assert_array_equal(decoded(memoryview(bytearray(data)), 32, Counter()), by_pillow(data, 32))
 
 
+def test_a_known_header_vouches_for_nothing_else(make: SimpleNamespace) -> None:
+    first, second = (saved(Image.fromarray(make.random_pixels(seed, 32)), "JPEG") for seed in (1, 2))
+    np.testing.assert_array_equal(decoded(first, 32, Counter()), by_pillow(first, 32))
+    assert decode._last_head[0] == second[: len(decode._last_head[0])]  # so the second takes the shorter way
+    np.testing.assert_array_equal(decoded(second, 32, Counter()), by_pillow(second, 32))
+    np.testing.assert_array_equal(decoded(second, 24, Counter()), by_pillow(second, 24))
+    with pytest.raises(BadImageError):
+        decoded(second[: len(second) * 3 // 4], 32, Counter())
+    grey_head = saved(Image.new("L", (32, 32)), "JPEG")
+    np.testing.assert_array_equal(decoded(grey_head, 32, Counter()), by_pillow(grey_head, 32))
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"])
 def test_formats_and_sizes(make: SimpleNamespace, form: str) -> None:
     data = saved(Image.fromarray(make.random_pixels(1, 20)), form)
