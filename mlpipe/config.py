@@ -220,10 +220,11 @@ class TrainConfig:
     """Images in one optimizer step (networks)."""
     learning_rate: float = 1e-3
     """Step size; the peak one where a schedule varies it (networks)."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Update rule; sgd has Nesterov momentum 0.9 (networks)."""
+    optimizer: Literal["adam", "sgd", "muon"] = "adam"
+    """Update rule; sgd has Nesterov momentum 0.9, and trains what is no convolution where it is muon (networks)."""
     weight_decay: float = 0.0
-    """Coefficient of the L2 penalty (networks)."""
+    """Coefficient of the L2 penalty; with muon, share of a convolution's weights that a step takes away, times the
+    learning rate (networks)."""
     schedule: Literal["constant", "one_cycle"] = "constant"
     """Learning rate over the steps (networks)."""
     label_smoothing: float = 0.0

@@ -38,18 +38,19 @@ class EpochFollower(Callback):
         """
         Args:
             loader: the training batches, this process's share of them.
-            resumed: `weights`, `optimizer` and `schedules` as the last try left them; `None`: a new training.
+            resumed: `weights`, `optimizers` and `schedules` as the last try left them; `None`: a new training.
         """
         self.resumed = resumed
         self.loader = loader
         self._seed = seed
 
     def on_train_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
-        """Put the network, the optimizer and the schedule where the last try left them."""
+        """Put the network, the optimizers and the schedules where the last try left them."""
         if self.resumed is None:
             return
         pl_module.network.load_state_dict(self.resumed["weights"])
-        trainer.optimizers[0].load_state_dict(self.resumed["optimizer"])
+        for optimizer, state in zip(trainer.optimizers, self.resumed["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         for config, state in zip(trainer.lr_scheduler_configs, self.resumed["schedules"], strict=True):
             config.scheduler.load_state_dict(state)
         self.resumed = None  # its memory
@@ -142,7 +143,7 @@ class EpochKeeper(EpochFollower):
         last_logged = self._tracking.last_logged_step("val/accuracy")
         for epoch in range(last_logged + 1, len(self.history) + 1):  # saved, but interrupted before it was logged
             self._log(epoch)
-        return {name: state[name] for name in ("weights", "optimizer", "schedules")}
+        return {name: state[name] for name in ("weights", "optimizers", "schedules")}
 
     def _save(self, trainer: Trainer, module: ClassificationModule) -> None:
         if self._checkpoints is None:
@@ -156,7 +157,7 @@ class EpochKeeper(EpochFollower):
                 # The same tensors where this epoch is the best: they are then stored once.
                 "best_weights": weights if self.best_epoch == len(self.history) else self.best_weights,
                 "weights": weights,
-                "optimizer": trainer.optimizers[0].state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
                 "schedules": schedules,
             }
         )

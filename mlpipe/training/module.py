@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mlpipe.config import TrainConfig
 from mlpipe.models.portable import enlarge, normalise
 from mlpipe.training.augmentation import augment
+from mlpipe.training.muon import muon_for_convolutions
 
 
 class EpochTotals:
@@ -99,18 +100,18 @@ class ClassificationModule(LightningModule):
         self.validation_totals = EpochTotals(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
-        """One step of the optimizer and of the schedule."""
+        """One step of the optimizers and of their schedules."""
         images_u8, labels = batch
         logits = self._logits(augment(images_u8, self.train_config.augmentation))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
         self.training_totals.add(loss, logits, labels)
-        optimizer = self.trainer.optimizers[0]
         with torch.autocast(self.device.type, enabled=False):
-            optimizer.zero_grad()
+            self.network.zero_grad()
             self.manual_backward(loss if self.loss_weight == 1.0 else loss * self.loss_weight)
-            optimizer.step()
-        if isinstance(schedule := self.lr_schedulers(), OneCycleLR):
-            schedule.step()
+            for optimizer in self.trainer.optimizers:
+                optimizer.step()
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # type: ignore[call-arg]  # a OneCycleLR
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Count one batch, without augmentation."""
@@ -121,30 +122,33 @@ class ClassificationModule(LightningModule):
     def _logits(self, images_u8: Tensor) -> Tensor:
         return self.network(enlarge(normalise(images_u8, self.mean, self.std), self.input_size))
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Biases and the parameters of normalisation layers are not decayed: it would only rescale them."""
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        groups = (
-            {"params": [each for each in trained if each.dim() > 1], "weight_decay": self.train_config.weight_decay},
-            {"params": [each for each in trained if each.dim() <= 1], "weight_decay": 0.0},
-        )
-        return [group for group in groups if group["params"]]
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[OneCycleLR]]:
+        """The optimizers of the configuration, fused where PyTorch can, and their schedules."""
+        optimizers = self._optimizers()
+        return optimizers, [] if self.train_config.schedule == "constant" else [self._one_cycle(o) for o in optimizers]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of the configuration in its fused form, and its schedule."""
+    def _optimizers(self) -> list[Optimizer]:
         config = self.train_config
-        parameters = self._parameter_groups()
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         options: dict[str, Any] = {"lr": config.learning_rate, "fused": True}
-        optimizer: torch.optim.Optimizer
+        if config.optimizer == "muon":
+            kernels = [each for each in trained if each.dim() == 4]
+            others = [each for each in trained if each.dim() != 4]
+            muon = muon_for_convolutions(kernels, config.learning_rate, config.weight_decay)
+            return [muon, SGD(others, momentum=0.9, nesterov=True, **options)]
+        # Biases and the parameters of normalisation layers are not decayed: it would only rescale them.
+        decayed = [each for each in trained if each.dim() > 1]
+        others = [each for each in trained if each.dim() <= 1]
+        groups = ({"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0})
+        parameters = [group for group in groups if group["params"]]
         if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **options)
-        else:
-            optimizer = torch.optim.Adam(parameters, **options)
-        if config.schedule == "constant":
-            return {"optimizer": optimizer}
-        schedule = OneCycleLR(
+            return [SGD(parameters, momentum=0.9, nesterov=True, **options)]
+        return [Adam(parameters, **options)]
+
+    def _one_cycle(self, optimizer: Optimizer) -> OneCycleLR:
+        return OneCycleLR(
             optimizer,
-            max_lr=config.learning_rate,
+            max_lr=self.train_config.learning_rate,
             total_steps=self.total_steps + 1,  # it moves on after the last step, too
             pct_start=0.2,
             anneal_strategy="linear",
@@ -152,4 +156,3 @@ class ClassificationModule(LightningModule):
             div_factor=10,
             final_div_factor=100,
         )
-        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -25,6 +25,9 @@ from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.whitening import MAX_IMAGES, whiten
 
+CHECKPOINT_FORMAT = 2
+"""Of what `EpochKeeper` saves."""
+
 
 def train_network(
     model: ModelConfig,
@@ -133,7 +136,8 @@ def _whiten_stem(network: SmallResidualCNN, training: BatchLoader, mean: Channel
 def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:
     """What a checkpoint must agree with to be gone on from; the shapes, since the code may change between two tries."""
     shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
-    facts = json.dumps([asdict(model), dataset.manifest.digest, initial.description, shapes], sort_keys=True)
+    values = [CHECKPOINT_FORMAT, asdict(model), dataset.manifest.digest, initial.description, shapes]
+    facts = json.dumps(values, sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()  # an address among them may hold a password
 
 

@@ -55,13 +55,16 @@ def test_a_batch_can_be_overfitted(architecture, new_dataset, config, train, tra
     assert train(model, dataset, tracking).metrics["val/accuracy"] == 1
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "custom_cnn"])
+@pytest.mark.parametrize(
+    ("architecture", "optimizer"), [("resnet18", "sgd"), ("resnet18", "muon"), ("custom_cnn", "sgd")]
+)
 def test_the_same_seed_gives_the_same_weights_also_without_dead_taps(
-    architecture, new_dataset, config, train, tracking
+    architecture, optimizer, new_dataset, config, train, tracking
 ) -> None:
     """At 32×32, where kernels of resnet18's last stage are trimmed; with two threads, as in a slot of two cores."""
     dataset = new_dataset(size=32)
-    model = config(architecture, augmentation="flip_crop", schedule="one_cycle", optimizer="sgd", weight_decay=5e-4)
+    settings = {"optimizer": optimizer, "schedule": "one_cycle", "weight_decay": 5e-4}
+    model = config(architecture, augmentation="flip_crop", **settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -163,8 +166,9 @@ def test_early_stopping_ends_after_patience_epochs_without_a_better_one(
         {},
         {"optimizer": "sgd", "learning_rate": 0.01, "schedule": "one_cycle", "augmentation": "flip_crop"},
         {"weight_decay": 0.01, "schedule": "one_cycle", "label_smoothing": 0.1},
+        {"optimizer": "muon", "learning_rate": 0.01, "weight_decay": 0.1, "schedule": "one_cycle"},
     ],
-    ids=["adam", "sgd", "decayed"],
+    ids=["adam", "sgd", "decayed", "muon"],
 )
 def test_an_interrupted_training_ends_like_an_unbroken_one(
     settings, dataset, config, train, tracking, store, monkeypatch
