@@ -76,13 +76,18 @@ RECIPES: dict[RecipeName, Recipe] = {
             num_components=512,
             inverse_regularization=1e-3,
         ),
-        # Its logits are divided by 8.
-        overrides={"custom_cnn": {"batch_size": 256, "learning_rate": 0.5}},
+        overrides={
+            **dict.fromkeys(
+                SMALL_IMAGES_VARIANTS,
+                {"batch_size": 256, "optimizer": "muon", "learning_rate": 0.07, "weight_decay": 0.1},
+            ),
+            "custom_cnn": {"batch_size": 256, "learning_rate": 0.5},  # its logits are divided by 8
+        },
         small_images_variants=True,
         # From the literature, for no ImageNet weights were at hand: images below 96×96 are shown at 128×128, without
         # weight decay (Kolesnikov et al., "Big Transfer", ECCV 2020); SGD with Nesterov momentum, batches of 256 and a
         # rate of 0.01 (Kornblith et al., "Do Better ImageNet Models Transfer Better?", CVPR 2019).
-        pretrained={"batch_size": 256, "learning_rate": 0.01, "weight_decay": 0.0},
+        pretrained={"batch_size": 256, "optimizer": "sgd", "learning_rate": 0.01, "weight_decay": 0.0},
         pretrained_input_size=128,
     ),
 }

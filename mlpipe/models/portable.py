@@ -183,23 +183,14 @@ def build_network(architecture: str, num_classes: int, image_size: int, variant:
 
     Args:
         architecture: `custom_cnn` or the name of a classification network of torchvision.
-        variant: `standard`, or `small_images`, of which custom_cnn and the resnets have one: for resnets a 3×3 first
-            convolution without stride in place of 7×7 with stride 2, no pooling after it (He et al., "Deep Residual
-            Learning", section 4.2), and PyTorch's own initial weights, which are smaller than torchvision's by a
-            factor of about √6: the same steps then turn them further.
+        variant: `standard`, or `small_images`, of which custom_cnn and the resnets have one.
     """
     if architecture == "custom_cnn":
         return SmallResidualCNN(num_classes) if variant == "small_images" else CustomCNN(num_classes)
     import torchvision
 
     if variant == "small_images":
-        network = torchvision.models.get_model(architecture, weights=None, num_classes=num_classes)
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                module.reset_parameters()
-        return network
+        return _small_images_resnet(torchvision.models.get_model(architecture, weights=None, num_classes=num_classes))
     options: dict[str, Any] = {}
     if architecture in ("googlenet", "inception_v3"):
         # Their auxiliary outputs only helped before batch normalisation. transform_input makes them take the same
@@ -210,6 +201,30 @@ def build_network(architecture: str, num_classes: int, image_size: int, variant:
     elif architecture.startswith("maxvit_"):
         options = {"input_size": (image_size, image_size)}
     return torchvision.models.get_model(architecture, weights=None, num_classes=num_classes, **options)
+
+
+def _small_images_resnet(network: Any) -> nn.Module:
+    """Change one of torchvision's resnets, in place, so that its stages see 32×32 pixels and less where 7×7 was least.
+
+    The first convolution is 3×3 without stride, and no pooling follows it (He et al., "Deep Residual Learning", section
+    4.2). The later stages halve their maps by pooling, not by skipping pixels: the maximum behind a convolution, as
+    fast CIFAR-10 networks do, and the mean in the shortcut (T. He et al., "Bag of Tricks", CVPR 2019). The initial weights
+    are PyTorch's own, which are smaller than torchvision's.
+    """
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    for stage in (network.layer2, network.layer3, network.layer4):
+        first = stage[0]
+        for convolution, normalisation in (("conv1", "bn1"), ("conv2", "bn2")):
+            if first.get_submodule(convolution).stride == (2, 2):
+                first.get_submodule(convolution).stride = (1, 1)
+                setattr(first, normalisation, nn.Sequential(nn.MaxPool2d(2), first.get_submodule(normalisation)))
+        first.downsample[0].stride = (1, 1)
+        first.downsample.insert(0, nn.AvgPool2d(2))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    return network
 
 
 def outline_network(architecture: str, num_classes: int, image_size: int, variant: str = "standard") -> nn.Module:
