@@ -77,10 +77,10 @@ RECIPES: dict[RecipeName, Recipe] = {
             inverse_regularization=1e-3,
         ),
         overrides={
-            **dict.fromkeys(
-                SMALL_IMAGES_VARIANTS,
-                {"batch_size": 256, "optimizer": "muon", "learning_rate": 0.07, "weight_decay": 0.1},
-            ),
+            **{
+                resnet: {"batch_size": 256, "optimizer": "muon", "learning_rate": 0.07, "weight_decay": 0.1}
+                for resnet in SMALL_IMAGES_VARIANTS
+            },
             "custom_cnn": {"batch_size": 256, "learning_rate": 0.5},  # its logits are divided by 8
         },
         small_images_variants=True,

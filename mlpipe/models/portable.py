@@ -208,8 +208,8 @@ def _small_images_resnet(network: Any) -> nn.Module:
 
     The first convolution is 3×3 without stride, and no pooling follows it (He et al., "Deep Residual Learning", section
     4.2). The later stages halve their maps by pooling, not by skipping pixels: the maximum behind a convolution, as
-    fast CIFAR-10 networks do, and the mean in the shortcut (T. He et al., "Bag of Tricks", CVPR 2019). The initial weights
-    are PyTorch's own, which are smaller than torchvision's.
+    fast CIFAR-10 networks do, and the mean in the shortcut (T. He et al., "Bag of Tricks", CVPR 2019). The initial
+    weights are PyTorch's own, which are smaller than torchvision's.
     """
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     network.maxpool = nn.Identity()

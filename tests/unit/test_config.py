@@ -146,7 +146,8 @@ def test_the_strong_recipe_takes_networks_for_small_images_only_for_small_images
     random, _, pretrained = (model.train for model in resolved(
         recipe="strong", dataset="cifar10", models="resnet18,custom_cnn,resnet18=imagenet"
     ).models)  # fmt: skip
-    assert (pretrained.learning_rate, random.learning_rate) == (0.01, 0.1)
+    assert (pretrained.optimizer, pretrained.learning_rate) == ("sgd", 0.01)
+    assert (random.optimizer, random.learning_rate) == ("muon", 0.07)
 
 
 def test_digits_are_never_mirrored() -> None:

@@ -24,13 +24,18 @@ def test_each_architecture_said_to_have_a_form_for_small_images_has_one(architec
     assert shapes[0] != shapes[1]
 
 
-def test_a_resnet_for_small_images_keeps_their_size_up_to_its_second_stage() -> None:
-    network = portable.outline_network("resnet18", 3, 32, "small_images")
+@pytest.mark.parametrize(("architecture", "expansion"), [("resnet18", 1), ("resnet50", 4)])
+def test_a_resnet_for_small_images_skips_no_pixels_and_halves_its_maps_by_pooling(
+    architecture: str, expansion: int
+) -> None:
+    network = portable.outline_network(architecture, 3, 32, "small_images")
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert {convolution.stride for convolution in convolutions} == {(1, 1)}
     seen = []
-    for stage in (network.layer1, network.layer4):
-        stage.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        stage.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[1:])))
     network(torch.zeros(2, 3, 32, 32, device="meta"))
-    assert seen == [(64, 32, 32), (256, 8, 8)]
+    assert seen == [(width * expansion, size, size) for width, size in ((64, 32), (128, 16), (256, 8), (512, 4))]
 
 
 def test_a_resnet_for_small_images_begins_with_pytorchs_own_weights() -> None:
