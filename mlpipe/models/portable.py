@@ -204,25 +204,23 @@ def build_network(architecture: str, num_classes: int, image_size: int, variant:
 
 
 def _small_images_resnet(network: Any) -> nn.Module:
-    """Change one of torchvision's resnets, in place, so that its stages see 32×32 pixels and less where 7×7 was least.
+    """Change one of torchvision's resnets, in place, so that its stages give 16, 8, 4 and 4 pixels of 32.
 
-    The first convolution is 3×3 without stride, and no pooling follows it (He et al., "Deep Residual Learning", section
-    4.2). The later stages halve their maps by pooling, not by skipping pixels: the maximum behind a convolution, as
-    fast CIFAR-10 networks do, and the mean in the shortcut (T. He et al., "Bag of Tricks", CVPR 2019). The initial
-    weights are PyTorch's own, which are smaller than torchvision's.
+    The first convolution is 3×3 without stride, and no pooling follows it (K. He et al., "Deep Residual Learning",
+    section 4.2). The first three stages halve their maps, and none skips pixels to do so: the maximum behind the
+    convolution, as fast CIFAR-10 networks take it, and the mean in the shortcut (T. He et al., "Bag of Tricks", CVPR
+    2019). The initial weights are PyTorch's own, which are smaller than torchvision's.
     """
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     network.maxpool = nn.Identity()
-    for stage in (network.layer2, network.layer3, network.layer4):
+    for stage in (network.layer1, network.layer2, network.layer3):
         first = stage[0]
-        for convolution, normalisation in (("conv1", "bn1"), ("conv2", "bn2")):
-            if first.get_submodule(convolution).stride == (2, 2):
-                first.get_submodule(convolution).stride = (1, 1)
-                setattr(first, normalisation, nn.Sequential(nn.MaxPool2d(2), first.get_submodule(normalisation)))
-        first.downsample[0].stride = (1, 1)
-        first.downsample.insert(0, nn.AvgPool2d(2))
+        number = 2 if hasattr(first, "conv3") else 1  # of the block's first 3×3 convolution
+        setattr(first, f"bn{number}", nn.Sequential(nn.MaxPool2d(2), first.get_submodule(f"bn{number}")))
+        first.downsample = nn.Sequential(nn.AvgPool2d(2), *(first.downsample or ()))
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
             module.reset_parameters()
     return network
 
