@@ -1,6 +1,7 @@
-"""What the recipe strong reaches with custom_cnn, and what each of its parts gives.
+"""What the recipe strong reaches, and what each of its parts gives.
 
     python benchmarks/accuracy.py cifar10-images.zip
+    python benchmarks/accuracy.py cifar10-images.zip --model resnet18 --seeds 0 --ablation-epochs 2
 
 The final recipe is trained with several seeds and measured on the test images. The parts are taken away one by one,
 with one seed, and measured on validation images alone, which is also how the recipe was found.
@@ -23,7 +24,7 @@ from common import Logged, conditions, read_images, table
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
-from mlpipe.config import RunParams, TrainConfig
+from mlpipe.config import ModelConfig, RunParams
 from mlpipe.data.dataset import Split
 from mlpipe.models.registry import build_network
 from mlpipe.models.weights import InitialWeights
@@ -54,12 +55,17 @@ def dataset(path: Path) -> Any:
     )
 
 
-def trained(data: Any, seed: int, **changes: Any) -> TrainedModel:
-    """custom_cnn by the recipe, with some settings changed."""
-    model = resolve(RunParams(dataset="cifar10", recipe="strong", models="custom_cnn", seed=seed)).models[0]
-    model = replace(model, train=replace(model.train, **changes))
+def by_recipe(architecture: str, seed: int = 0) -> ModelConfig:
+    return resolve(RunParams(dataset="cifar10", recipe="strong", models=architecture, seed=seed)).models[0]
+
+
+def trained(data: Any, model: ModelConfig) -> TrainedModel:
     network = build_network(
-        model.architecture, num_classes=10, image_size=data.manifest.image_size, seed=seed, variant=model.variant
+        model.architecture,
+        num_classes=10,
+        image_size=data.manifest.image_size,
+        seed=model.train.seed,
+        variant=model.variant,
     )
     initial = InitialWeights(description="random", replaced_head=False, sha256=None, variant=model.variant)
     return train_network(model, data, Logged(), network=network, initial=initial)
@@ -76,23 +82,32 @@ def without_averaging(model: TrainedModel) -> TrainedModel:
     return replace(model, description=replace(model.description, test_time_averaging="none"))
 
 
-def ablations(rate: float) -> Iterator[tuple[str, dict[str, Any]]]:
+def ablations(recipe: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
     """What is changed in the recipe, in words and in settings."""
-    yield "the recipe", {}
-    yield "no augmentation", {"augmentation": "none"}
-    yield "flips alone, no crops", {"augmentation": "flip"}
-    yield "crops alone, no flips", {"augmentation": "crop"}
-    yield "no weight decay", {"weight_decay": 0.0}
-    yield "no label smoothing", {"label_smoothing": 0.0}
-    yield "constant learning rate, a fifth of the peak", {"schedule": "constant", "learning_rate": rate / 5}
+
+    def changed(**settings: Any) -> ModelConfig:
+        return replace(recipe, train=replace(recipe.train, **settings))
+
+    yield "the recipe", recipe
+    if recipe.train.optimizer == "muon":
+        sgd = changed(optimizer="sgd", learning_rate=0.1, weight_decay=5e-4, batch_size=128)
+        yield "SGD at 0.1, batches of 128, in place of Muon", sgd
+        yield "the published form of the network", replace(recipe, variant="standard")
+    yield "no augmentation", changed(augmentation="none")
+    yield "flips alone, no crops", changed(augmentation="flip")
+    yield "crops alone, no flips", changed(augmentation="crop")
+    yield "no weight decay", changed(weight_decay=0.0)
+    yield "no label smoothing", changed(label_smoothing=0.0)
+    fifth = recipe.train.learning_rate / 5
+    yield "constant learning rate, a fifth of the peak", changed(schedule="constant", learning_rate=fifth)
 
 
-def seeds_table(data: Any, path: Path, num_seeds: int) -> str:
+def seeds_table(data: Any, path: Path, architecture: str, num_seeds: int) -> str:
     test = read_images(path, "test")
     rows, reached = [], []
     for seed in range(num_seeds):
         began = time.perf_counter()
-        model = trained(data, seed)
+        model = trained(data, by_recipe(architecture, seed))
         seconds = time.perf_counter() - began
         reached.append(float(hits(model, *test).mean()))
         plain = float(hits(without_averaging(model), *test).mean())
@@ -104,46 +119,46 @@ def seeds_table(data: Any, path: Path, num_seeds: int) -> str:
     )
 
 
-def print_ablation(data: Any, num_epochs: int) -> None:
+def print_ablation(data: Any, recipe: ModelConfig) -> None:
     """A row as soon as it is known."""
     val = data.val_split()
     images_u8, labels = np.asarray(val.images_u8[:]), np.asarray(val.labels)
     head = ["changed", "validation accuracy, images as they are", "with mirror images", "points lost"]
     print(table(head, []), flush=True)
-    recipe: NDArray[np.bool_] | None = None
-    for name, changes in ablations(TRAIN.learning_rate):
-        model = trained(data, 0, num_epochs=num_epochs, **changes)
+    whole: NDArray[np.bool_] | None = None
+    for name, config in ablations(recipe):
+        model = trained(data, config)
         hit = hits(model, images_u8, labels)
         plain = hits(without_averaging(model), images_u8, labels)
         lost = ""
-        if recipe is None:
-            recipe = hit
+        if whole is None:
+            whole = hit
         else:
-            each = 100 * (recipe.astype(float) - hit)
+            each = 100 * (whole.astype(float) - hit)
             lost = f"{each.mean():.2f} ± {each.std(ddof=1) / len(each) ** 0.5:.2f}"
         row = [name, f"{plain.mean():.4f}", f"{hit.mean():.4f}", lost]
         print(table(row, []).splitlines()[0], flush=True)
 
 
-TRAIN: TrainConfig = resolve(RunParams(dataset="cifar10", recipe="strong", models="custom_cnn")).models[0].train
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="zip of train/<class>/… and test/<class>/…, 32×32 pixels")
+    parser.add_argument("--model", default="custom_cnn", choices=["custom_cnn", "resnet18"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ablation-epochs", type=int, default=TRAIN.num_epochs)
+    parser.add_argument("--ablation-epochs", type=int, help="0: none; default: the recipe's")
     arguments = parser.parse_args()
+    recipe = by_recipe(arguments.model)
+    num_epochs = recipe.train.num_epochs if arguments.ablation_epochs is None else arguments.ablation_epochs
     data = dataset(arguments.data)
     print("# The recipe strong\n")
     print(conditions("torch", "lightning"), f"{torch.get_num_threads()} threads.\n")
     if arguments.seeds:
-        print(f"custom_cnn, {TRAIN.num_epochs} epochs, 45,000 training images, 10,000 test images.\n")
-        print(seeds_table(data, arguments.data, arguments.seeds) + "\n", flush=True)
-    if arguments.ablation_epochs:
-        print(f"One change at a time, {arguments.ablation_epochs} epochs, seed 0, 5,000 validation images. Points lost")
-        print("against the recipe, with mirror images: their standard error is over the images, not over seeds.\n")
-        print_ablation(data, arguments.ablation_epochs)
+        print(f"{arguments.model}, {recipe.train.num_epochs} epochs, 45,000 training images, 10,000 test images.\n")
+        print(seeds_table(data, arguments.data, arguments.model, arguments.seeds) + "\n", flush=True)
+    if num_epochs:
+        print(f"{arguments.model}, one change at a time, {num_epochs} epochs, seed 0, 5,000 validation images. Points")
+        print("lost against the recipe, with mirror images: their standard error is over the images, not over seeds.\n")
+        print_ablation(data, replace(recipe, train=replace(recipe.train, num_epochs=num_epochs)))
 
 
 if __name__ == "__main__":

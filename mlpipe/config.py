@@ -21,7 +21,7 @@ RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
 Variant = Literal["standard", "small_images"]
 """standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
-normalisation, torchvision's resnets begin with a 3×3 convolution without stride."""
+normalisation, torchvision's resnets begin with a 3×3 convolution without stride and shrink by pooling."""
 SMALL_IMAGES_VARIANTS = frozenset({"custom_cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"})
 """Architectures that have such a form."""
 
