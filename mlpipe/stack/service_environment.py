@@ -12,6 +12,8 @@ from mlpipe.stack.local import StackSettings
 
 FOREIGN = ("AIRFLOW_", "_AIRFLOW_", "AWS_", "MLFLOW_", "_MLFLOW_", "WEED_", "S3_", "PYTHON")
 """Beginnings of variables that the caller's shell may carry for other systems; none of them reaches the stack."""
+EXECUTOR_SETTINGS = "AIRFLOW__GPU_EXECUTOR__"
+"""But these, which are this project's own."""
 
 
 def service_environment(settings: StackSettings, credentials: Credentials) -> dict[str, str]:
@@ -25,6 +27,7 @@ def service_environment(settings: StackSettings, credentials: Credentials) -> di
         **_storage(credentials),
         **_mlflow(settings, credentials),
         **_airflow(settings, credentials),
+        **{name: value for name, value in os.environ.items() if name.startswith(EXECUTOR_SETTINGS)},
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",
     }

@@ -55,7 +55,8 @@ def test_the_callers_own_settings_of_other_systems_do_not_leak_in(settings, monk
     monkeypatch.setenv("AWS_PROFILE", "production")
     monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://elsewhere")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    monkeypatch.setenv("MLPIPE_GPU_SLOTS", "2")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("AIRFLOW__GPU_EXECUTOR__THREADS_PER_SLOT", "2")
     settings.create_folders()
 
     environment = service_environment(settings, Credentials())
@@ -63,7 +64,8 @@ def test_the_callers_own_settings_of_other_systems_do_not_leak_in(settings, monk
     assert "AWS_PROFILE" not in environment
     assert "PYTHONPATH" not in environment
     assert "elsewhere" not in environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"]
-    assert environment["MLPIPE_GPU_SLOTS"] == "2"
+    assert environment["HTTPS_PROXY"] == "http://proxy:3128"
+    assert environment["AIRFLOW__GPU_EXECUTOR__THREADS_PER_SLOT"] == "2"
 
 
 def test_airflow_follows_its_port(tmp_path):
