@@ -150,7 +150,7 @@ def main() -> None:
     recipe = by_recipe(arguments.model)
     num_epochs = recipe.train.num_epochs if arguments.ablation_epochs is None else arguments.ablation_epochs
     data = dataset(arguments.data)
-    print("# The recipe strong\n")
+    print(f"# {arguments.model} by the recipe strong\n")
     print(conditions("torch", "lightning"), f"{torch.get_num_threads()} threads.\n")
     if arguments.seeds:
         print(f"{arguments.model}, {recipe.train.num_epochs} epochs, 45,000 training images, 10,000 test images.\n")
