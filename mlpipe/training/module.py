@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from mlpipe.config import TrainConfig
 from mlpipe.models.portable import enlarge, normalise
 from mlpipe.training.augmentation import augment
-from mlpipe.training.muon import muon_for_convolutions
+from mlpipe.training.muon import Muon
 
 
 class EpochTotals:
@@ -134,7 +134,7 @@ class ClassificationModule(LightningModule):
         if config.optimizer == "muon":
             kernels = [each for each in trained if each.dim() == 4]
             others = [each for each in trained if each.dim() != 4]
-            muon = muon_for_convolutions(kernels, config.learning_rate, config.weight_decay)
+            muon = Muon(kernels, lr=config.learning_rate, weight_decay=config.weight_decay)
             return [muon, SGD(others, momentum=0.9, nesterov=True, **options)]
         # Biases and the parameters of normalisation layers are not decayed: it would only rescale them.
         decayed = [each for each in trained if each.dim() > 1]

@@ -2,38 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
 
-from torch import Tensor, nn
-from torch.optim import Muon
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-MOMENTUM = 0.9
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+"""Of the quintic a·x + b·x³ + c·x⁵, K. Jordan's: five times over, it brings singular values to about 0.7 to 1.2."""
+ITERATIONS = 5
 
 
-def muon_for_convolutions(kernels: Sequence[Tensor], learning_rate: float, weight_decay: float) -> Muon:
-    """PyTorch's Muon, which takes matrices alone: each kernel is seen as one of a row for each output channel.
+class Muon(Optimizer):
+    """Momentum, orthogonalised by a Newton-Schulz iteration; a kernel is a matrix of a row for each output channel.
 
-    After K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). The kernels' gradients are read
-    at each step; whoever trains clears them.
-
-    Args:
-        kernels: (outputs, inputs, height, width) each, with channels last in memory.
-        weight_decay: share of the weights, times the learning rate, that each step takes away.
-
-    Raises:
-        RuntimeError: a kernel is laid out otherwise in memory, and so has no such view.
+    After K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's own takes matrices
+    alone and computes in bfloat16, which processors without it take minutes a step for.
     """
-    matrices = [nn.Parameter(_as_matrix(kernel.detach())) for kernel in kernels]
 
-    def pass_on_gradients(*_: Any) -> None:
-        for matrix, kernel in zip(matrices, kernels, strict=True):
-            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad)
+    def __init__(
+        self, kernels: Iterable[Tensor], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.9
+    ) -> None:
+        """
+        Args:
+            kernels: (outputs, inputs, height, width) each.
+            weight_decay: share of the weights, times the learning rate, that each step takes away.
+            momentum: Nesterov's.
+        """
+        super().__init__(kernels, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
-    optimizer = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, momentum=MOMENTUM, nesterov=True)
-    optimizer.register_step_pre_hook(pass_on_gradients)
-    return optimizer
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Change every kernel that has a gradient."""
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                if kernel.grad is None:
+                    continue
+                state = self.state[kernel]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(kernel)
+                average = state["momentum_buffer"]
+                average.lerp_(kernel.grad, 1 - group["momentum"])
+                wanted = kernel.grad.lerp(average, group["momentum"])
+                # Rows of one memory layout: a view where channels are last in memory.
+                rows = wanted.permute(0, 2, 3, 1)
+                update = orthogonalise(rows.flatten(1)).view(rows.shape).permute(0, 3, 1, 2)
+                gain = max(1.0, len(kernel) / (kernel.numel() / len(kernel))) ** 0.5
+                kernel.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * gain)
 
 
-def _as_matrix(kernel: Tensor) -> Tensor:
-    return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Bring the singular values of (rows, columns) near 1, and leave its singular vectors.
+
+    Each iteration multiplies the matrix by a polynomial of its Gram matrix. Those are collected and multiplied with the
+    matrix once: on wide ones that is less than half of the arithmetic of the usual form.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T).T
+    matrix = matrix / matrix.norm().clamp(min=1e-7)
+    gram = matrix @ matrix.T
+    factor = product = _factor(gram)
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
+    return product @ matrix
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """What one iteration multiplies a matrix of this Gram matrix with."""
+    a, b, c = COEFFICIENTS
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor

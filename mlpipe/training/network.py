@@ -25,7 +25,7 @@ from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.whitening import MAX_IMAGES, whiten
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 """Of what `EpochKeeper` saves."""
 
 
