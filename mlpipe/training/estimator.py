@@ -17,6 +17,7 @@ from mlpipe.config import ModelConfig
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.models.estimators import build_estimator
 from mlpipe.models.portable import ModelDescription, estimator_features, resize
+from mlpipe.training.processor import cpu_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     estimator = build_estimator(
         model.architecture, model.train, num_images=len(features), num_features=features.shape[1]
     )
+    tracking.log_params({"device": cpu_name(), "threads": torch.get_num_threads()})
     logger.info("fitting %s to %d images of %d features", model.architecture, *features.shape)
     started = time.monotonic()
     converged = _fit(estimator, features, labels)

@@ -22,6 +22,7 @@ from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import EpochKeeper
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.module import ClassificationModule
+from mlpipe.training.processor import cpu_computes_bfloat16, cpu_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.whitening import MAX_IMAGES, whiten
 
@@ -148,8 +149,7 @@ def choose_precision(wanted: Literal["auto", "32-true", "bf16-mixed"]) -> Litera
     if torch.cuda.is_available():
         in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        capabilities = torch.cpu.get_capabilities()
-        in_hardware = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        in_hardware = cpu_computes_bfloat16()
     return "bf16-mixed" if in_hardware else "32-true"
 
 
@@ -161,4 +161,4 @@ def _threads_of_each(num_devices: int) -> int:
 def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return str(torch.cpu.get_capabilities().get("cpu_name", "CPU"))
+    return cpu_name()

@@ -22,6 +22,8 @@ def test_it_learns_and_reports_like_the_networks(new_dataset, config, tracking) 
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "images_per_second"} <= set(tracking.metrics[0])
     assert tracking.metrics[0]["val/accuracy"] == trained.metrics["val/accuracy"]
     assert tracking.metrics[0]["converged"] == 1
+    assert tracking.params["threads"] == torch.get_num_threads()
+    assert tracking.params["device"]
 
 
 def test_the_same_seed_gives_the_same_coefficients(dataset, config, tracking) -> None:
