@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+from mlpipe.training.processor import cpu_name
 
 
 def read_images(archive: Path, part: str, count: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -62,10 +63,9 @@ def paired(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 
 def conditions(*packages: str, seed: int = 0) -> str:
     """Date, machine, versions of what is measured, and seed, in a line."""
-    processor = torch.cpu.get_capabilities().get("cpu_name", "")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}; {platform.machine()} {processor}, {os.cpu_count()} cores; "
+        f"{datetime.now(UTC):%Y-%m-%d}; {platform.machine()} {cpu_name()}, {os.cpu_count()} cores; "
         f"Python {platform.python_version()}, {versions}; seed {seed}."
     )
 

@@ -17,7 +17,7 @@ class Muon(Optimizer):
     """Momentum, orthogonalised by a Newton-Schulz iteration; a kernel is a matrix of a row for each output channel.
 
     After K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's own takes matrices
-    alone and computes in bfloat16, which processors without it take minutes a step for.
+    alone and computes in bfloat16, which takes a processor without it more than a minute a step.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Muon(Optimizer):
                 # Rows of one memory layout: a view where channels are last in memory.
                 rows = wanted.permute(0, 2, 3, 1)
                 update = orthogonalise(rows.flatten(1)).view(rows.shape).permute(0, 3, 1, 2)
-                gain = max(1.0, len(kernel) / (kernel.numel() / len(kernel))) ** 0.5
+                gain = max(1.0, len(kernel) ** 2 / kernel.numel()) ** 0.5  # as PyTorch's: rows to columns
                 kernel.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * gain)
 
 

@@ -6,10 +6,8 @@ from torch import nn
 
 from mlpipe.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalise
 
-CHANNELS_LAST = torch.channels_last
 
-
-def convolution(layout: torch.memory_format = CHANNELS_LAST) -> nn.Conv2d:
+def convolution(layout: torch.memory_format = torch.channels_last) -> nn.Conv2d:
     torch.manual_seed(0)
     return nn.Conv2d(8, 16, kernel_size=3, bias=False).to(memory_format=layout)
 
@@ -69,7 +67,7 @@ def test_collecting_the_polynomials_gives_what_applying_each_gives(rank: int) ->
 
 def test_the_layout_in_memory_changes_nothing() -> None:
     changes = []
-    for layout in (CHANNELS_LAST, torch.contiguous_format):
+    for layout in (torch.channels_last, torch.contiguous_format):
         layer = convolution(layout)
         layer.weight.grad = torch.linspace(-1, 1, 16 * 8 * 9).sin().view(16, 8, 3, 3).contiguous(memory_format=layout)
         changes.append(step(layer))
