@@ -78,7 +78,13 @@ RECIPES: dict[RecipeName, Recipe] = {
         ),
         overrides={
             **{
-                resnet: {"batch_size": 256, "optimizer": "muon", "learning_rate": 0.07, "weight_decay": 0.1}
+                resnet: {
+                    "batch_size": 256,
+                    "optimizer": "muon",
+                    "learning_rate": 0.07,
+                    "weight_decay": 0.1,
+                    "progressive_resizing": True,
+                }
                 for resnet in SMALL_IMAGES_VARIANTS
             },
             "custom_cnn": {"batch_size": 256, "learning_rate": 0.5},  # its logits are divided by 8
@@ -87,7 +93,13 @@ RECIPES: dict[RecipeName, Recipe] = {
         # From the literature, for no ImageNet weights were at hand: images below 96×96 are shown at 128×128, without
         # weight decay (Kolesnikov et al., "Big Transfer", ECCV 2020); SGD with Nesterov momentum, batches of 256 and a
         # rate of 0.01 (Kornblith et al., "Do Better ImageNet Models Transfer Better?", CVPR 2019).
-        pretrained={"batch_size": 256, "optimizer": "sgd", "learning_rate": 0.01, "weight_decay": 0.0},
+        pretrained={
+            "batch_size": 256,
+            "optimizer": "sgd",
+            "learning_rate": 0.01,
+            "weight_decay": 0.0,
+            "progressive_resizing": False,
+        },
         pretrained_input_size=128,
     ),
 }

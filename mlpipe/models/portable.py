@@ -204,16 +204,16 @@ def build_network(architecture: str, num_classes: int, image_size: int, variant:
 
 
 def _small_images_resnet(network: Any) -> nn.Module:
-    """Change one of torchvision's resnets, in place, so that its stages give 16, 8, 4 and 4 pixels of 32.
+    """Change one of torchvision's resnets, in place, so that its stages give 16, 16, 8 and 4 pixels of 32.
 
     The first convolution is 3×3 without stride, and no pooling follows it (K. He et al., "Deep Residual Learning",
-    section 4.2). The first three stages halve their maps, and none skips pixels to do so: the maximum behind the
+    section 4.2). Three of the stages halve their maps, and none skips pixels to do so: the maximum behind the
     convolution, as fast CIFAR-10 networks take it, and the mean in the shortcut (T. He et al., "Bag of Tricks", CVPR
     2019). The initial weights are PyTorch's own, which are smaller than torchvision's.
     """
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     network.maxpool = nn.Identity()
-    for stage in (network.layer1, network.layer2, network.layer3):
+    for stage in (network.layer1, network.layer3, network.layer4):
         first = stage[0]
         number = 2 if hasattr(first, "conv3") else 1  # of the block's first 3×3 convolution
         setattr(first, f"bn{number}", nn.Sequential(nn.MaxPool2d(2), first.get_submodule(f"bn{number}")))

@@ -37,6 +37,7 @@ NETWORK_SETTINGS = frozenset(
         "schedule",
         "label_smoothing",
         "test_time_averaging",
+        "progressive_resizing",
         "early_stopping_patience",
         "precision",
         "num_devices",

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"]) -> Tensor:
@@ -44,3 +45,11 @@ def _shifted(positions: Tensor, size: int) -> Tensor:
     offset = torch.randint(-reach, reach + 1, (len(positions), 1), device=positions.device)
     moved = (positions + offset).abs()
     return (size - 1) - ((size - 1) - moved).abs()
+
+
+def shrink(images: Tensor, image_size: int) -> Tensor:
+    """(B, C, H, W) float32 to (B, C, image_size, image_size), bilinear, antialiased, channels last in memory."""
+    if images.shape[-2:] == (image_size, image_size):
+        return images
+    smaller = F.interpolate(images, size=(image_size, image_size), mode="bilinear", antialias=True)
+    return smaller.contiguous(memory_format=torch.channels_last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from mlpipe.data.batches import BatchLoader
 from mlpipe.training.epochs import EpochFollower
 from mlpipe.training.memory import keep_freed_memory
 from mlpipe.training.module import ClassificationModule
+from mlpipe.training.winograd import winograd_convolutions
 
 SHARE_FOR_IMAGES = 0.25
 """Of a GPU's free memory, at most, for the images of each split."""
@@ -79,7 +80,9 @@ def run_trainer(fit: Fit, epochs: EpochFollower, rank: int = 0) -> None:
         if on_gpu:
             for loader in (epochs.loader, validation):
                 loader.keep_on(torch.device("cuda", rank), int(torch.cuda.mem_get_info(rank)[0] * SHARE_FOR_IMAGES))
-        trainer.fit(fit.module, epochs.loader, validation)
+        fast = fit.precision == "32-true" and not on_gpu
+        with winograd_convolutions(fit.module.network) if fast else nullcontext():
+            trainer.fit(fit.module, epochs.loader, validation)
 
 
 def _strategy(rank: int) -> Strategy:

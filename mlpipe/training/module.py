@@ -14,8 +14,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from mlpipe.config import TrainConfig
 from mlpipe.models.portable import enlarge, normalise
-from mlpipe.training.augmentation import augment
+from mlpipe.training.augmentation import augment, shrink
 from mlpipe.training.muon import Muon
+
+MIN_IMAGE_SIZE = 16
+"""Height and width below which images are not shrunk, pixels."""
 
 
 class EpochTotals:
@@ -102,7 +105,8 @@ class ClassificationModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """One step of the optimizers and of their schedules."""
         images_u8, labels = batch
-        logits = self._logits(augment(images_u8, self.train_config.augmentation))
+        images = self._shown(augment(images_u8, self.train_config.augmentation))
+        logits = self.network(shrink(images, self._image_size(images.shape[-1])))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
         self.training_totals.add(loss, logits, labels)
         with torch.autocast(self.device.type, enabled=False):
@@ -116,11 +120,18 @@ class ClassificationModule(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Count one batch, without augmentation."""
         images_u8, labels = batch
-        logits = self._logits(images_u8)
+        logits = self.network(self._shown(images_u8))
         self.validation_totals.add(F.cross_entropy(logits, labels), logits, labels)
 
-    def _logits(self, images_u8: Tensor) -> Tensor:
-        return self.network(enlarge(normalise(images_u8, self.mean, self.std), self.input_size))
+    def _shown(self, images_u8: Tensor) -> Tensor:
+        return enlarge(normalise(images_u8, self.mean, self.std), self.input_size)
+
+    def _image_size(self, whole: int) -> int:
+        """Height and width that this epoch trains with; the last one always with the whole."""
+        config = self.train_config
+        if config.progressive_resizing and 10 * (self.current_epoch + 1) <= 7 * config.num_epochs:
+            return min(whole, max(whole // 2, MIN_IMAGE_SIZE))
+        return whole
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[OneCycleLR]]:
         """The optimizers of the configuration, fused where PyTorch can, and their schedules."""
@@ -150,7 +161,7 @@ class ClassificationModule(LightningModule):
             optimizer,
             max_lr=self.train_config.learning_rate,
             total_steps=self.total_steps + 1,  # it moves on after the last step, too
-            pct_start=0.2,
+            pct_start=0.25 if self.total_steps == 4 else 0.2,  # PyTorch 2.14 divides by the length of the rise: 0
             anneal_strategy="linear",
             cycle_momentum=False,
             div_factor=10,

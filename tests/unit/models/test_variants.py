@@ -35,7 +35,7 @@ def test_a_resnet_for_small_images_skips_no_pixels_and_halves_its_maps_by_poolin
     for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
         stage.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[1:])))
     network(torch.zeros(2, 3, 32, 32, device="meta"))
-    assert seen == [(width * expansion, size, size) for width, size in ((64, 16), (128, 8), (256, 4), (512, 4))]
+    assert seen == [(width * expansion, size, size) for width, size in ((64, 16), (128, 16), (256, 8), (512, 4))]
 
 
 def test_a_resnet_for_small_images_begins_with_pytorchs_own_weights() -> None:

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mlpipe.errors import UserError
 from mlpipe.models.portable import normalise
 from mlpipe.models.registry import build_network
 from mlpipe.models.weights import InitialWeights
+from mlpipe.training import winograd
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.network import choose_precision
 
@@ -74,6 +76,58 @@ def test_the_same_seed_gives_the_same_weights_also_without_dead_taps(
     assert same(first, second)
     if architecture == "resnet18":
         assert weights(first)["layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
+
+
+def test_the_same_seed_gives_the_same_weights_by_winograd_on_growing_images(
+    new_dataset, config, train, tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the recipe strong trains resnet18 on a processor without bfloat16."""
+    counted = Mock(wraps=winograd.convolve)
+    monkeypatch.setattr(winograd, "convolve", counted)
+    settings = {"optimizer": "muon", "schedule": "one_cycle", "progressive_resizing": True, "precision": "32-true"}
+    model = config("resnet18", augmentation="flip_crop", batch_size=48, **settings)
+    initial = replace(RANDOM, variant="small_images")
+
+    def trained() -> Any:
+        network = build_network("resnet18", num_classes=3, image_size=32, seed=0, variant="small_images")
+        return train(model, new_dataset(size=32), tracking, network=network, initial=initial)
+
+    first, second = trained(), trained()
+    assert same(first, second)
+    assert counted.call_count >= 2 * 2 * 3, "the third stage's, at each step of the last epoch at least"
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 3, 4, 5, 6])
+def test_a_schedule_of_few_steps_works(num_epochs, dataset, config, train, tracking) -> None:
+    model = config(num_epochs=num_epochs, batch_size=96, schedule="one_cycle")
+    assert train(model, dataset, tracking).epochs_run == num_epochs
+
+
+def test_images_grow_with_progressive_resizing_and_those_of_validation_are_whole(
+    new_dataset, config, train, tracking
+) -> None:
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.seen: dict[bool, list[int]] = {True: [], False: []}
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen[self.training].append(images.shape[-1])
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            return self.linear(images.mean(dim=(2, 3)))
+
+    def sizes(num_epochs: int, size: int) -> list[int]:
+        network = Sizes()
+        model = config("resnet18", num_epochs=num_epochs, batch_size=96, progressive_resizing=True)
+        train(model, new_dataset(size=size), tracking, network=network)
+        assert set(network.seen[False]) == {size}
+        return network.seen[True]
+
+    assert sizes(10, 32) == [16] * 7 + [32] * 3
+    assert sizes(3, 64) == [32, 32, 64]
+    assert sizes(2, 20) == [16, 20]
+    assert sizes(1, 32) == [32]
 
 
 def test_the_small_images_form_is_whitened_on_the_training_images_and_repeatable(
