@@ -21,11 +21,9 @@ from torch.nn import functional as F
 TILE = 4
 """Height and width of the outputs of a tile; it reads two more each way."""
 MIN_CHANNELS = 128
-"""Inputs and outputs from which it is used,"""
-MIN_KERNELS = 128 * 256
-"""inputs times outputs,"""
+"""Inputs and outputs from which it is used, and"""
 MIN_TILES = 128
-"""and tiles of a batch."""
+"""tiles of a batch."""
 CHUNK = 2**16
 """Tiles times channels that are transformed at once: 9 MB."""
 
@@ -58,13 +56,11 @@ def winograd_convolutions(network: nn.Module) -> Iterator[None]:
 
 
 def _is_wide(convolution: nn.Conv2d) -> bool:
-    num_inputs, num_outputs = convolution.in_channels, convolution.out_channels
     shape = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
     return (
         shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
         and convolution.padding_mode == "zeros"
-        and min(num_inputs, num_outputs) >= MIN_CHANNELS
-        and num_inputs * num_outputs >= MIN_KERNELS
+        and min(convolution.in_channels, convolution.out_channels) >= MIN_CHANNELS
     )
 
 
