@@ -93,6 +93,7 @@ def ablations(recipe: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
         sgd = changed(optimizer="sgd", learning_rate=0.1, weight_decay=5e-4, batch_size=128)
         yield "SGD at 0.1, batches of 128, in place of Muon", sgd
         yield "the published form of the network", replace(recipe, variant="standard")
+        yield "whole images from the first epoch on", changed(progressive_resizing=False)
     yield "no augmentation", changed(augmentation="none")
     yield "flips alone, no crops", changed(augmentation="flip")
     yield "crops alone, no flips", changed(augmentation="crop")

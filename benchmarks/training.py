@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from mlpipe.training.dead_taps import TrimmedKernels
 from mlpipe.training.memory import keep_freed_memory
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.network import choose_precision
+from mlpipe.training.winograd import winograd_convolutions
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -144,7 +146,9 @@ def ours(setting: Setting, path: Path) -> float:
         total_steps=2 * len(loader),
     )
     timer = EpochTimer()
-    trainer(timer, choose_precision("auto")).fit(module, loader)
+    precision = choose_precision("auto")
+    with winograd_convolutions(network) if precision == "32-true" else nullcontext():
+        trainer(timer, precision).fit(module, loader)
     return len(labels) / timer.seconds[-1]
 
 

@@ -212,7 +212,7 @@ class EpochKeeper(EpochFollower):
             self.best_weights = {key: value.cpu().clone() for key, value in module.network.state_dict().items()}
         self._save(trainer, module)
         self._log(epoch)
-        self._report(epoch, trainer)
+        self._report(epoch, trainer, module)
         if self.finished:
             logger.info("val/accuracy has not risen for %d epochs: stopping early", self._patience)
         return self.finished
@@ -233,9 +233,10 @@ class EpochKeeper(EpochFollower):
     def _log(self, epoch: int) -> None:
         self._tracking.log_metrics({name: self.history[epoch - 1][name] for name in LOGGED}, step=epoch)
 
-    def _report(self, epoch: int, trainer: Trainer) -> None:
+    def _report(self, epoch: int, trainer: Trainer, module: ClassificationModule) -> None:
         last = self.history[-1]
-        remaining = (int(trainer.max_epochs or epoch) - epoch) * last["epoch_seconds"]
+        pixels = [module.scale_of(each) ** 2 for each in range(int(trainer.max_epochs or epoch))]
+        remaining = last["epoch_seconds"] * sum(pixels[epoch:]) / pixels[epoch - 1]
         logger.info(
             "epoch %d/%d: train/loss %.4f, train/accuracy %.4f, val/loss %.4f, val/accuracy %.4f%s, %.0f images/s, "
             "eta %.0f s",

@@ -126,12 +126,13 @@ class ClassificationModule(LightningModule):
     def _shown(self, images_u8: Tensor) -> Tensor:
         return enlarge(normalise(images_u8, self.mean, self.std), self.input_size)
 
-    def _image_size(self, whole: int) -> int:
-        """Height and width that this epoch trains with; the last one always with the whole."""
+    def scale_of(self, epoch: int) -> float:
+        """Share of their height and width that an epoch, from 0, shows training images at; the last shows all."""
         config = self.train_config
-        if config.progressive_resizing and 10 * (self.current_epoch + 1) <= 7 * config.num_epochs:
-            return min(whole, max(whole // 2, MIN_IMAGE_SIZE))
-        return whole
+        return 0.5 if config.progressive_resizing and 10 * (epoch + 1) <= 7 * config.num_epochs else 1.0
+
+    def _image_size(self, whole: int) -> int:
+        return min(whole, max(round(whole * self.scale_of(self.current_epoch)), MIN_IMAGE_SIZE))
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[OneCycleLR]]:
         """The optimizers of the configuration, fused where PyTorch can, and their schedules."""
