@@ -235,8 +235,7 @@ class TrainConfig:
     test_time_averaging: Literal["none", "flip"] = "none"
     """flip: the model averages the probabilities of an image and of its mirror image when it predicts (networks)."""
     progressive_resizing: bool = False
-    """Whether the first seven tenths of the epochs see the training images at half of their height and width
-    (networks)."""
+    """Whether the first half of the epochs sees the training images at half of their height and width (networks)."""
     early_stopping_patience: int | None = None
     """Epochs without a better val/accuracy after which training ends; `None`: never (networks)."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"

@@ -129,7 +129,7 @@ class ClassificationModule(LightningModule):
     def scale_of(self, epoch: int) -> float:
         """Share of their height and width that an epoch, from 0, shows training images at; the last shows all."""
         config = self.train_config
-        return 0.5 if config.progressive_resizing and 10 * (epoch + 1) <= 7 * config.num_epochs else 1.0
+        return 0.5 if config.progressive_resizing and 2 * (epoch + 1) <= config.num_epochs else 1.0
 
     def _image_size(self, whole: int) -> int:
         return min(whole, max(round(whole * self.scale_of(self.current_epoch)), MIN_IMAGE_SIZE))

@@ -124,8 +124,8 @@ def test_images_grow_with_progressive_resizing_and_those_of_validation_are_whole
         assert set(network.seen[False]) == {size}
         return network.seen[True]
 
-    assert sizes(10, 32) == [16] * 7 + [32] * 3
-    assert sizes(3, 64) == [32, 32, 64]
+    assert sizes(10, 32) == [16] * 5 + [32] * 5
+    assert sizes(3, 64) == [32, 64, 64]
     assert sizes(2, 20) == [16, 20]
     assert sizes(1, 32) == [32]
 
