@@ -2,10 +2,10 @@
 
     python benchmarks/time_to_accuracy.py cifar10-images.zip
 
-The usual loop is that of training.py: Adam at 0.001, batches of 64. Ours is `train_network`: with the recipe report,
-which has the same settings, for equal epochs; with custom_cnn of the recipe quick for the time. Both are measured on
-the test images after each epoch, outside of the time; ours are put where it looks for its validation images. Choosing
-an epoch by the test split is what a comparison of speed may do, and nothing else.
+The usual loop is that of training.py: Adam at 0.001, batches of 64. Ours is `train_network`: for equal epochs with the
+recipe report, which has the same settings; for the time with custom_cnn of the recipe quick, over three epochs.
+The test images measure both after each epoch, outside of the time; ours are put where it looks for its validation
+images. Choosing an epoch by the test split is what a comparison of speed may do, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from mlpipe.training.network import train_network
 
 TARGET = 0.7138
 MAX_EPOCHS = 25
+QUICK_EPOCHS = 3
+"""Of our schedule, which ends with them."""
 EQUAL_EPOCHS = {"custom_cnn": 5, "resnet18": 2}
 
 
@@ -93,11 +95,12 @@ def ours(path: Path, architecture: str, seed: int, recipe: RecipeName, num_epoch
     dataset = SimpleNamespace(
         manifest=manifest, train_split=lambda: Split.of(*train), val_split=lambda: Split.of(*test)
     )
-    params = RunParams(recipe=recipe, models=f"{architecture}=random", seed=seed, epochs=num_epochs)
-    network = build_network(architecture, num_classes=10, image_size=32, seed=seed)
-    initial = InitialWeights(description="random", replaced_head=False, sha256=None)
+    models = f"{architecture}=random"
+    model = resolve(RunParams(dataset="cifar10", recipe=recipe, models=models, seed=seed, epochs=num_epochs)).models[0]
+    network = build_network(architecture, num_classes=10, image_size=32, seed=seed, variant=model.variant)
+    initial = InitialWeights(description="random", replaced_head=False, sha256=None, variant=model.variant)
     logged = Logged()
-    train_network(resolve(params).models[0], dataset, logged, network=network, initial=initial)  # type: ignore[arg-type]
+    train_network(model, dataset, logged, network=network, initial=initial)  # type: ignore[arg-type]
     seconds = np.cumsum([len(train[1]) / epoch["images_per_second"] for epoch in logged.epochs])
     return [Epoch(epoch["val/accuracy"], total) for epoch, total in zip(logged.epochs, seconds, strict=True)]
 
@@ -143,7 +146,7 @@ def equal_epochs(path: Path, rounds: int, num_workers: int) -> list[str]:
 def time_to_target(path: Path, rounds: int, num_workers: int) -> str:
     loops = {
         "reference": (reference, path, "custom_cnn", num_workers, MAX_EPOCHS, TARGET),
-        "ours": (ours, path, "custom_cnn", "quick"),
+        "ours": (ours, path, "custom_cnn", "quick", QUICK_EPOCHS),
     }
     reached = {name: [until(TARGET, run) for run in runs] for name, runs in in_turn(rounds, loops).items()}
     seconds = {name: [each[0] for each in runs] for name, runs in reached.items()}
@@ -169,7 +172,7 @@ def main() -> None:
         print("Equal epochs and settings (recipe report, random weights):\n")
         print("\n".join(equal_epochs(*how)), flush=True)
     if arguments.only != "epochs":
-        print("Seconds of training, evaluation apart, until 71.38 %; ours is custom_cnn of the recipe quick:\n")
+        print("Seconds of training, evaluation apart, until 71.38 %; ours is custom_cnn of quick over three epochs:\n")
         print(time_to_target(*how))
 
 

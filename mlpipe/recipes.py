@@ -54,6 +54,15 @@ RECIPES: dict[RecipeName, Recipe] = {
         models="custom_cnn,logistic_regression,resnet18",
         default_weights="random",
         train=TrainConfig(num_epochs=5, batch_size=64, schedule="one_cycle", learning_rate=3e-3),
+        overrides={
+            "custom_cnn": {
+                "batch_size": 128,
+                "optimizer": "muon",
+                "learning_rate": 0.04,
+                "progressive_resizing": True,
+            },
+        },
+        pretrained={"batch_size": 64, "optimizer": "adam", "learning_rate": 3e-3, "progressive_resizing": False},
     ),
     "report": Recipe(
         models="custom_cnn,logistic_regression,resnet18",

@@ -26,6 +26,8 @@ DAG_ID = "image_classification"
 SHARED_FILES = "MLPIPE_SHARED_FILES"
 """Set where the workers read this machine's files by the same paths, as those of the local stack do."""
 POLL_SECONDS = 0.5
+LONGEST_POLL_SECONDS = 10.0
+"""A night's training is not asked after twice a second: that would take a tenth of a core from it."""
 WIDTH_OF_A_FILE = 120
 """Columns where the output is no terminal."""
 
@@ -153,7 +155,12 @@ def _follow(api: AirflowApi, run_id: str, console: Console) -> tuple[str, list[T
                 _print_changes(tasks, shown, console)
             if state in ("success", "failed"):
                 return state, tasks
-            time.sleep(POLL_SECONDS)
+            time.sleep(_pause(time.monotonic() - began))
+
+
+def _pause(waited: float) -> float:
+    """Seconds until the next look: a hundredth of the time waited so far."""
+    return min(max(POLL_SECONDS, waited / 100), LONGEST_POLL_SECONDS)
 
 
 def _progress(tasks: list[TaskInstance], seconds: float) -> Table:

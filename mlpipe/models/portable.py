@@ -98,6 +98,15 @@ class ByteDropout(nn.Dropout):
         return values * kept.mul_(1 / (1 - self.p))
 
 
+def adaptive_average(features: Tensor, size: int) -> Tensor:
+    """`adaptive_avg_pool2d` of (B, C, H, W) to (B, C, size, size). By matrices: that is not repeatable on a GPU."""
+    for _ in range(2):
+        length = features.shape[-1]
+        weights = F.adaptive_avg_pool1d(torch.eye(length, device=features.device), size).T
+        features = F.linear(features, weights).transpose(-1, -2)
+    return features
+
+
 class CustomCNN(nn.Module):
     """The report's network: two convolutions with pooling, then two linear layers.
 
@@ -114,7 +123,6 @@ class CustomCNN(nn.Module):
             nn.MaxPool2d(2),
             nn.ReLU(inplace=True),
         )
-        self.pool = nn.AdaptiveAvgPool2d(8)
         self.classifier = nn.Sequential(
             ByteDropout(0.5),
             nn.Linear(64 * 8 * 8, 256),
@@ -127,7 +135,7 @@ class CustomCNN(nn.Module):
         """(B, 3, H, W) float32, normalised, to (B, num_classes) logits."""
         features = self.features(images)
         if features.shape[-2:] != (8, 8):
-            features = self.pool(features)
+            features = adaptive_average(features, 8)
         return self.classifier(features.flatten(1))
 
 

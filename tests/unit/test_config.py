@@ -150,6 +150,12 @@ def test_the_strong_recipe_takes_networks_for_small_images_only_for_small_images
     assert (random.optimizer, random.learning_rate) == ("muon", 0.07)
 
 
+def test_the_quick_recipe_tunes_pretrained_networks_by_adam_on_whole_images() -> None:
+    random, pretrained = (model.train for model in resolved(models="custom_cnn,custom_cnn=models:/a/1").models)
+    assert (random.optimizer, random.progressive_resizing) == ("muon", True)
+    assert (pretrained.optimizer, pretrained.learning_rate, pretrained.progressive_resizing) == ("adam", 3e-3, False)
+
+
 def test_digits_are_never_mirrored() -> None:
     for model in resolved(recipe="strong", dataset="digits").models:
         assert (model.train.augmentation, model.train.test_time_averaging) == ("crop", "none")

@@ -52,6 +52,11 @@ def test_no_number_of_the_table_is_cut_off(width: int, all_columns: bool) -> Non
     assert "…" not in printed.getvalue()
 
 
+@pytest.mark.parametrize(("waited", "pause"), [(0, 0.5), (50, 0.5), (300, 3), (10_000, 10)])
+def test_a_long_run_is_asked_after_less_often(waited: float, pause: float) -> None:
+    assert run_command._pause(waited) == pause
+
+
 def test_every_field_of_the_form_is_an_option() -> None:
     options = {option.name for option in run_command.run.params}
     assert options == {*RunParams.json_schema(), "json_path"}

@@ -47,6 +47,13 @@ def test_a_resnet_for_small_images_begins_with_pytorchs_own_weights() -> None:
         assert 0.9 * bound < float(convolution.weight.detach().abs().max()) <= bound
 
 
+@pytest.mark.parametrize("size", [(4, 4), (5, 20), (56, 56)])
+def test_the_average_by_matrices_is_pytorchs(size: tuple[int, int]) -> None:
+    features = torch.rand(2, 3, *size)
+    expected = torch.nn.functional.adaptive_avg_pool2d(features, 8)
+    torch.testing.assert_close(portable.adaptive_average(features, 8), expected)
+
+
 @pytest.mark.parametrize("probability", [0.25, 0.5])
 def test_byte_dropout_drops_that_share_and_keeps_the_mean(probability: float) -> None:
     torch.manual_seed(0)
