@@ -41,7 +41,7 @@ lint: install ## Run the linter and the type checker
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: install ## Measure speed into benchmarks/RESULTS.md, an hour: make bench DATA=cifar10-images.zip
+bench: install ## Measure speed into benchmarks/RESULTS.md, hours: make bench DATA=cifar10-images.zip
 	@test -f "$(DATA)" || { echo 'name the images: make bench DATA=cifar10-images.zip' >&2; exit 1; }
 	echo '# Measurements of speed' > benchmarks/RESULTS.md.partial
 	set -e; for each in 'training.py "$(DATA)"' convolutions.py 'time_to_accuracy.py "$(DATA)"' 'logistic.py "$(DATA)"' \
