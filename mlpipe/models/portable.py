@@ -99,7 +99,7 @@ class ByteDropout(nn.Dropout):
 
 
 def adaptive_average(features: Tensor, size: int) -> Tensor:
-    """`adaptive_avg_pool2d` of (B, C, H, W) to (B, C, size, size). By matrices: that is not repeatable on a GPU."""
+    """(B, C, H, W) to (B, C, size, size), like PyTorch's own, whose gradients are not repeatable on a GPU."""
     for _ in range(2):
         length = features.shape[-1]
         weights = F.adaptive_avg_pool1d(torch.eye(length, device=features.device), size).T
