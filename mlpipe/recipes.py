@@ -40,9 +40,9 @@ class Recipe:
     train: TrainConfig
     """Settings of every model."""
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of single architectures, over `train`."""
+    """Settings of single architectures that start from random numbers, over `train`."""
     pretrained: Mapping[str, Any] = field(default_factory=dict)
-    """Settings over both of networks that start from weights, not from random numbers."""
+    """Settings of networks that start from weights, over `train`."""
     pretrained_input_size: int | None = None
     """Height and width to which those enlarge their images, pixels."""
     small_images_variants: bool = False
@@ -62,7 +62,6 @@ RECIPES: dict[RecipeName, Recipe] = {
                 "progressive_resizing": True,
             },
         },
-        pretrained={"batch_size": 64, "optimizer": "adam", "learning_rate": 3e-3, "progressive_resizing": False},
     ),
     "report": Recipe(
         models="custom_cnn,logistic_regression,resnet18",
@@ -102,13 +101,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         # From the literature, for no ImageNet weights were at hand: images below 96×96 are shown at 128×128, without
         # weight decay (Kolesnikov et al., "Big Transfer", ECCV 2020); SGD with Nesterov momentum, batches of 256 and a
         # rate of 0.01 (Kornblith et al., "Do Better ImageNet Models Transfer Better?", CVPR 2019).
-        pretrained={
-            "batch_size": 256,
-            "optimizer": "sgd",
-            "learning_rate": 0.01,
-            "weight_decay": 0.0,
-            "progressive_resizing": False,
-        },
+        pretrained={"batch_size": 256, "learning_rate": 0.01, "weight_decay": 0.0},
         pretrained_input_size=128,
     ),
 }
@@ -155,7 +148,7 @@ def resolve(params: RunParams) -> RunConfig:
                 input_size=recipe.pretrained_input_size if pretrained and image_size < MIN_LARGE_IMAGE else None,
                 train=replace(
                     train,
-                    **{**recipe.overrides.get(architecture, {}), **(recipe.pretrained if pretrained else {}), **chosen},
+                    **{**(recipe.pretrained if pretrained else recipe.overrides.get(architecture, {})), **chosen},
                 ),
             )
         )

@@ -222,7 +222,13 @@ def test_early_stopping_ends_after_patience_epochs_without_a_better_one(
         {},
         {"optimizer": "sgd", "learning_rate": 0.01, "schedule": "one_cycle", "augmentation": "flip_crop"},
         {"weight_decay": 0.01, "schedule": "one_cycle", "label_smoothing": 0.1},
-        {"optimizer": "muon", "learning_rate": 0.01, "schedule": "one_cycle", "progressive_resizing": True},
+        {
+            "optimizer": "muon",
+            "learning_rate": 0.01,
+            "weight_decay": 0.1,
+            "schedule": "one_cycle",
+            "progressive_resizing": True,
+        },
     ],
     ids=["adam", "sgd", "decayed", "muon"],
 )
