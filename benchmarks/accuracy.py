@@ -59,7 +59,7 @@ def by_recipe(architecture: str, seed: int = 0) -> ModelConfig:
     return resolve(RunParams(dataset="cifar10", recipe="strong", models=architecture, seed=seed)).models[0]
 
 
-def trained(data: Any, model: ModelConfig) -> TrainedModel:
+def trained(data: Any, model: ModelConfig, logged: Logged | None = None) -> TrainedModel:
     network = build_network(
         model.architecture,
         num_classes=10,
@@ -68,7 +68,7 @@ def trained(data: Any, model: ModelConfig) -> TrainedModel:
         variant=model.variant,
     )
     initial = InitialWeights(description="random", replaced_head=False, sha256=None, variant=model.variant)
-    return train_network(model, data, Logged(), network=network, initial=initial)
+    return train_network(model, data, logged or Logged(), network=network, initial=initial)
 
 
 def hits(model: TrainedModel, images_u8: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -20,16 +20,14 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from accuracy import trained
 from common import Logged, conditions, paired, read_images, spread, table
 from torch.utils.data import DataLoader
 from training import MEAN, STD, Contestant, PerImage, Reference, usual_network
 
 from mlpipe.config import RecipeName, RunParams
 from mlpipe.data.dataset import Split
-from mlpipe.models.registry import build_network
-from mlpipe.models.weights import InitialWeights
 from mlpipe.recipes import resolve
-from mlpipe.training.network import train_network
 
 TARGET = 0.7138
 MAX_EPOCHS = 25
@@ -86,8 +84,8 @@ def reference(
     return measuring.epochs
 
 
-def ours(path: Path, architecture: str, seed: int, recipe: RecipeName, num_epochs: int | None = None) -> list[Epoch]:
-    """Likewise, all epochs of the recipe if not told otherwise."""
+def ours(path: Path, architecture: str, seed: int, recipe: RecipeName, num_epochs: int) -> list[Epoch]:
+    """Likewise, all epochs."""
     train, test = read_images(path, "train"), read_images(path, "test")
     manifest = SimpleNamespace(
         digest="0", classes=tuple("abcdefghij"), image_size=32, channel_mean=MEAN, channel_std=STD
@@ -97,10 +95,8 @@ def ours(path: Path, architecture: str, seed: int, recipe: RecipeName, num_epoch
     )
     models = f"{architecture}=random"
     model = resolve(RunParams(dataset="cifar10", recipe=recipe, models=models, seed=seed, epochs=num_epochs)).models[0]
-    network = build_network(architecture, num_classes=10, image_size=32, seed=seed, variant=model.variant)
-    initial = InitialWeights(description="random", replaced_head=False, sha256=None, variant=model.variant)
     logged = Logged()
-    train_network(model, dataset, logged, network=network, initial=initial)  # type: ignore[arg-type]
+    trained(dataset, model, logged)
     seconds = np.cumsum([len(train[1]) / epoch["images_per_second"] for epoch in logged.epochs])
     return [Epoch(epoch["val/accuracy"], total) for epoch, total in zip(logged.epochs, seconds, strict=True)]
 
