@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
     from airflow.executors.workloads import ExecutorWorkload
     from airflow.executors.workloads.types import WorkloadResultType
+
+logger = logging.getLogger(__name__)
 
 NOT_BEFORE_A_FORK = frozenset({"torch", "torchvision", "lightning", "mlpipe"})
 """CUDA, once touched, does not outlive a fork; code that is being worked on should be read anew by each task."""
@@ -84,7 +87,7 @@ class GpuExecutor(LocalExecutor):
             num_threads=self._setting("threads_per_slot", default=0, minimum=0),
         )
         for slot in slots:
-            self.log.info("Slot on %s, threads: %d", slot.device or "the CPU", slot.num_threads)
+            logger.info("Slot on %s, threads: %d", slot.device or "the CPU", slot.num_threads)
         for name in self._modules_to_preload():
             importlib.import_module(name)
         self.parallelism = len(slots)
@@ -112,7 +115,7 @@ class GpuExecutor(LocalExecutor):
             kwargs={
                 "environment": lease.slot.environment,
                 "scheduler_pid": os.getpid(),
-                "logger_name": self.log.name,
+                "logger_name": logger.name,
                 "input": lease.workloads,
                 "output": lease.results,
                 "unread_messages": lease.unread,
@@ -144,7 +147,7 @@ class GpuExecutor(LocalExecutor):
             for queue in queues:
                 queue.pop(workload.key, None)
             lease.hand_over(workload)
-            self.log.info("Leased %s to %s", lease.slot.device or "a CPU slot", workload.key)
+            logger.info("Leased %s to %s", lease.slot.device or "a CPU slot", workload.key)
         self._count_running()
 
     def _num_tasks_beside(self, lease: _Lease) -> int:
@@ -166,7 +169,7 @@ class GpuExecutor(LocalExecutor):
                 _, state, error = lease.results.get()
             except Exception as unreadable:
                 # An exception whose class cannot be rebuilt from its arguments must not end the scheduler.
-                self.log.exception("Cannot read the result of %s", workload.key)
+                logger.exception("Cannot read the result of %s", workload.key)
                 state, error = workload.failure_state, unreadable
             if state == workload.running_state:
                 self.running_state(workload.key)
@@ -185,7 +188,7 @@ class GpuExecutor(LocalExecutor):
         if worker.pid and _kill_session(worker.pid):
             return  # What it left behind may hold the device until the next heartbeat.
         self._read_results_of(lease)
-        self.log.warning("Worker %s died (exit code %s); its slot opens again", worker.pid, worker.exitcode)
+        logger.warning("Worker %s died (exit code %s); its slot opens again", worker.pid, worker.exitcode)
         workload, never_began = lease.workload, lease.has_unread_workload()
         lease.reopen()
         self._spawn_workers_with_gc_freeze(1)
@@ -196,7 +199,7 @@ class GpuExecutor(LocalExecutor):
 
     def end(self) -> None:
         """Let running workloads finish, then stop the workers; interrupted (a second signal), it terminates them."""
-        self.log.info("Shutting down; waiting for running tasks to finish. Signal again if you don't want to wait.")
+        logger.info("Shutting down; waiting for running tasks to finish. Signal again if you don't want to wait.")
         try:
             for lease in self._leases:
                 lease.workloads.put(None)

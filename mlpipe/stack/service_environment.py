@@ -82,6 +82,8 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
             # One file per DAG and day would grow without limit; the supervisor rotates what is printed.
             "dag_processor_log_target": "stdout",
             "colored_console_log": False,
+            # That no slot is open, at each heartbeat: the usual state of a machine that trains.
+            "namespace_levels": "gpu_executor.GpuExecutor=WARNING",
         },
         "api": {
             "host": "127.0.0.1",
