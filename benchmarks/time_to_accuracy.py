@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accuracy import trained
 from common import Logged, conditions, paired, read_images, spread, table
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from training import MEAN, STD, Contestant, PerImage, Reference, usual_network
 
@@ -124,6 +125,11 @@ def until(target: float, epochs: list[Epoch]) -> tuple[float, int]:
     return float("inf"), len(epochs)
 
 
+def mean_and_error(values: NDArray[np.float64]) -> str:
+    """Mean and its standard error, over seeds."""
+    return f"{values.mean():+.4f} ± {values.std(ddof=1) / len(values) ** 0.5:.4f}"
+
+
 def equal_epochs(path: Path, rounds: int, num_workers: int) -> list[str]:
     lines = []
     for architecture, number in EQUAL_EPOCHS.items():
@@ -131,10 +137,12 @@ def equal_epochs(path: Path, rounds: int, num_workers: int) -> list[str]:
             "reference": (reference, path, architecture, num_workers, number),
             "ours": (ours, path, architecture, "report", number),
         }
-        rows = [
-            [name, *(spread([run[epoch].accuracy for run in runs], 3) for epoch in range(number))]
+        reached = {
+            name: np.array([[epoch.accuracy for epoch in run] for run in runs])
             for name, runs in in_turn(rounds, loops).items()
-        ]
+        }  # (seeds, epochs)
+        rows = [[name, *(spread(list(each), 3) for each in values.T)] for name, values in reached.items()]
+        rows.append(["ours less reference", *map(mean_and_error, (reached["ours"] - reached["reference"]).T)])
         lines += [table([f"{architecture}: test accuracy after epoch", *map(str, range(1, number + 1))], rows), ""]
     return lines
 
