@@ -7,7 +7,8 @@
     slots_per_device = 1   # tasks that share one GPU; its memory is not divided between them
     cpu_slots = 3          # tasks at a time on a machine without a GPU
     threads_per_slot = 0   # threads of OpenMP, MKL and OpenBLAS in a task; 0: the slots share the cores equally
-    preload =              # modules that the scheduler imports, comma-separated, so that its tasks need not
+    preload =              # modules that the scheduler imports, comma-separated, so that its tasks need not;
+                           # for its environment alone: the API server makes an executor, too, to read a log
 
 Each also as an environment variable: AIRFLOW__GPU_EXECUTOR__SLOTS_PER_DEVICE, … A task asks for it by
 `executor="gpu"` and sees its device as the only one (CUDA_VISIBLE_DEVICES). A lone task on the CPU gets the threads of
@@ -24,8 +25,9 @@ killed, the tasks it left behind are killed too before its device is leased agai
 worker ends its session itself, so that the scheduler's successor finds the devices free.
 
 Tasks are forks of their worker, and the workers of this executor and of LocalExecutor are forks of the scheduler: what
-it has imported they have too. That saves each task the seconds that mlflow or scikit-learn take. Nothing that touches
-CUDA may be among them, for it does not outlive a fork.
+it has imported they have too. That saves each task the seconds that mlflow or scikit-learn take. It is done when this
+executor is made, since the scheduler makes all of its executors before it starts the first. Nothing that touches CUDA
+may be among the modules, for it does not outlive a fork.
 
 One scheduler leases the devices of a machine. For two on one machine, divide them with CUDA_VISIBLE_DEVICES.
 """
@@ -74,6 +76,8 @@ class GpuExecutor(LocalExecutor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._leases: list[_Lease] = []
+        for name in self._modules_to_preload():
+            importlib.import_module(name)
 
     def start(self) -> None:
         """Count the devices, open the slots and start their workers; `parallelism` becomes the number of slots.
@@ -88,8 +92,6 @@ class GpuExecutor(LocalExecutor):
         )
         for slot in slots:
             logger.info("Slot on %s, threads: %d", slot.device or "the CPU", slot.num_threads)
-        for name in self._modules_to_preload():
-            importlib.import_module(name)
         self.parallelism = len(slots)
         self._leases = [_Lease(slot) for slot in slots]
         self._spawn_workers_with_gc_freeze(len(slots))

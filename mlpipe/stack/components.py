@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlpipe.errors import UserError
@@ -14,6 +16,10 @@ STORAGE = "seaweedfs"
 TRACKING = "mlflow"
 AIRFLOW = ("api-server", "scheduler", "dag-processor", "triggerer")
 NAMES = (STORAGE, TRACKING, *AIRFLOW)
+
+PRELOAD = "AIRFLOW__GPU_EXECUTOR__PRELOAD"
+PRELOADED = "mlflow,boto3,pandas,sklearn.metrics,sklearn.model_selection,matplotlib.figure"
+"""What the stages import besides torch: in the scheduler once, not in each task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,8 @@ class Component:
     """Until it is killed when asked to stop."""
     url: str | None = None
     """Where a person or a client finds it."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of its own, over those of all components."""
 
 
 def components(settings: StackSettings) -> tuple[Component, ...]:
@@ -50,6 +58,7 @@ def components(settings: StackSettings) -> tuple[Component, ...]:
             log=settings.logs / f"{name}.log",
             url=urls.get(name),
             stop_seconds=patience.get(name, 10),
+            environment={PRELOAD: os.environ.get(PRELOAD, PRELOADED)} if name == "scheduler" else {},
         )
         for name in NAMES
     )

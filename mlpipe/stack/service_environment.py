@@ -95,8 +95,6 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
         },
         "api_auth": {"jwt_secret": credentials.airflow_jwt_secret},
         "scheduler": {
-            # Latency: how long the loop sleeps when there was nothing to do.
-            "scheduler_idle_sleep_time": 0.25,
             # A task killed with its supervisor is noticed after this many seconds.
             "task_instance_heartbeat_timeout": 120,
             # Tasks of a killed scheduler run again after at most 30 (its health threshold) + 15 seconds.
@@ -111,8 +109,6 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
             "execution_api_retry_wait_max": 15,
             "execution_api_timeout": 30,
         },
-        # What the stages import besides torch, in the scheduler once, not in each task.
-        "gpu_executor": {"preload": "mlflow,boto3,pandas,sklearn.metrics,sklearn.model_selection,matplotlib.figure"},
         "dag_processor": {
             "dag_bundle_storage_path": settings.airflow_home / "bundles",
             "refresh_interval": 30,

@@ -233,6 +233,7 @@ def render(settings: StackSettings, components: Sequence[Component]) -> str:
                 f"program:{component.name}",
                 command=shlex.join([*launch, *component.command]),
                 directory=settings.home,
+                environment=",".join(f'{name}="{value}"' for name, value in component.environment.items()),
                 priority=priority,
                 autostart=str(component.name not in AIRFLOW).lower(),
                 autorestart="true",

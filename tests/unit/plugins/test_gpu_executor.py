@@ -139,12 +139,13 @@ def test_cpu_slots_and_threads_are_settings(run_scenario: RunScenario, no_gpu: d
     assert {line["environment"]["OMP_NUM_THREADS"] for line in result["starts"]} == {"7"}
 
 
-def test_modules_are_loaded_before_the_workers_are_forked(run_scenario: RunScenario, no_gpu: dict[str, str]) -> None:
+def test_modules_are_loaded_before_any_executor_starts(run_scenario: RunScenario, no_gpu: dict[str, str]) -> None:
+    """LocalExecutor, whose workers profit as well, is started first."""
     script = """
 import sys
+from gpu_executor import GpuExecutor
 before = "nturl2path" in sys.modules
-scheduler = Scheduler()
-scheduler.executor.end()
+GpuExecutor()
 result = {"loaded": [before, "nturl2path" in sys.modules]}
 """
     settings = {"AIRFLOW__GPU_EXECUTOR__PRELOAD": "json, nturl2path"}

@@ -101,6 +101,16 @@ def test_the_supervisor_restarts_everything_and_stops_whole_groups(settings):
     assert parser["unix_http_server"]["chmod"] == "0700"
 
 
+def test_the_scheduler_alone_imports_what_tasks_share(settings):
+    parser = configparser.RawConfigParser()
+    parser.read_string(render(settings, components(settings)))
+
+    own = {name: parser[f"program:{name}"]["environment"] for name in NAMES}
+
+    assert own.pop("scheduler").startswith('AIRFLOW__GPU_EXECUTOR__PRELOAD="mlflow,')
+    assert set(own.values()) == {""}
+
+
 def test_no_secret_is_in_a_command_or_in_the_supervisors_file(settings):
     credentials = Credentials()
     text = render(settings, components(settings))
