@@ -51,6 +51,7 @@ def components(settings: StackSettings) -> tuple[Component, ...]:
         commands[name] = (program("airflow"), name, *skip.get(name, ()))
     # The API server is done at once, but threads of its database driver keep the process.
     patience = {"api-server": 3}
+    variables = {"scheduler": {PRELOAD: os.environ.get(PRELOAD, PRELOADED)}}
     return tuple(
         Component(
             name=name,
@@ -58,7 +59,7 @@ def components(settings: StackSettings) -> tuple[Component, ...]:
             log=settings.logs / f"{name}.log",
             url=urls.get(name),
             stop_seconds=patience.get(name, 10),
-            environment={PRELOAD: os.environ.get(PRELOAD, PRELOADED)} if name == "scheduler" else {},
+            environment=variables.get(name, {}),
         )
         for name in NAMES
     )
