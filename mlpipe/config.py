@@ -19,6 +19,7 @@ from mlpipe.errors import UserError
 DatasetName = Literal["digits", "cifar10", "images"]
 RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
+SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
 """standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
 normalisation, torchvision's resnets begin with a 3×3 convolution without stride and shrink by pooling."""
@@ -53,6 +54,14 @@ class RunParams:
         "Path, file://, http(s):// or s3:// of an archive: train/<class>/… and test/<class>/…, "
         "or <class>/… alone, which is then split. Required for images.",
         maxLength=2048,
+    )
+    name: str | None = describe(
+        None,
+        "Name",
+        "Name of the data set: its experiment, registered model and asset are called by it. "
+        "Empty: digits, cifar10, or the name of the archive or folder.",
+        pattern="^[a-z0-9][a-z0-9_-]{0,47}$",
+        maxLength=48,
     )
     recipe: RecipeName = describe(
         "quick",
@@ -94,6 +103,19 @@ class RunParams:
         "Height and width in pixels to which all images are brought. Empty: 32.",
         minimum=8,
         maximum=512,
+    )
+    max_damaged: float = describe(
+        0.01,
+        "Damaged images",
+        "Share of the images that may be unusable: they are left out and named. 0 refuses any.",
+        minimum=0,
+        maximum=1,
+    )
+    small_classes: SmallClasses = describe(
+        "refuse",
+        "Small classes",
+        "Classes with too few images, or that are in only one of train and test. refuse: an error with the numbers. "
+        "leave_out: the data set is made without them.",
     )
     devices: int | None = describe(
         None,
@@ -149,6 +171,11 @@ def _schema_of(hint: Any) -> dict[str, Any]:
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:
+    if "pattern" in schema:
+        return (
+            f"text of at most {schema['maxLength']} characters a-z, 0-9, _ and -, "
+            "of which the first is a letter or digit, or nothing"
+        )
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
     names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
@@ -176,6 +203,8 @@ def _checked(key: str, value: Any, schema: Mapping[str, Any]) -> Any:
     good = isinstance(value, expected) and not isinstance(value, bool)
     if good and "enum" in schema:
         good = value in schema["enum"]
+    if good and "pattern" in schema:
+        good = re.fullmatch(schema["pattern"], value) is not None
     if good and "maxLength" in schema:
         good = len(value) <= schema["maxLength"]
     if good and "exclusiveMinimum" in schema:
@@ -198,6 +227,8 @@ class DataConfig:
 
     dataset: DatasetName
     """Kind of source."""
+    name: str = ""
+    """Name of the data set: of its MLflow experiment, registered model and asset; empty: that of the kind of source."""
     uri: str | None = None
     """Where the archive is; `None`: the data set's own source."""
     image_size: int = 32
@@ -208,6 +239,13 @@ class DataConfig:
     """Share of all images that becomes the test split where the source has none, stratified."""
     split_seed: int = 0
     """Seed of both splits; apart from the run's seed, so that runs with other seeds see the same data."""
+    max_damaged: float = 0.01
+    """Share of the images that may be unusable and are then left out, 0 to 1."""
+    small_classes: SmallClasses = "refuse"
+    """What happens to classes with too few images, or that are in only one of train and test."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.dataset)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import unquote
 
 from mlpipe.addresses import redact_text, redact_uri
 from mlpipe.config import (
@@ -164,10 +165,37 @@ def resolve(params: RunParams) -> RunConfig:
         )
     return RunConfig(
         recipe=params.recipe,
-        data=DataConfig(dataset=params.dataset, uri=params.data_uri and params.data_uri.strip(), image_size=image_size),
+        data=DataConfig(
+            dataset=params.dataset,
+            name=params.name or dataset_name(params.dataset, params.data_uri),
+            uri=params.data_uri and params.data_uri.strip(),
+            image_size=image_size,
+            max_damaged=params.max_damaged,
+            small_classes=params.small_classes,
+        ),
         models=tuple(models),
         promotion=PromotionConfig(mode=params.promotion),
     )
+
+
+ARCHIVE_SUFFIX = re.compile(r"(\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz))+$", re.IGNORECASE)
+MAX_NAME = 48
+"""Characters of a data set's name."""
+
+
+def dataset_name(dataset: str, data_uri: str | None) -> str:
+    """Name of a data set that its user gave none: `pets` for images at `s3://bucket/Pets.tar.gz`.
+
+    Raises:
+        UserError: nothing of the address can be a name.
+    """
+    if dataset != "images" or data_uri is None:
+        return dataset
+    last = re.split(r"[?#]", redact_uri(data_uri.strip()))[0].rstrip("/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^a-z0-9_]+", "-", ARCHIVE_SUFFIX.sub("", unquote(last)).lower()).strip("-_")[:MAX_NAME]
+    if not name:
+        raise UserError(f"name: {redact_text(data_uri)[:80]!r} gives the data set no name; set one, like pets")
+    return name
 
 
 def _without_flips(train: TrainConfig) -> TrainConfig:
