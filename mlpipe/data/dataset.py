@@ -107,19 +107,28 @@ class Dataset:
 
     def train_split(self) -> Split:
         """What models are trained on."""
-        return self._training_part("train_indices.npy")
+        return self._part("train", "train_indices.npy")
 
     def val_split(self) -> Split:
         """What checkpoints and settings are chosen by."""
-        return self._training_part("val_indices.npy")
+        return self._part("train", "val_indices.npy")
 
     def test_split(self) -> Split:
         """For evaluation alone."""
-        return Split(ImageRows(self._open("test_images.npy")), np.array(self._open("test_labels.npy")))
+        return self._part("test", "test_indices.npy")
 
-    def _training_part(self, indices_name: str) -> Split:
+    def test_hashes(self) -> NDArray[np.uint64]:
+        """(N,) hashes of the test images' files, by which an image is known in other data sets."""
+        return self._open("test_hashes.npy")[self._open("test_indices.npy")]
+
+    def trained_on_hashes(self) -> NDArray[np.uint64]:
+        """(N,) those of all images that a model of this data set has seen: training and validation images."""
+        seen = np.concatenate([self._open("train_indices.npy"), self._open("val_indices.npy")])
+        return self._open("train_hashes.npy")[seen]
+
+    def _part(self, array: str, indices_name: str) -> Split:
         indices = np.array(self._open(indices_name))
-        return Split(ImageRows(self._open("train_images.npy"), indices), self._open("train_labels.npy")[indices])
+        return Split(ImageRows(self._open(f"{array}_images.npy"), indices), self._open(f"{array}_labels.npy")[indices])
 
     def _open(self, name: str) -> NDArray[Any]:
         path = self._folder / name

@@ -11,11 +11,11 @@ from typing import Any, Self
 from mlpipe.config import DataConfig
 from mlpipe.data.store import ObjectStore
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same source and settings would give other arrays or another manifest."""
 
-TRAIN_FILES = ("train_images.npy", "train_labels.npy", "train_indices.npy", "val_indices.npy")
-TEST_FILES = ("test_images.npy", "test_labels.npy")
+TRAIN_FILES = ("train_images.npy", "train_labels.npy", "train_hashes.npy", "train_indices.npy", "val_indices.npy")
+TEST_FILES = ("test_images.npy", "test_labels.npy", "test_hashes.npy", "test_indices.npy")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A data set: `train_*` arrays hold training and validation images, which the index arrays tell apart."""
+    """A data set: `train_*` arrays hold training and validation images, which the index arrays tell apart.
+
+    Rows that no index names are of images that could not be used.
+    """
 
     dataset: str
     digest: str
@@ -55,6 +58,10 @@ class Manifest:
     source_sha256: str
     notes: tuple[str, ...]
     """What the checks found, a sentence each."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Images that could not be used: name and reason."""
+    near_duplicates: tuple[tuple[str, str], ...] = ()
+    """Names of a test image and of a training or validation image that show the same, in splits that were given."""
     format_version: int = FORMAT_VERSION
 
     def key(self, name: str) -> str:
@@ -71,6 +78,8 @@ class Manifest:
         values: dict[str, Any] = json.loads(content)
         for name in ("classes", "notes", "channel_mean", "channel_std"):
             values[name] = tuple(values[name])
+        for name in ("left_out", "near_duplicates"):
+            values[name] = tuple(map(tuple, values[name]))
         values["class_counts"] = {part: tuple(counts) for part, counts in values["class_counts"].items()}
         values["files"] = {name: StoredFile(**file) for name, file in values["files"].items()}
         return cls(**values)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
 from mlpipe.data import cifar10
 from mlpipe.data.archive import open_archive
+from mlpipe.data.dataset import ImageRows
 from mlpipe.data.imageset import ArchivedImages, ArrayImages, Decoded, ImageSet, Run
 from mlpipe.data.layout import resolve_layout
 from mlpipe.data.manifest import (
@@ -33,16 +35,20 @@ from mlpipe.data.manifest import (
     load_manifest,
     manifest_key,
 )
+from mlpipe.data.near_duplicates import SIDE, group_numbers, near_duplicates, thumbnails
 from mlpipe.data.npy import NpyWriter, file_bytes
 from mlpipe.data.sources import SourceRef, check_classes, named_source, read_digits
-from mlpipe.data.splits import Splits, plan_splits
+from mlpipe.data.splits import Labelled, Splits, listed, plan_splits, without_small_classes
 from mlpipe.data.store import ObjectStore, Upload
 from mlpipe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 MAX_BAD_IMAGES = 100
-"""Unusable images after which decoding stops."""
+"""Unusable images, beyond those that are allowed, after which decoding stops."""
+MAX_LISTED = 1000
+"""Pairs of near-duplicates that the manifest names."""
+BYTES_PER_COPY = 16 << 20
 PROGRESS_SECONDS = 10.0
 """Least time between two progress lines."""
 
@@ -50,9 +56,10 @@ PROGRESS_SECONDS = 10.0
 def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> Manifest:
     """Publish the source's images as uint8 arrays; nothing is done where they are published already.
 
-    Images are decoded by as many threads as there are processors and sent to the store as they come: of all pixels a
-    few runs are in memory, beside some hundred bytes for each image. The order of images is the source's. The manifest
-    is written last.
+    Images are decoded by as many threads as there are processors. Where the source says which are test images, they are
+    sent to the store as they come; else they are spooled on disk until the splits are known. Of all pixels a few runs
+    are in memory, beside some hundred bytes for each image. The order of images is the source's. The manifest is
+    written last.
 
     Raises:
         UserError: the source cannot be used; nothing is published then.
@@ -67,7 +74,7 @@ def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> 
         folder = Path(name)
         store.get_file(source.key, folder / "source", source.sha256)
         with _opened(folder / "source", data, source) as images:
-            manifest = _publish(_write(images, data, digest, source, store), store)
+            manifest = _publish(_write(images, data, digest, source, store, folder), store)
     for note in manifest.notes:
         logger.warning("%s", note)
     num_images = manifest.num_train + manifest.num_val + manifest.num_test
@@ -105,43 +112,75 @@ def _opened(path: Path, data: DataConfig, source: SourceRef) -> Iterator[ImageSe
             yield ArchivedImages(archive, layout)
 
 
-def _write(images: ImageSet, data: DataConfig, digest: str, source: SourceRef, store: ObjectStore) -> Manifest:
+def _write(
+    images: ImageSet, data: DataConfig, digest: str, source: SourceRef, store: ObjectStore, folder: Path
+) -> Manifest:
     """Send all arrays to the store."""
-    splits = plan_splits(images.labels, images.is_test, images.classes, data)
-    findings, files = _write_images(images, splits, data.image_size, digest, store)
-    training_labels, test_labels = images.labels[~splits.is_test], images.labels[splits.is_test]
-    small = {
-        "train_labels.npy": training_labels,
-        "train_indices.npy": splits.train_indices,
-        "val_indices.npy": splits.val_indices,
-        "test_labels.npy": test_labels,
-    }
+    size, used = data.image_size, images.labels >= 0
+    nothing = np.zeros(len(used), np.int64)
+    known = Labelled(images.classes, images.labels, nothing.view(np.uint64), nothing, images.is_test, images.is_val)
+    without_small_classes(known, data)  # refused before anything is decoded
+    scan = _Scan(images, size, data.max_damaged)
+    if images.is_test is None:
+        # Which images are test images is known when all have been seen.
+        spool = np.memmap(folder / "pixels", np.uint8, "w+", shape=(len(used), size, size, 3))
+        for part, images_u8 in scan:
+            spool[part] = images_u8
+        splits, pairs = _split(images, scan.findings, data)
+        on_test_side = splits.is_test
+        parts = ((part, spool[part]) for part in ImageRows(spool).slices(BYTES_PER_COPY))
+        files = _write_images(parts, used & ~on_test_side, on_test_side, size, digest, store)
+    else:
+        on_test_side = used & images.is_test
+        files = _write_images(iter(scan), used & ~on_test_side, on_test_side, size, digest, store)
+        splits, pairs = _split(images, scan.findings, data)
+    findings = scan.findings
+    rows = {"train": np.flatnonzero(used & ~on_test_side), "test": np.flatnonzero(on_test_side)}
+    small: dict[str, NDArray[Any]] = {f"{side}_labels.npy": splits.labels[rows[side]] for side in rows}
+    small |= {f"{side}_hashes.npy": findings.hashes[rows[side]] for side in rows}
+    chosen = {"train": splits.is_train, "val": splits.is_val, "test": splits.is_test}
+    for name, is_chosen in chosen.items():
+        small[f"{name}_indices.npy"] = np.flatnonzero(is_chosen[rows["test" if name == "test" else "train"]])
     for name, values in small.items():
         with _array(store, array_key(digest, name), values.shape, values.dtype) as array:
             array.write(values)
             files[name] = array.close()
-    parts = {
-        "train": training_labels[splits.train_indices],
-        "val": training_labels[splits.val_indices],
-        "test": test_labels,
-    }
-    counts = {part: np.bincount(labels, minlength=len(images.classes)) for part, labels in parts.items()}
-    mean, std = findings.statistics(len(splits.train_indices) * data.image_size**2)
+    counts = {name: np.bincount(splits.labels[is_chosen]) for name, is_chosen in chosen.items()}
+    mean, std = findings.statistics(splits.is_train, size**2)
+    across = _across_given_splits(pairs, splits, images) if images.is_test is not None else ()
     return Manifest(
-        dataset=data.dataset,
+        dataset=data.name,
         digest=digest,
-        image_size=data.image_size,
-        classes=images.classes,
-        num_train=len(parts["train"]),
-        num_val=len(parts["val"]),
-        num_test=len(parts["test"]),
-        class_counts={part: tuple(map(int, numbers)) for part, numbers in counts.items()},
+        image_size=size,
+        classes=splits.classes,
+        num_train=int(splits.is_train.sum()),
+        num_val=int(splits.is_val.sum()),
+        num_test=int(splits.is_test.sum()),
+        class_counts={name: tuple(map(int, numbers)) for name, numbers in counts.items()},
         channel_mean=mean,
         channel_std=std,
         files={name: files[name] for name in (*TRAIN_FILES, *TEST_FILES)},
         source_sha256=source.sha256,
-        notes=(*images.notes, *findings.notes(), *_duplicates(findings.hashes, images, splits)),
+        notes=(
+            *images.notes,
+            *scan.notes(),
+            *splits.notes,
+            *_notes_of_duplicates(findings.hashes, pairs, across, splits),
+        ),
+        left_out=tuple((images.name(index), why) for index, why in findings.bad),
+        near_duplicates=across[:MAX_LISTED],
     )
+
+
+def _split(images: ImageSet, findings: _Findings, data: DataConfig) -> tuple[Splits, NDArray[np.int64]]:
+    """Plan the splits of the images that can be used; also the pairs of near-duplicates among them."""
+    labels = images.labels.copy()
+    labels[[index for index, _ in findings.bad]] = -1
+    used = np.flatnonzero(labels >= 0)
+    pairs = used[near_duplicates(findings.thumbnails_u8[used])]
+    groups = group_numbers(pairs, len(labels))
+    known = Labelled(images.classes, labels, findings.hashes, groups, images.is_test, images.is_val)
+    return plan_splits(known, data), pairs
 
 
 class _Array:
@@ -167,26 +206,34 @@ def _array(store: ObjectStore, key: str, shape: tuple[int, ...], dtype: Any) -> 
 
 @dataclass
 class _Findings:
-    """What is learnt of the images in passing."""
+    """What is learnt of N images in passing."""
 
-    hashes: NDArray[np.int64]
-    """(N,) of each image's pixels."""
-    sums: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(3, np.uint64))
-    """Over the pixels of the images trained on, by channel."""
-    squares: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(3, np.uint64))
+    hashes: NDArray[np.uint64]
+    """(N,) of the image files' bytes."""
+    thumbnails_u8: NDArray[np.uint8]
+    """(N, 64)"""
+    sums: NDArray[np.uint64]
+    """(N, 3) over an image's pixels, by channel."""
+    squares: NDArray[np.uint64]
+    """(N, 3)"""
     remarks: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[int, str]] = field(default_factory=list)
 
-    def statistics(self, num_pixels: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation by channel, 0 to 1; from exact sums of whole numbers."""
-        mean = self.sums / num_pixels
-        std = np.sqrt(np.maximum(self.squares / num_pixels - mean**2, 0))
+    @classmethod
+    def of(cls, count: int) -> _Findings:
+        """Nothing is known yet."""
+        sums, squares = np.zeros((2, count, 3), np.uint64)
+        return cls(np.zeros(count, np.uint64), np.zeros((count, SIDE * SIDE), np.uint8), sums, squares)
+
+    def statistics(
+        self, chosen: NDArray[np.bool_], pixels_of_each: int
+    ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation by channel of the chosen images, 0 to 1; from exact sums of whole numbers."""
+        num_pixels = int(chosen.sum()) * pixels_of_each
+        mean = self.sums[chosen].sum(axis=0) / num_pixels
+        std = np.sqrt(np.maximum(self.squares[chosen].sum(axis=0) / num_pixels - mean**2, 0))
         (r, g, b), (sr, sg, sb) = (mean / 255).tolist(), (std / 255).tolist()
         return (r, g, b), (sr, sg, sb)
-
-    def notes(self) -> list[str]:
-        """Sentences for the manifest."""
-        return [f"{count:,} images {remark}" for remark, count in sorted(self.remarks.items())]
 
 
 @dataclass
@@ -195,64 +242,102 @@ class _Measured:
 
     run: Run
     decoded: Decoded
-    hashes: NDArray[np.int64]
+    thumbnails_u8: NDArray[np.uint8]
     sums: NDArray[np.uint64]
     squares: NDArray[np.uint64]
 
 
-def _write_images(
-    images: ImageSet, splits: Splits, size: int, digest: str, store: ObjectStore
-) -> tuple[_Findings, dict[str, StoredFile]]:
-    """Decode into `train_images.npy` and `test_images.npy`; the findings, and the two files by name.
+class _Scan:
+    """All images of a source, decoded once, in order; `findings` is complete when the iteration has ended."""
 
-    Raises:
-        UserError: some images cannot be used; names the first few.
-    """
-    num_test = int(splits.is_test.sum())
-    num_training = len(splits.is_test) - num_test
-    findings = _Findings(np.empty(len(splits.is_test), np.int64))
-    is_trained_on = np.zeros(len(splits.is_test), bool)
-    is_trained_on[np.flatnonzero(~splits.is_test)[splits.train_indices]] = True
-    shape = (size, size, 3)
-    reported = time.monotonic()
-    with (
-        _array(store, array_key(digest, "train_images.npy"), (num_training, *shape), "u1") as training,
-        _array(store, array_key(digest, "test_images.npy"), (num_test, *shape), "u1") as test,
-    ):
-        for measured in _in_parallel(images.runs(size), lambda run: _measure(run, is_trained_on)):
+    def __init__(self, images: ImageSet, size: int, max_damaged: float) -> None:
+        """
+        Args:
+            max_damaged: share of the images that may be unusable.
+        """
+        self._images = images
+        self._size = size
+        self._num_used = int((images.labels >= 0).sum())
+        self._max_bad = int(max_damaged * self._num_used)
+        self._max_damaged = max_damaged
+        self.findings = _Findings.of(len(images.labels))
+
+    def __iter__(self) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+        """Consecutive images: their positions, and pixels (n, size, size, 3).
+
+        Raises:
+            UserError: more images than allowed cannot be used; names the first few.
+        """
+        findings, reported = self.findings, time.monotonic()
+        for measured in _in_parallel(self._images.runs(self._size), _measure):
             part = slice(measured.run.start, measured.run.start + measured.run.count)
-            findings.hashes[part] = measured.hashes
-            findings.sums += measured.sums
-            findings.squares += measured.squares
+            findings.hashes[part] = measured.decoded.hashes
+            findings.thumbnails_u8[part] = measured.thumbnails_u8
+            findings.sums[part] = measured.sums
+            findings.squares[part] = measured.squares
             findings.remarks += measured.decoded.remarks
             findings.bad += measured.decoded.bad
-            if len(findings.bad) > MAX_BAD_IMAGES:
+            if len(findings.bad) > self._max_bad + MAX_BAD_IMAGES:
                 break
-            images_u8, is_test = measured.decoded.images_u8, splits.is_test[part]
-            for array, chosen in ((test, is_test), (training, ~is_test)):
-                array.write(images_u8 if chosen.all() else images_u8[chosen])
+            yield part, measured.decoded.images_u8
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
-                logger.info("decoded %s of %s images", f"{part.stop:,}", f"{len(splits.is_test):,}")
-        _refuse_bad(findings.bad, images)
-        return findings, {"train_images.npy": training.close(), "test_images.npy": test.close()}
+                logger.info("decoded %s of %s images", f"{part.stop:,}", f"{len(findings.hashes):,}")
+        if len(findings.bad) > self._max_bad:
+            raise UserError(
+                f"{self._bad()}. At most {self._max_bad} may be left out (max_damaged {self._max_damaged:g}); "
+                "replace them, remove them, or raise max_damaged"
+            )
+
+    def notes(self) -> list[str]:
+        """Sentences about single images."""
+        notes = [f"{count:,} images {remark}" for remark, count in sorted(self.findings.remarks.items())]
+        return [*notes, f"{self._bad()}; left out"] if self.findings.bad else notes
+
+    def _bad(self) -> str:
+        bad = self.findings.bad
+        some = "; ".join(f"{self._images.name(index)!r} {why}" for index, why in bad[:3]) + "; …" * (len(bad) > 3)
+        stopped = len(bad) > self._max_bad + MAX_BAD_IMAGES
+        number = f"more than {self._max_bad + MAX_BAD_IMAGES}" if stopped else f"{len(bad)}"
+        return f"{number} of {self._num_used:,} images cannot be used: {some}"
 
 
-def _measure(run: Run, is_trained_on: NDArray[np.bool_]) -> _Measured:
-    """Decode, hash and sum up one run; called in a pool's thread."""
+def _write_images(
+    parts: Iterator[tuple[slice, NDArray[np.uint8]]],
+    on_training_side: NDArray[np.bool_],
+    on_test_side: NDArray[np.bool_],
+    size: int,
+    digest: str,
+    store: ObjectStore,
+) -> dict[str, StoredFile]:
+    """Write `train_images.npy` and `test_images.npy`; the two files by name."""
+    sides = {"train_images.npy": on_training_side, "test_images.npy": on_test_side}
+    with contextlib.ExitStack() as stack:
+        arrays = {
+            name: stack.enter_context(_array(store, array_key(digest, name), (int(is_on.sum()), size, size, 3), "u1"))
+            for name, is_on in sides.items()
+        }
+        for part, images_u8 in parts:
+            for name, is_on in sides.items():
+                chosen = is_on[part]
+                arrays[name].write(images_u8 if chosen.all() else images_u8[chosen])
+        return {name: array.close() for name, array in arrays.items()}
+
+
+def _measure(run: Run) -> _Measured:
+    """Decode and sum up one run; called in a pool's thread."""
     decoded = run.decode()
-    images = np.ascontiguousarray(decoded.images_u8)
-    content, length = images.data.cast("B"), images[0].size
-    # Python's own hash of bytes: 64 bits, another in each process, and three times as fast as SHA-256.
-    hashes = np.array([hash(bytes(content[at : at + length])) for at in range(0, len(content), length)], np.int64)
-    trained_on = images[is_trained_on[run.start : run.start + run.count]].reshape(-1, length)
-    squares = trained_on.astype(np.uint16)
+    images_u8 = decoded.images_u8
+    n, size = images_u8.shape[:2]
+    rows = images_u8.reshape(n, size, size * 3)
+    squares = rows.astype(np.uint16)
     squares *= squares  # 255² fits
-    # Adding rows is what processors do fastest; 2²⁴ squares fit 32 bits, a run has fewer rows.
-    totals = [
-        rows.sum(axis=0, dtype=np.uint32).reshape(-1, 3).sum(axis=0, dtype=np.uint64) for rows in (trained_on, squares)
-    ]
-    return _Measured(run, Decoded(images, decoded.bad, decoded.remarks), hashes, totals[0], totals[1])
+    # Adding rows is what processors do fastest.
+    sums, sums_of_squares = (
+        values.sum(axis=1, dtype=np.uint32).reshape(n, size, 3).sum(axis=1, dtype=np.uint64)
+        for values in (rows, squares)
+    )
+    return _Measured(run, decoded, thumbnails(images_u8), sums, sums_of_squares)
 
 
 def _in_parallel(runs: Iterator[Run], work: Callable[[Run], _Measured]) -> Iterator[_Measured]:
@@ -277,39 +362,31 @@ def _num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_bad(bad: list[tuple[int, str]], images: ImageSet) -> None:
-    if not bad:
-        return
-    some = "; ".join(f"{images.name(index)!r} {why}" for index, why in bad[:3])
-    number = f"more than {MAX_BAD_IMAGES}" if len(bad) > MAX_BAD_IMAGES else f"{len(bad)}"
-    raise UserError(
-        f"{number} of {len(images.labels):,} images cannot be used: {some}{'; …' * (len(bad) > 3)}. "
-        "Replace them or leave them out"
-    )
+def _across_given_splits(pairs: NDArray[np.int64], splits: Splits, images: ImageSet) -> tuple[tuple[str, str], ...]:
+    """Names of test images and of the training or validation images that show the same."""
+    one, other = pairs[splits.is_test[pairs[:, 1]]].T
+    test_first = np.concatenate([pairs[splits.is_test[pairs[:, 0]]], np.stack([other, one], axis=1)])
+    across = test_first[(splits.is_train | splits.is_val)[test_first[:, 1]]]
+    return tuple((images.name(int(test)), images.name(int(seen))) for test, seen in across)
 
 
-def _duplicates(hashes: NDArray[np.int64], images: ImageSet, splits: Splits) -> list[str]:
-    """Sentences about images that occur more than once; equal are those whose decoded pixels are."""
+def _notes_of_duplicates(
+    hashes: NDArray[np.uint64], pairs: NDArray[np.int64], across: Sequence[tuple[str, str]], splits: Splits
+) -> list[str]:
+    """Sentences about images that show the same as others."""
     notes = []
-    training, test = hashes[~splits.is_test], hashes[splits.is_test]
-    leaked = np.flatnonzero(np.isin(test, training))
-    if len(leaked):
-        origins, positions = np.flatnonzero(~splits.is_test), np.flatnonzero(splits.is_test)
-        pairs = [
-            f"{images.name(int(positions[i]))} = {images.name(int(origins[np.flatnonzero(training == test[i])[0]]))}"
-            for i in leaked[:3]
-        ]
-        notes.append(
-            f"{len(leaked):,} test images are also among the training images: {', '.join(pairs)}"
-            f"{', …' * (len(leaked) > 3)}"
-        )
-    if repeated := len(training) - len(np.unique(training)):
+    if across:
+        some = listed([f"{test} = {seen}" for test, seen in across])
+        number = len({test for test, _ in across})
+        notes.append(f"{number:,} test images show the same as training or validation images: {some}")
+    seen = splits.is_train | splits.is_val
+    if repeated := int(seen.sum()) - len(np.unique(hashes[seen])):
         notes.append(f"{repeated:,} training images are copies of others")
-    order = np.lexsort((images.labels, hashes))
-    same = hashes[order][1:] == hashes[order][:-1]
-    contradictory = int((same & (images.labels[order][1:] != images.labels[order][:-1])).sum())
-    if contradictory:
-        notes.append(f"{contradictory:,} images occur under more than one class")
+    used = pairs[(splits.labels[pairs] >= 0).all(axis=1)]
+    if contradictory := len(np.unique(used[splits.labels[used[:, 0]] != splits.labels[used[:, 1]], 1])):
+        notes.append(f"{contradictory:,} images also occur under another class")
+    if not across and len(used):
+        notes.append(f"{len(np.unique(used)):,} images are near-duplicates of each other; each such group has one side")
     return notes
 
 

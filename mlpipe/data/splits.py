@@ -1,77 +1,162 @@
-"""Which image serves what. Test images are set aside first, validation images are taken from the rest."""
+"""Which image serves what. The side that an image is on follows from its own bytes, so that a data set can grow."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
 
 from mlpipe.config import DataConfig
 from mlpipe.errors import UserError
 
 MIN_TRAINING_IMAGES = 5
-"""Of each class in a source with a split of its own, validation images included."""
+"""Of each class, validation images included."""
+
+_GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64, S. Vigna, https://prng.di.unimi.it/splitmix64.c
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What is known of a source's N images before they are split."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    """(N,) positions in `classes`; -1: the image is not used."""
+    hashes: NDArray[np.uint64]
+    """(N,) of the image files' bytes."""
+    groups: NDArray[np.int64]
+    """(N,) images with the same number are near-duplicates and stay on one side."""
+    is_test: NDArray[np.bool_] | None = None
+    """(N,) the source's own test images; `None`: it has none."""
+    is_val: NDArray[np.bool_] | None = None
+    """(N,) the source's own validation images; `None`: it has none."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint; together all images."""
+    """Three disjoint sets of images, each as (N,) booleans; images that are not used are in none of them."""
 
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    """(N,) positions in `classes`; -1: not used."""
+    is_train: NDArray[np.bool_]
+    is_val: NDArray[np.bool_]
     is_test: NDArray[np.bool_]
-    """(N,)"""
-    train_indices: NDArray[np.int64]
-    """Positions among the images that are not test images, ascending."""
-    val_indices: NDArray[np.int64]
-    """Likewise."""
+    notes: tuple[str, ...] = ()
+    """What a reader has to know of the splits, a sentence each."""
 
 
-def plan_splits(
-    labels: NDArray[np.int64], is_test: NDArray[np.bool_] | None, classes: Sequence[str], data: DataConfig
-) -> Splits:
-    """Split stratified by class; the same labels and `data.split_seed` give the same splits.
+def plan_splits(images: Labelled, data: DataConfig) -> Splits:
+    """Keep the source's own splits, and make those that it lacks.
 
-    Args:
-        labels: (N,)
-        is_test: (N,) the source's own test images; `None`: `data.test_fraction` of all are chosen.
+    An image's hash, mixed with `data.split_seed`, is a number from 0 to 1. The lowest `data.test_fraction` are test
+    images, and `data.validation_fraction` of the rest are validation images. So the shares of each class are as asked
+    for up to chance, and no image moves from training to test when others are added. A class to which chance gives
+    no test or validation image gets the one of lowest number. Near-duplicates go by the highest number among them.
 
     Raises:
-        UserError: a class has too few images; says which, how many and what is needed.
+        UserError: a class has too few images, or is missing in train or test; says which and how many.
     """
-    if is_test is None:
+    images, notes = without_small_classes(images, data)
+    used = images.labels >= 0
+    number = _numbers(images, data.split_seed)
+    if images.is_test is None:
+        is_test = used & (number < data.test_fraction)
+        _give_each_class_one(is_test, used, number, images)
+        number = (number - data.test_fraction) / (1 - data.test_fraction)
+    else:
+        is_test = used & images.is_test
+    training = used & ~is_test
+    if images.is_val is None:
+        is_val = training & (number < data.validation_fraction)
+        _give_each_class_one(is_val, training, number, images)
+    else:
+        is_val = training & images.is_val
+    return Splits(images.classes, images.labels, training & ~is_val, is_val, is_test, notes)
+
+
+def _numbers(images: Labelled, seed: int) -> NDArray[np.float64]:
+    """(N,) a number from 0 to 1 for each image, the same for near-duplicates."""
+    mixed = images.hashes + np.uint64((seed + 1) * _GOLDEN % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    own = (mixed ^ (mixed >> np.uint64(31))) / 2.0**64
+    highest = np.zeros(images.groups.max(initial=-1) + 1)
+    np.maximum.at(highest, images.groups, own)
+    return highest[images.groups]
+
+
+def _give_each_class_one(
+    chosen: NDArray[np.bool_], among: NDArray[np.bool_], number: NDArray[np.float64], images: Labelled
+) -> None:
+    """Add, to `chosen`, the images of lowest number of each class that has none there."""
+    lacking = np.setdiff1d(images.labels[among], images.labels[chosen])
+    for label in lacking:
+        members = np.flatnonzero(among & (images.labels == label))
+        first = images.groups[members[number[members].argmin()]]
+        chosen |= among & (images.groups == first)
+
+
+def without_small_classes(images: Labelled, data: DataConfig) -> tuple[Labelled, tuple[str, ...]]:
+    """The images without classes that cannot be trained on or tested, if they are to be left out.
+
+    Raises:
+        UserError: there are such classes, and they are to be refused; or fewer than two are left.
+    """
+    short = _shortages(images, data)
+    if not short:
+        return images, ()
+    some = "; ".join(reason for _, reason in sorted(short.items())[:5]) + ("; …" if len(short) > 5 else "")
+    if data.small_classes == "refuse":
+        raise UserError(
+            f"data_uri: {some}. Add images, or set small_classes to leave_out to go on without "
+            f"{'this class' if len(short) == 1 else 'these classes'}"
+        )
+    kept = [position for position in range(len(images.classes)) if position not in short]
+    if len(kept) < 2:
+        raise UserError(f"data_uri: {some}. Without such classes fewer than 2 are left; add images")
+    renumber = np.full(len(images.classes) + 1, -1)  # the last one is for -1
+    renumber[kept] = np.arange(len(kept))
+    fewer = replace(images, classes=tuple(images.classes[i] for i in kept), labels=renumber[images.labels])
+    num_images = int(((images.labels >= 0) & (fewer.labels < 0)).sum())
+    return fewer, (f"{len(short)} of {len(images.classes)} classes ({num_images:,} images) were left out: {some}",)
+
+
+def _shortages(images: Labelled, data: DataConfig) -> dict[int, str]:
+    """What is too little of a class, by its position."""
+    num_classes = len(images.classes)
+
+    def count(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return np.bincount(images.labels[chosen & (images.labels >= 0)], minlength=num_classes)
+
+    everywhere = np.ones(len(images.labels), bool)
+    if images.is_test is None and images.is_val is None:
         # With 1 / fraction images of a class its share of the test images is at least one.
         needed = max(MIN_TRAINING_IMAGES + 1, math.ceil(1 / data.test_fraction))
-        _check_counts(labels, classes, needed, "to be split into training, validation and test images")
-        is_test = np.zeros(len(labels), bool)
-        num_test = max(math.ceil(data.test_fraction * len(labels)), len(classes))
-        is_test[_stratified_part(labels, num_test, data.split_seed)] = True
+        parts = [("", needed, count(everywhere))]
     else:
-        _check_counts(labels[is_test], classes, 1, "in test/")
-        _check_counts(labels[~is_test], classes, MIN_TRAINING_IMAGES, "in train/")
-    training = labels[~is_test]
-    num_val = max(math.ceil(data.validation_fraction * len(training)), len(classes))
-    val_indices = _stratified_part(training, num_val, data.split_seed)
-    train_indices = np.setdiff1d(np.arange(len(training), dtype=np.int64), val_indices)
-    return Splits(is_test, train_indices, val_indices)
+        is_test = np.zeros(len(images.labels), bool) if images.is_test is None else images.is_test
+        is_val = np.zeros(len(images.labels), bool) if images.is_val is None else images.is_val & ~is_test
+        parts = [(" in train/", MIN_TRAINING_IMAGES, count(~is_test & ~is_val))]
+        if images.is_val is not None:
+            parts.append((" in the validation folder", 1, count(is_val)))
+        if images.is_test is not None:
+            parts.append((" in test/", 1, count(is_test)))
+    short: dict[int, str] = {}
+    for where, needed, counts in parts:
+        for position in np.flatnonzero(counts < needed):
+            found = f"class {images.classes[position]!r} has {_number(counts[position])}{where}, {needed} needed"
+            short.setdefault(int(position), found)
+    return short
 
 
-def _stratified_part(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """`count` positions, ascending, with the classes in proportion."""
-    _, chosen = train_test_split(
-        np.arange(len(labels), dtype=np.int64), test_size=count, stratify=labels, random_state=seed
-    )
-    return np.sort(chosen)
+def _number(count: int) -> str:
+    return f"{count} image" if count == 1 else f"{count} images"
 
 
-def _check_counts(labels: NDArray[np.int64], classes: Sequence[str], needed: int, purpose: str) -> None:
-    counts = np.bincount(labels, minlength=len(classes))
-    short = np.flatnonzero(counts < needed)
-    if len(short):
-        some = ", ".join(f"{classes[i]!r} has {counts[i]}" for i in short[:5]) + (", …" if len(short) > 5 else "")
-        raise UserError(
-            f"data_uri: each class needs at least {needed} image{'s' * (needed > 1)} {purpose}, but {some}; "
-            "add images or leave the class out"
-        )
+def listed(items: Sequence[str], most: int = 3) -> str:
+    """The first few items, for a sentence."""
+    return ", ".join(items[:most]) + (", …" if len(items) > most else "")

@@ -59,17 +59,21 @@ def test_cut_off_copy_is_fetched_again(manifest: Manifest, store: ObjectStore, t
 
 def test_images_that_would_not_fit_in_memory(tmp_path: Path) -> None:
     num_images = 4 * psutil.virtual_memory().total // (8 * 8 * 3)
-    path = tmp_path / "datasets" / "large" / "test_images.npy"
-    path.parent.mkdir(parents=True)
-    with path.open("wb") as file:  # sparse: it takes no room
-        file.write(header((num_images, 8, 8, 3), np.uint8))
-        file.truncate(file_bytes((num_images, 8, 8, 3), np.uint8) - 192)
-        file.seek(0, 2)
-        file.write(bytes(range(192)))
-    np.save(tmp_path / "datasets" / "large" / "test_labels.npy", np.zeros(3, np.int64))
-    files = {each.name: SimpleNamespace(bytes=each.stat().st_size) for each in path.parent.glob("*.npy")}
+    folder = tmp_path / "datasets" / "large"
+    folder.mkdir(parents=True)
+    for name, shape, dtype in (
+        ("test_images.npy", (num_images, 8, 8, 3), np.uint8),
+        ("test_labels.npy", (num_images,), np.int64),
+    ):
+        with (folder / name).open("wb") as file:  # sparse: it takes no room
+            file.write(header(shape, dtype))
+            file.truncate(file_bytes(shape, dtype) - 192)
+            file.seek(0, 2)
+            file.write(bytes(range(192)))
+    np.save(folder / "test_indices.npy", np.array([0, 2, num_images - 1]))
+    files = {each.name: SimpleNamespace(bytes=each.stat().st_size) for each in folder.glob("*.npy")}
     dataset = Dataset(SimpleNamespace(digest="large", files=files), None, tmp_path)  # type: ignore[arg-type]
-    images = dataset.test_split().images_u8.take(np.array([0, num_images - 1]))
+    images = dataset.test_split().images_u8.take(np.array([0, 2]))
     assert images[0].max() == 0
     assert images[1].ravel().tolist() == list(range(192))
 

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from mlpipe.data.decode import resize_pixels
+from mlpipe.data.near_duplicates import group_numbers, near_duplicates, thumbnails
+
+
+def picture(seed: int, size: int = 64) -> Image.Image:
+    """Soft shapes, as photographs have them."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def pairs_of(images: list[Image.Image]) -> list[list[int]]:
+    pixels = np.stack([resize_pixels(np.asarray(image), 32) for image in images])
+    return sorted(near_duplicates(thumbnails(pixels)).tolist())
+
+
+def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return Image.open(stream).convert("RGB")
+
+
+def test_compressed_and_scaled_copies_are_found() -> None:
+    original = picture(0)
+    images = [picture(1), original, picture(2), as_jpeg(original, 60), as_jpeg(original.resize((50, 50)), 80)]
+    assert pairs_of(images) == [[1, 3], [1, 4], [3, 4]]
+
+
+def test_different_pictures_are_not_taken_for_copies() -> None:
+    assert pairs_of([picture(seed) for seed in range(400)]) == []
+
+
+def test_copies_are_found_once_each() -> None:
+    assert pairs_of([picture(0), picture(1), picture(0), picture(0)]) == [[0, 2], [0, 3]]
+
+
+def test_plain_pictures_of_other_brightness_differ() -> None:
+    plain = [Image.new("RGB", (32, 32), (value, value, value)) for value in (0, 128, 255)]
+    assert pairs_of(plain) == []
+
+
+def test_sizes_that_eight_does_not_divide() -> None:
+    image = np.full((2, 13, 13, 3), 100, np.uint8)
+    assert (thumbnails(image) == 100).all()
+
+
+def test_groups_are_connected_pairs() -> None:
+    numbers = group_numbers(np.array([[0, 3], [3, 4]]), 5)
+    assert numbers[0] == numbers[3] == numbers[4]
+    assert len(set(numbers)) == 3
