@@ -35,7 +35,7 @@ from mlpipe.data.manifest import (
     load_manifest,
     manifest_key,
 )
-from mlpipe.data.near_duplicates import SIDE, group_numbers, near_duplicates, thumbnails
+from mlpipe.data.near_duplicates import SIDE, cell_sums, group_numbers, near_duplicates, thumbnails
 from mlpipe.data.npy import NpyWriter, file_bytes
 from mlpipe.data.sources import SourceRef, check_classes, named_source, read_digits
 from mlpipe.data.splits import Labelled, Splits, listed, plan_splits, without_small_classes
@@ -329,15 +329,12 @@ def _measure(run: Run) -> _Measured:
     decoded = run.decode()
     images_u8 = decoded.images_u8
     n, size = images_u8.shape[:2]
-    rows = images_u8.reshape(n, size, size * 3)
-    squares = rows.astype(np.uint16)
+    squares = images_u8.reshape(n, size, size * 3).astype(np.uint16)
     squares *= squares  # 255² fits
     # Adding rows is what processors do fastest.
-    sums, sums_of_squares = (
-        values.sum(axis=1, dtype=np.uint32).reshape(n, size, 3).sum(axis=1, dtype=np.uint64)
-        for values in (rows, squares)
-    )
-    return _Measured(run, decoded, thumbnails(images_u8), sums, sums_of_squares)
+    sums_of_squares = squares.sum(axis=1, dtype=np.uint32).reshape(n, size, 3).sum(axis=1, dtype=np.uint64)
+    cells = cell_sums(images_u8)
+    return _Measured(run, decoded, thumbnails(cells, size), cells.sum(axis=(1, 2), dtype=np.uint64), sums_of_squares)
 
 
 def _in_parallel(runs: Iterator[Run], work: Callable[[Run], _Measured]) -> Iterator[_Measured]:

@@ -3,10 +3,11 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mlpipe.data.decode import resize_pixels
-from mlpipe.data.near_duplicates import group_numbers, near_duplicates, thumbnails
+from mlpipe.data.near_duplicates import cell_sums, group_numbers, near_duplicates, thumbnails
 
 
 def picture(seed: int, size: int = 64) -> Image.Image:
@@ -17,7 +18,7 @@ def picture(seed: int, size: int = 64) -> Image.Image:
 
 def pairs_of(images: list[Image.Image]) -> list[list[int]]:
     pixels = np.stack([resize_pixels(np.asarray(image), 32) for image in images])
-    return sorted(near_duplicates(thumbnails(pixels)).tolist())
+    return sorted(near_duplicates(thumbnails(cell_sums(pixels), 32)).tolist())
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -45,9 +46,12 @@ def test_plain_pictures_of_other_brightness_differ() -> None:
     assert pairs_of(plain) == []
 
 
-def test_sizes_that_eight_does_not_divide() -> None:
-    image = np.full((2, 13, 13, 3), 100, np.uint8)
-    assert (thumbnails(image) == 100).all()
+@pytest.mark.parametrize("size", [8, 13, 512])
+def test_thumbnails_are_means_of_cells(size: int) -> None:
+    assert (thumbnails(cell_sums(np.full((2, size, size, 3), 255, np.uint8)), size) == 255).all()
+    right = np.zeros((1, size, size, 3), np.uint8)
+    right[:, :, size // 2 :] = 200
+    assert thumbnails(cell_sums(right), size).reshape(8, 8)[:, [0, 7]].tolist() == [[0, 200]] * 8
 
 
 def test_groups_are_connected_pairs() -> None:
