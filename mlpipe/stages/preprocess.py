@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,15 @@ from mlpipe.data.manifest import Manifest
 from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources import SourceRef
 from mlpipe.data.store import ObjectStore
+from mlpipe.data.versions import DatasetVersion, record_version
 from mlpipe.environment import Environment
 from mlpipe.stages.runs import OnRun, experiment, parent_run
 from mlpipe.stages.services import services_named
 from mlpipe.tracking import runs
 from mlpipe.tracking.data_run import log_data
 from mlpipe.tracking.runs import Origin
+
+logger = logging.getLogger(__name__)
 
 
 @services_named()
@@ -36,12 +40,21 @@ def preprocess(config: RunConfig, origin: Origin, source: Mapping[str, Any], *, 
     reference = SourceRef(key=source["key"], sha256=source["sha256"], kind=source["kind"])
     manifest = prepare_dataset(config.data, reference, store)
     dataset = open_dataset(manifest.digest, store, environment.cache_dir)
+    version = record_version(dataset, store, environment.cache_dir)
+    if version.change:
+        logger.info("%s", version.change)
     run = runs.open_run(
         experiment(config),
         origin.key("data"),
         name=f"data · {manifest.dataset}",
-        tags={**origin.tags(), "stage": "data", "dataset": manifest.dataset, "data_digest": manifest.digest},
-        description=_data_description(manifest, origin),
+        tags={
+            **origin.tags(),
+            "stage": "data",
+            "dataset": manifest.dataset,
+            "data_digest": manifest.digest,
+            "data_version": str(version.number),
+        },
+        description=_data_description(manifest, version, origin),
         parent_run_id=parent_run(config, origin).info.run_id,
     )
     with runs.active(run) as tracked:
@@ -58,10 +71,11 @@ def preprocess(config: RunConfig, origin: Origin, source: Mapping[str, Any], *, 
     }
 
 
-def _data_description(manifest: Manifest, origin: Origin) -> str:
-    notes = "\n".join(f"- {note}" for note in manifest.notes)
+def _data_description(manifest: Manifest, version: DatasetVersion, origin: Origin) -> str:
+    sentences = [*manifest.notes, *([version.change] if version.change else [])]
+    notes = "\n".join(f"- {note}" for note in sentences)
     return (
-        f"{origin.link}\n\n{manifest.num_train:,} images to train on, {manifest.num_val:,} to validate, "
-        f"{manifest.num_test:,} to test; {len(manifest.classes)} classes; "
+        f"{origin.link}\n\n{manifest.dataset}, version {version.number}: {manifest.num_train:,} images to train on, "
+        f"{manifest.num_val:,} to validate, {manifest.num_test:,} to test; {len(manifest.classes)} classes; "
         f"{manifest.image_size} × {manifest.image_size} pixels.\n\n{notes}"
     )

@@ -29,6 +29,7 @@ def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:
             "data/num_train": manifest.num_train,
             "data/num_val": manifest.num_val,
             "data/num_test": manifest.num_test,
+            "data/num_left_out": len(manifest.left_out),
             **{
                 f"data/channel_{part}_{channel}": value
                 for part, values in (("mean", manifest.channel_mean), ("std", manifest.channel_std))
@@ -36,6 +37,19 @@ def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:
             },
         }
     )
+    if manifest.left_out:
+        run.log_table(
+            {"image": [name for name, _ in manifest.left_out], "reason": [why for _, why in manifest.left_out]},
+            "left_out.json",
+        )
+    if manifest.near_duplicates:
+        run.log_table(
+            {
+                "test image": [test for test, _ in manifest.near_duplicates],
+                "training image": [seen for _, seen in manifest.near_duplicates],
+            },
+            "near_duplicates.json",
+        )
     split = dataset.train_split()
     run.log_figure(figures.sample_grid(split, manifest.classes), "samples.png")
     run.log_figure(figures.class_balance(dataset), "class_balance.png")

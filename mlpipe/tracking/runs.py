@@ -227,6 +227,11 @@ class TrackedRun:
     def log_dict(self, value: Mapping[str, Any], path: str) -> None:
         self._client.log_dict(self.run_id, dict(value), path)
 
+    def log_table(self, columns: Mapping[str, Sequence[str]], path: str) -> None:
+        """Write a table that the run's page shows; nothing where a try before this one wrote it, for it would grow."""
+        if path not in {file.path for file in self._client.list_artifacts(self.run_id)}:
+            self._client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         for tag, value in tags.items():
             self._client.set_tag(self.run_id, tag, value)

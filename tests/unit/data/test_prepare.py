@@ -20,6 +20,7 @@ from mlpipe.data.manifest import Manifest, load_manifest, manifest_key
 from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources import fetch_source
 from mlpipe.data.store import ObjectStore, Upload
+from mlpipe.data.versions import record_version
 from mlpipe.errors import UserError
 
 SIZE = 8
@@ -264,7 +265,9 @@ def test_a_damaged_image_is_left_out_of_a_source_without_splits(
     assert len(set(images)) == 119
 
 
-def test_a_grown_archive_keeps_the_sides_of_its_images(make: SimpleNamespace, published, tmp_path: Path) -> None:
+def test_a_grown_archive_keeps_the_sides_of_its_images(
+    make: SimpleNamespace, published, store: ObjectStore, tmp_path: Path
+) -> None:
     first = make.image_tree({"a": 30, "b": 30})
     more = make.image_tree({"a": 10, "b": 10}, seed=1)
     grown = first | {name.replace("/", "/new"): content for name, content in more.items()}
@@ -273,6 +276,13 @@ def test_a_grown_archive_keeps_the_sides_of_its_images(make: SimpleNamespace, pu
     assert set(before.test_hashes()) <= set(after.test_hashes())
     assert set(before.trained_on_hashes()) <= set(after.trained_on_hashes())
     assert not set(after.test_hashes()) & set(after.trained_on_hashes())
+    versions = [record_version(each, store, tmp_path / "cache") for each in (before, after, before)]
+    assert [version.number for version in versions] == [1, 2, 1]
+    assert [version.change for version in versions] == [
+        None,
+        "Version 2: 20 images added, 0 removed since version 1",
+        None,
+    ]
 
 
 def test_near_duplicates_across_given_splits_are_named(make: SimpleNamespace, published, tmp_path: Path) -> None:

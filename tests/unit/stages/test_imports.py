@@ -19,7 +19,7 @@ HEAVY = ("lightning", "matplotlib", "sklearn", "torch", "torchvision")
     ("stage", "needed"),
     [
         ("download", set()),
-        ("preprocess", {"matplotlib", "sklearn"}),
+        ("preprocess", {"matplotlib"}),
         ("train", {"torch"}),
         ("evaluate", {"matplotlib", "sklearn"}),
     ],
