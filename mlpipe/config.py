@@ -51,8 +51,8 @@ class RunParams:
     data_uri: str | None = describe(
         None,
         "Data URI",
-        "Path, file://, http(s):// or s3:// of an archive: train/<class>/… and test/<class>/…, "
-        "or <class>/… alone, which is then split. Required for images.",
+        "Path, file://, http(s):// or s3:// of a zip, a tar or a folder (s3://bucket/folder/): <class>/…, "
+        "train/<class>/… and test/<class>/…, or images with a CSV. Required for images.",
         maxLength=2048,
     )
     name: str | None = describe(

@@ -115,7 +115,7 @@ def resolve(params: RunParams) -> RunConfig:
         UserError: the model list is malformed, or fields contradict each other.
     """
     if params.dataset == "images" and params.data_uri is None:
-        raise UserError("data_uri: empty, but the data set 'images' needs the address of a zip or tar archive")
+        raise UserError("data_uri: empty, but the data set 'images' needs the address of a zip, a tar or a folder")
     if params.dataset == "digits" and params.data_uri is not None:
         raise UserError(
             f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set 'digits'; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -113,12 +114,14 @@ def _local_file(uri: str | None) -> Path | None:
         return None
     path = Path(uri).expanduser().resolve()
     if not path.exists():
-        raise UserError(f"data_uri: no file at {str(path)!r}; give the path of a zip or tar archive, or a URI")
+        raise UserError(f"data_uri: nothing at {str(path)!r}; give the path of a zip, a tar or a folder, or a URI")
     return path
 
 
 def _upload(path: Path, console: Console) -> str:
     """Hand a file to workers on other machines; its address there."""
+    if path.is_dir():
+        return _upload_folder(path, console)
     from mlpipe.data.store import file_sha256
     from mlpipe.data.uris import check_local
 
@@ -140,6 +143,17 @@ def _upload(path: Path, console: Console) -> str:
         except (MlflowException, requests.RequestException) as error:
             reason = str(error).splitlines()[0][:300]
             raise UserError(f"data_uri: {path.name} could not be uploaded to MLflow ({reason}); see its log") from error
+
+
+def _upload_folder(folder: Path, console: Console) -> str:
+    from mlpipe.data.folders import pack_folder
+    from mlpipe.data.uris import MAX_BYTES
+
+    with tempfile.TemporaryDirectory(prefix="mlpipe-") as temporary:
+        packed = Path(temporary) / f"{folder.name}.zip"
+        with console.status(f"Packing {folder}"):
+            pack_folder(folder, packed, field="data_uri", max_bytes=MAX_BYTES)
+        return _upload(packed, console)
 
 
 def _follow(api: AirflowApi, run_id: str, console: Console) -> tuple[str, list[TaskInstance]]:

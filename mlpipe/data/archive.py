@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from mlpipe.data.listing import DAMAGED, ArchiveLimits, ImageArchive, Packed, why
@@ -18,7 +19,32 @@ def open_archive(path: Path, limits: ArchiveLimits | None = None) -> ImageArchiv
     Raises:
         UserError: it is not a zip or tar, is damaged or encrypted, or holds what does not belong there.
     """
-    limits = limits or ArchiveLimits()
+    archive = _open_one(path, limits or ArchiveLimits())
+    if len(archive) or len(archive.inner_archives) != 1:
+        return archive
+    with archive:
+        return _open_inner(archive, archive.inner_archives[0])
+
+
+def _open_inner(outer: ImageArchive, name: str) -> ImageArchive:
+    """The one archive inside another; it is unpacked into a temporary file until it is closed."""
+    folder = tempfile.TemporaryDirectory(prefix="mlpipe-inner-")
+    try:
+        path = Path(folder.name) / "archive"
+        with path.open("wb") as target:
+            outer.copy_member(name, target, outer.limits.unpacked_bytes(outer.path.stat().st_size))
+        inner = _open_one(path, outer.limits)
+    except UserError as error:
+        folder.cleanup()
+        raise UserError(f"{name[:120]!r} in it: {error}") from error
+    except BaseException:
+        folder.cleanup()
+        raise
+    inner.on_close(folder.cleanup)
+    return inner
+
+
+def _open_one(path: Path, limits: ArchiveLimits) -> ImageArchive:
     with path.open("rb") as file:
         head = file.read(512)
     try:

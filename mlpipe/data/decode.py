@@ -1,15 +1,17 @@
 """One image file's bytes to pixels.
 
 Every file becomes 8-bit RGB of one size: turned upright by its EXIF orientation, transparency laid on white, the first
-picture of an animation, 16 bits cut to the upper 8, CMYK and palettes converted by Pillow, embedded colour profiles
-ignored. Plain JPEGs that already have the wanted size take a shorter way through simplejpeg, which runs the same
-libjpeg-turbo (the pixels are the same, a test holds it) without Pillow's 35 µs of bookkeeping per image, most of them
-under Python's lock, and without the second copy and the 10 µs per image of torchvision.
+picture of an animation, 16 bits cut to the upper 8, 32 bits scaled by their range, CMYK and palettes converted by
+Pillow, embedded colour profiles ignored. Plain JPEGs that already have the wanted size take a shorter way through
+simplejpeg, which runs the same libjpeg-turbo (the pixels are the same, a test holds it) without Pillow's 35 µs of
+bookkeeping per image, most of them under Python's lock, and without the second copy and the 10 µs per image of
+torchvision.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections import Counter
@@ -26,7 +28,7 @@ MAX_SIDE = 25_000
 TINY_SIDE = 4
 """An image of a side shorter than this is reported, pixels."""
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "AVIF")
 _ORIENTATION = 0x0112
 _DRAFT_MARGIN = 4
 """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled DCT) while that leaves this many times the wanted
@@ -70,7 +72,7 @@ def _by_pillow(data: bytes | memoryview, size: int, remarks: Counter[str]) -> ND
     if not len(data):
         raise BadImageError("is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats(data)) as image:
             _check_size(image)
             return _pixels(image, size, remarks)
     except BadImageError:
@@ -81,6 +83,16 @@ def _by_pillow(data: bytes | memoryview, size: int, remarks: Counter[str]) -> ND
         raise BadImageError(f"has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except _UNDECODABLE as error:
         raise BadImageError(f"is damaged ({' '.join(str(error).split())[:80] or type(error).__name__})") from error
+
+
+def _formats(data: bytes | memoryview) -> tuple[str, ...]:
+    """Pillow's names of the formats that are read; that of telephones needs a plugin, which is loaded on first use."""
+    if bytes(data[4:8]) != b"ftyp" or bytes(data[8:12]) in (b"avif", b"avis"):
+        return FORMATS
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
 
 
 def resize_pixels(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -128,7 +140,7 @@ def _to_rgb(image: Image.Image, remarks: Counter[str]) -> Image.Image:
         remarks["of 16 bits, cut to the upper 8"] += 1
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImageError("has 32-bit pixels, which have no agreed range; save it with 8 or 16 bits")
+        return Image.fromarray(_scaled(np.asarray(image), remarks)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]
@@ -138,6 +150,20 @@ def _to_rgb(image: Image.Image, remarks: Counter[str]) -> Image.Image:
     if image.mode == "CMYK":
         remarks["of CMYK, converted to RGB"] += 1
     return image.convert("RGB")
+
+
+def _scaled(values: NDArray[np.integer | np.floating], remarks: Counter[str]) -> NDArray[np.uint8]:
+    """(H, W) values of 32 bits to 0..255, by the range that they lie in: 0..1, 0..255, 0..65535, or their own."""
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(low + high):
+        raise BadImageError("has pixels that are not finite numbers")
+    fractions = values.dtype.kind == "f"
+    for limit in (1.0, 255.0, 65535.0) if fractions else (255.0, 65535.0):
+        if low >= 0 and high <= limit:
+            remarks[f"of 32 bits, scaled from 0 to {limit:g}"] += 1
+            return np.rint(values * (255 / limit)).astype(np.uint8)
+    remarks["of 32 bits, scaled from their darkest to their brightest pixel"] += 1
+    return np.rint((values - low) * (255 / (high - low or 1))).astype(np.uint8)
 
 
 def _decode_plain(data: bytes | memoryview, pixels: NDArray[np.uint8]) -> bool:

@@ -80,9 +80,7 @@ class ArchivedImages(ImageSet):
     """Image files in an archive."""
 
     def __init__(self, archive: ImageArchive, layout: Layout) -> None:
-        super().__init__(
-            layout.classes, layout.labels, layout.is_test, getattr(layout, "is_val", None), notes=layout.notes
-        )
+        super().__init__(layout.classes, layout.labels, layout.is_test, layout.is_val, notes=layout.notes)
         self._archive = archive
 
     def name(self, index: int) -> str:

@@ -1,11 +1,13 @@
-"""From folders in an archive to classes and splits."""
+"""From the folders of an archive, or from a CSV in it, to classes and splits."""
 
 from __future__ import annotations
 
+import csv
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,23 @@ from numpy.typing import NDArray
 from mlpipe.data.archive import ImageArchive
 from mlpipe.errors import UserError
 
-LAYOUTS = "train/<class>/<image> and test/<class>/<image>, or <class>/<image> alone"
+LAYOUTS = (
+    "<class>/<image>, or train/<class>/<image> and test/<class>/<image>, "
+    "or images and a CSV file with the columns image and label"
+)
+
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "val": "val", "valid": "val", "validation": "val",
+}  # fmt: skip
+"""What the names of folders, and the values of a CSV's column `split`, say; in lower case."""
+
+IMAGE_COLUMNS = ("image", "filename", "file_name", "file", "path", "image_path", "image_id", "id")
+LABEL_COLUMNS = ("label", "class", "category", "target")
+SPLIT_COLUMNS = ("split", "set", "subset")
+
+LEFT_ASIDE = -1
+"""Label of images that are not used."""
 
 Folder = tuple[str, ...]
 
@@ -25,14 +43,16 @@ class Layout:
     classes: tuple[str, ...]
     """Sorted by code point; a label is a position here."""
     labels: NDArray[np.int64]
-    """(N,)"""
+    """(N,); -1: the image is left aside."""
     is_test: NDArray[np.bool_] | None
-    """(N,); `None` where the archive has no split of its own."""
+    """(N,); `None` where the archive has no test images of its own."""
+    is_val: NDArray[np.bool_] | None
+    """(N,); `None` where the archive has no validation images of its own."""
     notes: tuple[str, ...]
 
 
 def resolve_layout(archive: ImageArchive) -> Layout:
-    """Tell the layout: `train/` and `test/` with class folders, or class folders alone; one folder around all may be.
+    """Tell the layout: split folders or none, class folders or a CSV; folders around all of it may be.
 
     Class names are sorted by code point, so that labels do not depend on how the archive was packed.
 
@@ -41,88 +61,215 @@ def resolve_layout(archive: ImageArchive) -> Layout:
     """
     if not len(archive):
         found = f"; it has {', '.join(map(repr, archive.others[:3]))}" if archive.others else ""
-        raise UserError(f"the archive has no images (.png, .jpg, .bmp, .gif, .webp, .tif){found}; give {LAYOUTS}")
-    folders, empty = _without_wrapper(archive.folders, archive.empty_folders)
-    split = _has_split(folders)
-    _check_depth(folders, split=split)
-    class_of = {folder: folder[-1] for folder in folders}
-    classes = sorted(set(class_of.values()) | {folder[-1] for folder in empty if _is_class(folder, split=split)})
-    _check_classes(classes)
-    positions = {name: position for position, name in enumerate(classes)}
-    labels = np.array([positions[class_of[folder]] for folder in folders], np.int64)[archive.folder_ids]
-    is_test = None
-    if split:
-        is_test = np.array([folder[0].lower() == "test" for folder in folders])[archive.folder_ids]
-    return Layout(tuple(classes), labels, is_test, _notes(archive))
+        raise UserError(f"the archive has no images (.png, .jpg, .webp, .heic, …){found}; give {LAYOUTS}")
+    folders = _without_wrappers(archive.folders)
+    split_of = _split_folders(folders)
+    class_of = [folder[1 if split_of else 0 :] for folder in folders]  # and what lies inside of it
+    if len({inside[0] for inside in class_of if inside}) < 2:
+        return _by_table(archive, split_of, class_of)
+    notes = []
+    unlabelled = [i for i, inside in enumerate(class_of) if not inside]
+    refused = [folders[i] for i in unlabelled if not split_of or split_of[i] == "train"]
+    if refused:
+        where = "/".join(refused[0]) or "the top folder"
+        raise UserError(f"the archive's images in {where!r} lie in no class folder; the layout must be {LAYOUTS}")
+    if unlabelled:
+        number = int(np.isin(archive.folder_ids, unlabelled).sum())
+        places = ", ".join(f"{folders[i][0]}/" for i in unlabelled)
+        notes.append(f"{number:,} images straight in {places} have no label and were left aside")
+    if inner := [folder for folder, inside in zip(folders, class_of, strict=True) if len(inside) > 1]:
+        notes.append(
+            f"{len(inner):,} folders lie inside class folders, such as '{'/'.join(inner[0])}': "
+            "the outer folder is the class, the inner ones were not used"
+        )
+    names = [inside[0] if inside else None for inside in class_of]
+    classes, positions = _classes(names)
+    labels = np.array([positions[name] for name in names], np.int64)[archive.folder_ids]
+    splits = np.array(split_of)[archive.folder_ids] if split_of else None
+    return _layout(archive, classes, labels, splits, notes)
 
 
-def _is_class(folder: Folder, *, split: bool) -> bool:
-    return len(folder) == 2 and folder[0].lower() in ("train", "test") if split else len(folder) == 1
+def _layout(
+    archive: ImageArchive,
+    classes: tuple[str, ...],
+    labels: NDArray[np.int64],
+    splits: NDArray[np.str_] | None,
+    notes: Sequence[str],
+) -> Layout:
+    """Decide what serves as test and validation images.
+
+    Args:
+        splits: (N,) `train`, `val` or `test`; `None`: the archive says nothing of splits.
+    """
+    is_test = is_val = None
+    also = []
+    if splits is not None:
+        there = set(splits[labels != LEFT_ASIDE].tolist())
+        if "train" not in there:
+            raise UserError(
+                f"the archive has labelled images in {', '.join(f'{name}/' for name in sorted(there))} only; "
+                "give train/ too, or class folders alone, which are then split"
+            )
+        if there == {"train"}:
+            also.append("there are images to train on alone (train/): a part of them became the test split")
+        elif there == {"train", "val"}:
+            is_test = splits == "val"
+            also.append("there is no test/: the validation images (val/) are the test split")
+        else:
+            is_test = splits == "test"
+            is_val = splits == "val" if "val" in there else None
+    if archive.num_others:
+        some = ", ".join(archive.others[:3]) + (", …" if archive.num_others > 3 else "")
+        also.append(f"{archive.num_others:,} files that are not images were left out: {some}")
+    return Layout(classes, labels, is_test, is_val, (*notes, *also))
 
 
-def _has_split(folders: Sequence[Folder]) -> bool:
-    return any(len(folder) and folder[0].lower() in ("train", "test") for folder in folders)
-
-
-def _without_wrapper(folders: Sequence[Folder], empty: Iterable[Folder]) -> tuple[list[Folder], list[Folder]]:
-    """Take off the one folder that people pack by packing a folder."""
-    stripped, rest = list(folders), list(empty)
-    while stripped:
-        tops = {folder[0] if folder else "" for folder in stripped}
-        if len(tops) != 1 or next(iter(tops)).lower() in ("", "train", "test") or min(map(len, stripped)) < 2:
-            break
-        rest = [folder[1:] for folder in rest if folder[:1] == stripped[0][:1] and len(folder) > 1]
+def _without_wrappers(folders: Sequence[Folder]) -> list[Folder]:
+    """Take off the folders that people pack by packing a folder."""
+    stripped = list(folders)
+    while True:
+        tops = {folder[:1] for folder in stripped}
+        top = next(iter(tops))
+        if len(tops) > 1 or not top or top[0].lower() in SPLIT_FOLDERS or min(map(len, stripped)) < 2:
+            return stripped
         stripped = [folder[1:] for folder in stripped]
-    return stripped, rest
 
 
-def _check_depth(folders: Sequence[Folder], *, split: bool) -> None:
-    if not split:
-        for folder in folders:
-            if len(folder) != 1:
-                where = "/".join(folder) or "the top folder"
-                raise UserError(
-                    f"the archive's images in {where!r} lie in no class folder; the layout must be {LAYOUTS}"
-                )
-        return
-    tops = sorted({folder[0] if folder else "" for folder in folders})
-    unknown = [top for top in tops if top.lower() not in ("train", "test")]
-    if unknown:
+def _split_folders(folders: Sequence[Folder]) -> list[str]:
+    """For each folder `train`, `val` or `test`; empty where the archive has class folders alone.
+
+    Raises:
+        UserError: there are other folders with images beside `train/`, or two for one split.
+    """
+    tops = {folder[0] if folder else "" for folder in folders}
+    roles = {top: SPLIT_FOLDERS.get(top.lower()) for top in tops}
+    if not {"train", "test"} & set(roles.values()):
+        return []
+    if unknown := sorted(top for top, role in roles.items() if role is None):
         raise UserError(
             f"the archive has images in {', '.join(repr(top + '/') for top in unknown[:5])} beside train/ and test/; "
-            "move them into those two (validation images are taken from train/) or leave them out"
+            "move them into those two or leave them out"
         )
-    if len(tops) != 2 or tops[0].lower() == tops[1].lower():
-        raise UserError(
-            f"the archive has images in {', '.join(top + '/' for top in tops)} only; "
-            "give both train/ and test/, or class folders alone, which are then split"
-        )
-    for folder in folders:
-        if len(folder) != 2:
-            raise UserError(
-                f"the archive's images in '{'/'.join(folder)}/' lie at the wrong depth; they belong in "
-                f"{folder[0]}/<class>/"
-            )
+    of_role = defaultdict(list)
+    for top in sorted(tops):
+        of_role[roles[top]].append(f"{top}/")
+    if twice := [names for names in of_role.values() if len(names) > 1]:
+        raise UserError(f"the archive has {' and '.join(twice[0])} for one split; merge them")
+    return [str(roles[folder[0]]) for folder in folders]
 
 
-def _check_classes(classes: Sequence[str]) -> None:
+def _classes(names: Sequence[str | None]) -> tuple[tuple[str, ...], dict[str | None, int]]:
+    """Classes in order, and the label of each name.
+
+    Raises:
+        UserError: fewer than two, or names that differ in case alone.
+    """
+    classes = sorted({name for name in names if name is not None})
     if len(classes) < 2:
         raise UserError(
             f"the archive has one class, {classes[0]!r}; at least 2 are needed, each in a folder of its own"
+            if classes
+            else f"the archive's images have no labels; the layout must be {LAYOUTS}"
         )
     alike: dict[str, list[str]] = defaultdict(list)
     for name in classes:
         alike[unicodedata.normalize("NFC", name.casefold())].append(name)
-    for names in alike.values():
-        if len(names) > 1:
+    for same in alike.values():
+        if len(same) > 1:
             raise UserError(
-                f"the archive's classes {', '.join(map(repr, names))} differ in upper and lower case only; "
+                f"the archive's classes {', '.join(map(repr, same))} differ in upper and lower case only; "
                 "merge or rename them"
             )
+    positions: dict[str | None, int] = {name: position for position, name in enumerate(classes)}
+    return tuple(classes), positions | {None: LEFT_ASIDE}
 
 
-def _notes(archive: ImageArchive) -> tuple[str, ...]:
-    if not archive.num_others:
-        return ()
-    some = ", ".join(archive.others[:3]) + (", …" if archive.num_others > 3 else "")
-    return (f"{archive.num_others:,} files that are not images were left out: {some}",)
+def _by_table(archive: ImageArchive, split_of: Sequence[str], class_of: Sequence[Folder]) -> Layout:
+    """Labels from the CSV in the archive.
+
+    Raises:
+        UserError: there is none with the columns, or more than one.
+    """
+    tables = {}
+    for name, text in archive.tables():
+        rows = csv.DictReader(text.splitlines(), delimiter=_delimiter(text))
+        columns = {(field or "").strip().lower(): field for field in rows.fieldnames or ()}
+        image, label, split = (_column(columns, names) for names in (IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS))
+        if image is not None and label is not None:
+            tables[name] = [(row[image], row[label], row[split] if split else None) for row in rows]
+    if not tables:
+        if all(class_of):
+            raise UserError(
+                f"the archive has one class, {class_of[0][0]!r}; at least 2 are needed, each in a folder of its own, "
+                "or a CSV file with the columns image and label"
+            )
+        outside = archive.folders[class_of.index(())]
+        raise UserError(
+            f"the archive's images in {'/'.join(outside) or 'the top folder'!r} lie in no class folder; "
+            f"the layout must be {LAYOUTS}"
+        )
+    if len(tables) > 1:
+        raise UserError(f"the archive has several CSV files with labels: {', '.join(sorted(tables))}; leave one")
+    table_name, rows_of = next(iter(tables.items()))
+    return _labelled(archive, table_name, rows_of, split_of)
+
+
+def _labelled(
+    archive: ImageArchive, table: str, rows: Sequence[tuple[str, str, str | None]], split_of: Sequence[str]
+) -> Layout:
+    known: dict[str, tuple[str, str | None]] = {}
+    for image, label, split in rows:
+        known[_key(image or "")] = ((label or "").strip(), split)
+    found: list[tuple[str, str | None] | None] = []
+    used: set[str] = set()
+    without_row: list[str] = []
+    for index in range(len(archive)):
+        name = archive.name(index)
+        key = next((key for key in _keys(name) if key in known), None)
+        found.append(known[key] if key and known[key][0] else None)
+        if found[-1] is None:
+            without_row.append(name)
+        else:
+            used.add(str(key))
+    notes = [f"classes come from {table}"]
+    for number, what, some in (
+        (len(without_row), "images have no row in it and were left aside", without_row[:3]),
+        (len(known) - len(used), "of its rows have no image", [key for key in known if key not in used][:3]),
+    ):
+        if number:
+            notes.append(f"{number:,} {what}: {', '.join(some)}{', …' * (number > 3)}")
+    classes, positions = _classes([row[0] if row else None for row in found])
+    labels = np.array([positions[row[0] if row else None] for row in found], np.int64)
+    splits = np.array(split_of)[archive.folder_ids] if split_of else None
+    if any(row and row[1] for row in found):
+        splits = np.array([_split_value(row[1], table) if row else "train" for row in found])
+    if archive.num_others == 1:  # the table itself
+        archive.num_others = 0
+    return _layout(archive, classes, labels, splits, notes)
+
+
+def _split_value(value: str | None, table: str) -> str:
+    role = SPLIT_FOLDERS.get((value or "").strip().lower())
+    if role is None:
+        raise UserError(f"{table}: split {value!r} is not allowed; give train, val or test in each row")
+    return role
+
+
+def _keys(name: str) -> list[str]:
+    """What a row may call an image: its path, ever shorter, with and without the end of its name."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    tails = ["/".join(path.parts[i:]) for i in range(len(path.parts))]
+    return [_key(tail) for tail in tails] + [_key(str(PurePosixPath(tail).with_suffix(""))) for tail in tails]
+
+
+def _key(image: str) -> str:
+    return unicodedata.normalize("NFC", image.strip().replace("\\", "/").removeprefix("./"))
+
+
+def _delimiter(text: str) -> str:
+    header = text.partition("\n")[0]
+    return max(",;\t", key=header.count)
+
+
+def _column(columns: Mapping[str, str], names: Sequence[str]) -> str | None:
+    return next((columns[name] for name in names if name in columns), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import lzma
 import struct
 import tarfile
@@ -12,12 +14,12 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import IO, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.data.names import is_hidden, role_of, safe_parts
+from mlpipe.data.names import begins_as_image, is_hidden, role_of, safe_parts
 from mlpipe.errors import UserError
 
 DAMAGED = (
@@ -35,6 +37,11 @@ DAMAGED = (
 """What damaged archives make the standard library raise."""
 
 
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+MAX_TABLES = 20
+"""CSV files that are looked at for labels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArchiveLimits:
     """What an archive of images may be at most; beyond it is a decompression bomb or a mistake."""
@@ -44,6 +51,8 @@ class ArchiveLimits:
     max_folders: int = 100_000
     max_image_bytes: int = 256 << 20
     """Of one image file, unpacked."""
+    max_table_bytes: int = 256 << 20
+    """Of a CSV file, unpacked."""
     max_total_bytes: int = 2 << 40
     """Of all of the archive, unpacked."""
     max_ratio: float = 200.0
@@ -80,13 +89,19 @@ class Listing:
     empty_folders: set[tuple[str, ...]] = field(default_factory=set)
     num_others: int = 0
     others: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    archives: list[str] = field(default_factory=list)
     _name_hashes: array[int] = field(default_factory=lambda: array("q"))
     _known: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     _num_members: int = 0
     _total: int = 0
 
-    def add(self, name: str, size: int) -> bool:
-        """Take note of a file; whether it is an image."""
+    def add(self, name: str, size: int, head: Callable[[], bytes]) -> bool:
+        """Take note of a file; whether it is an image.
+
+        Args:
+            head: gives the file's first bytes; asked where the name does not say what it is.
+        """
         self._count_member()
         folder, _, file_name = name.rpartition("/")
         if folder in self._known and "\\" not in name:
@@ -105,8 +120,15 @@ class Listing:
         role = role_of(file_name)
         if parts is None or role == "hidden":
             return False
+        if role == "unnamed":
+            role = "image" if begins_as_image(head()) else "other"
         if role == "other":
             self.num_others += 1
+            lower = file_name.lower()
+            if lower.endswith(".csv") and len(self.tables) < MAX_TABLES:
+                self.tables.append(name)
+            if lower.endswith(ARCHIVE_SUFFIXES) and len(self.archives) < 2:
+                self.archives.append(name)
             if len(self.others) < 5:
                 self.others.append(name)
             return False
@@ -156,6 +178,7 @@ class ImageArchive(ABC):
     def __init__(self, path: Path, limits: ArchiveLimits) -> None:
         self.path = path
         self.limits = limits
+        self._closing = contextlib.ExitStack()
         listing = Listing(limits)
         self._list(listing)
         listing.check(path.stat().st_size)
@@ -170,6 +193,20 @@ class ImageArchive(ABC):
         """Files that are neither images nor hidden."""
         self.others = listing.others
         """The first few of them."""
+        self._tables = listing.tables
+        self.inner_archives = listing.archives
+        """Archives among those, two at most."""
+
+    def tables(self) -> Iterator[tuple[str, str]]:
+        """Name and text of each CSV file.
+
+        Raises:
+            UserError: one is too large.
+        """
+        for name in self._tables:
+            content = io.BytesIO()
+            self.copy_member(name, content, self.limits.max_table_bytes)
+            yield name, content.getvalue().decode("utf-8-sig", errors="replace")
 
     def __len__(self) -> int:
         return len(self.folder_ids)
@@ -180,8 +217,13 @@ class ImageArchive(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:  # noqa: B027 (most need nothing)
+    def on_close(self, act: Callable[[], object]) -> None:
+        """Call this, too, when the archive is closed."""
+        self._closing.callback(act)
+
+    def close(self) -> None:
         """Close the file."""
+        self._closing.close()
 
     @abstractmethod
     def _list(self, listing: Listing) -> None:
@@ -195,6 +237,14 @@ class ImageArchive(ABC):
     def stream(self, max_count: int, max_bytes: int) -> Iterator[Packed]:
         """All images in order, in runs of at most `max_count` images and about `max_bytes`."""
 
+    @abstractmethod
+    def copy_member(self, name: str, target: BinaryIO, max_bytes: int) -> None:
+        """Unpack a file of the archive that is no image.
+
+        Raises:
+            UserError: it has more than `max_bytes`.
+        """
+
     def _runs(self, max_count: int, max_bytes: int) -> Iterator[tuple[int, int]]:
         """Bounds of runs of at most `max_count` images and `max_bytes`, but at least one image."""
         start = 0
@@ -204,6 +254,19 @@ class ImageArchive(ABC):
             stop = min(start + max_count, max(fitting, start + 1), len(self))
             yield start, stop
             start = stop
+
+
+def copy_bounded(source: IO[bytes], target: BinaryIO, name: str, max_bytes: int) -> None:
+    """
+    Raises:
+        UserError: there are more bytes than that.
+    """
+    left = max_bytes
+    while piece := source.read(1 << 20):
+        left -= len(piece)
+        if left < 0:
+            raise UserError(f"the archive's member {name[:120]!r} unpacks to more than {max_bytes / 1e6:,.0f} MB")
+        target.write(piece)
 
 
 def why(error: Exception) -> str:

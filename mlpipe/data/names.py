@@ -7,10 +7,19 @@ from typing import Literal
 
 from mlpipe.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    {
+        *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".mpo", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+        *(".heic", ".heif", ".avif"),
+    }
+)
 """Files that are images, by the end of their names in lower case."""
 
-Role = Literal["image", "hidden", "other"]
+Role = Literal["image", "hidden", "other", "unnamed"]
+"""unnamed: it has no suffix; its first bytes say what it is."""
+
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
+MAGIC_BYTES = 12
 
 _LITTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
 MAX_NAME_BYTES = 1024
@@ -46,4 +55,11 @@ def role_of(file_name: str) -> Role:
     if is_hidden(file_name):
         return "hidden"
     dot = file_name.rfind(".")
-    return "image" if dot > 0 and file_name[dot:].lower() in SUFFIXES else "other"
+    if dot < 0:
+        return "unnamed"
+    return "image" if file_name[dot:].lower() in SUFFIXES else "other"
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether a file of these first `MAGIC_BYTES` is an image."""
+    return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:8] == b"ftyp"

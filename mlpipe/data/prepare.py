@@ -291,7 +291,8 @@ class _Scan:
 
     def notes(self) -> list[str]:
         """Sentences about single images."""
-        notes = [f"{count:,} images {remark}" for remark, count in sorted(self.findings.remarks.items())]
+        remarks = sorted(self.findings.remarks.items())
+        notes = [f"{count:,} image{'s' * (count > 1)} {remark}" for remark, count in remarks]
         return [*notes, f"{self._bad()}; left out"] if self.findings.bad else notes
 
     def _bad(self) -> str:
@@ -375,16 +376,20 @@ def _notes_of_duplicates(
     if across:
         some = listed([f"{test} = {seen}" for test, seen in across])
         number = len({test for test, _ in across})
-        notes.append(f"{number:,} test images show the same as training or validation images: {some}")
+        notes.append(f"{_images(number, 'test ')} also among the training or validation images: {some}")
     seen = splits.is_train | splits.is_val
     if repeated := int(seen.sum()) - len(np.unique(hashes[seen])):
-        notes.append(f"{repeated:,} training images are copies of others")
+        notes.append(f"{_images(repeated, 'training ')} copies of others")
     used = pairs[(splits.labels[pairs] >= 0).all(axis=1)]
     if contradictory := len(np.unique(used[splits.labels[used[:, 0]] != splits.labels[used[:, 1]], 1])):
-        notes.append(f"{contradictory:,} images also occur under another class")
+        notes.append(f"{_images(contradictory)} also in another class")
     if not across and len(used):
         notes.append(f"{len(np.unique(used)):,} images are near-duplicates of each other; each such group has one side")
     return notes
+
+
+def _images(count: int, kind: str = "") -> str:
+    return f"1 {kind}image is" if count == 1 else f"{count:,} {kind}images are"
 
 
 def _publish(manifest: Manifest, store: ObjectStore) -> Manifest:

@@ -8,9 +8,10 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from mlpipe.config import DataConfig
 from mlpipe.data import cifar10
 from mlpipe.data.archive import open_archive
 from mlpipe.data.cifar10 import OFFICIAL, OfficialArchive
+from mlpipe.data.folders import pack_folder, pack_s3_folder, s3_folder_version
 from mlpipe.data.layout import Layout, resolve_layout
 from mlpipe.data.store import ObjectStore, file_sha256
 from mlpipe.data.uris import (
@@ -30,6 +32,7 @@ from mlpipe.data.uris import (
     check_local,
     expected_sha256,
     fetch_uri,
+    is_s3_folder,
     local_path,
     version_of,
 )
@@ -56,8 +59,8 @@ def fetch_source(
 ) -> SourceRef:
     """Bring the source into the store, once; listed and checked before, so that mistakes show here.
 
-    A local file is hashed each time. A remote one is fetched again only if its server says that it has changed, or if
-    it says nothing; an address with `#sha256=<hex>` is fetched once.
+    A folder becomes one zip. A local file is hashed each time. A remote one is fetched again only if its server says
+    that it has changed, or if it says nothing; an address with `#sha256=<hex>` is fetched once.
 
     Args:
         official: where CIFAR-10's own archive is and what it hashes to.
@@ -72,10 +75,21 @@ def fetch_source(
     if data.uri is None:
         return _fetch_official(store, official, max_bytes)
     local = local_path(data.uri)
+    if local is not None and local.is_dir():
+        return _put_folder(partial(pack_folder, local), data, store, official, max_bytes)
     if local is not None and data.uri == str(local):
         check_local(local, field="data_uri")
         return _put_archive(local, file_sha256(local), data, store, official)
     return _fetch_remote(data, store, official, max_bytes)
+
+
+def _put_folder(
+    pack: Callable[..., None], data: DataConfig, store: ObjectStore, official: OfficialArchive, max_bytes: int
+) -> SourceRef:
+    with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
+        path = Path(folder) / "source"
+        pack(path, field="data_uri", max_bytes=max_bytes)
+        return _put_archive(path, file_sha256(path), data, store, official)
 
 
 def _put_digits(store: ObjectStore) -> SourceRef:
@@ -126,7 +140,11 @@ def _fetch_remote(data: DataConfig, store: ObjectStore, official: OfficialArchiv
     uri = str(data.uri)
     shown = redact_uri(uri)
     demanded = expected_sha256(uri, field="data_uri")
-    version = None if local_path(uri) is not None else version_of(uri, field="data_uri")
+    folder_of_s3 = is_s3_folder(uri)
+    if folder_of_s3:
+        version: str | None = s3_folder_version(uri, field="data_uri")
+    else:
+        version = None if local_path(uri) is not None else version_of(uri, field="data_uri")
     known = _Known(store, uri)
     sha256 = demanded or (known.recall(version) if version else None)
     with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
@@ -138,7 +156,11 @@ def _fetch_remote(data: DataConfig, store: ObjectStore, official: OfficialArchiv
             store.get_file(f"sources/{sha256}", path, sha256)
         else:
             logger.info("fetching %s", shown)
-            sha256 = fetch_uri(uri, path, field="data_uri", max_bytes=max_bytes).sha256
+            if folder_of_s3:
+                pack_s3_folder(uri, path, field="data_uri", max_bytes=max_bytes)
+                sha256 = file_sha256(path)
+            else:
+                sha256 = fetch_uri(uri, path, field="data_uri", max_bytes=max_bytes).sha256
         source = _put_archive(path, sha256, data, store, official)
     known.remember(version, sha256, data.dataset, source.kind)
     return source

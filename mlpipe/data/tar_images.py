@@ -11,9 +11,10 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mlpipe.data.listing import DAMAGED, ArchiveLimits, ImageArchive, Listing, Packed, why
+from mlpipe.data.listing import DAMAGED, ArchiveLimits, ImageArchive, Listing, Packed, copy_bounded, why
+from mlpipe.data.names import MAGIC_BYTES
 from mlpipe.errors import UserError
 
 
@@ -28,12 +29,18 @@ class TarImages(ImageArchive):
         return self._names[index]
 
     def _list(self, listing: Listing) -> None:
-        for _, member in self._members():
+        for tar, member in self._members():
             if member.isdir():
                 if member.name not in ("", "."):
                     listing.add_folder(member.name)
-            elif listing.add(member.name, member.size):
+            elif listing.add(member.name, member.size, lambda: _head(tar, member)):  # noqa: B023 - called at once
                 self._names.append(member.name)
+
+    def copy_member(self, name: str, target: BinaryIO, max_bytes: int) -> None:
+        for tar, member in self._members():
+            if member.name == name and (reader := tar.extractfile(member)):
+                copy_bounded(reader, target, name, max_bytes)
+                return
 
     def stream(self, max_count: int, max_bytes: int) -> Iterator[Packed]:
         runs = self._runs(max_count, max_bytes)
@@ -73,6 +80,11 @@ class TarImages(ImageArchive):
                 yield tar, member
                 tar.members.clear()  # type: ignore[attr-defined]
             _check_end(bounded)
+
+
+def _head(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    reader = tar.extractfile(member)
+    return reader.read(MAGIC_BYTES) if reader else b""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -166,6 +166,38 @@ def version_of(uri: str, *, field: str) -> str | None:
         return None  # fetching will say what is wrong
     etag = answer.headers.get("ETag", "")
     return f"{etag} {answer.headers.get('Content-Length')}" if answer.ok and etag and etag[:2] != "W/" else None
+
+
+def is_s3_folder(uri: str) -> bool:
+    """Whether the address is that of all objects below a prefix, `s3://bucket/prefix/`."""
+    return uri.startswith("s3://") and uri.endswith("/")
+
+
+def list_s3_folder(uri: str, *, field: str) -> list[tuple[str, int, str]]:
+    """Address, size and entity tag of each object below `s3://bucket/prefix/`, in the order of their names.
+
+    Raises:
+        UserError: there are none, or they may not be listed.
+        ConnectionError: the object store failed in a way that may heal.
+    """
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    with _s3_errors(uri, field):
+        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        found = [item for page in pages for item in page.get("Contents", []) if not item["Key"].endswith("/")]
+    if not found:
+        raise UserError(f"{field}: {redact_uri(uri)} has no objects; check the address")
+    return sorted((f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"]) for item in found)
+
+
+def open_s3(address: str, *, field: str) -> IO[bytes]:
+    """An object's content, to be read and closed.
+
+    Raises:
+        UserError, ConnectionError: as `fetch_uri`.
+    """
+    with _s3_errors(address, field):
+        body: IO[bytes] = s3_client().get_object(**_bucket_and_key(address, field))["Body"]
+        return body
 
 
 def _fetch(address: str, partial: Path, field: str, max_bytes: int) -> Fetched:
@@ -333,7 +365,10 @@ def _sorted_client_error(error: ClientError, shown: str, field: str) -> Exceptio
     if code == "NoSuchBucket":
         return UserError(f"{field}: the bucket of {shown} does not exist; check the address")
     if code in ("NoSuchKey", "NotFound", "404"):
-        return UserError(f"{field}: {shown} does not exist; check the address (aws s3 ls shows what is there)")
+        return UserError(
+            f"{field}: {shown} does not exist; check the address (aws s3 ls shows what is there; "
+            "that of a folder ends in /)"
+        )
     if status in (401, 403):
         return UserError(f"{field}: the keys that are set may not read {shown} ({code}); check them and the address")
     if status in _BUSY or status >= 500:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
+import inflate64
 import numpy as np
 
-from mlpipe.data.listing import ArchiveLimits, ImageArchive, Listing, Packed, why
+from mlpipe.data.listing import ArchiveLimits, ImageArchive, Listing, Packed, copy_bounded, why
+from mlpipe.data.names import MAGIC_BYTES
 from mlpipe.errors import UserError
 
 _END = struct.Struct("<4s4H2LH")
@@ -29,10 +32,12 @@ _CENTRAL = struct.Struct("<4sxB2xHH4x3L3H4x2L")
 """Of a member's entry in the directory: signature, system, flags, method, CRC-32, packed and unpacked size, lengths of
 name, extra field and comment, attributes, offset of the local header."""
 _LOCAL = struct.Struct("<4s5H3L2H")
-_STORED, _DEFLATED = 0, 8
+_STORED, _DEFLATED, _DEFLATE64 = 0, 8, 9
 _ENCRYPTED, _UTF8 = 0x1 | 0x40 | 0x2000, 0x800
 _UNIX = 3
 _PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)
+_PIECE = 1 << 14
+"""Bytes that are unpacked at once by deflate64, of which a thousand times as many may come out."""
 _SLACK = 256
 """Room for the local headers' extra fields, which may be longer than the directory says, bytes."""
 
@@ -56,6 +61,7 @@ class ZipImages(ImageArchive):
             raise
 
     def close(self) -> None:
+        super().close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -110,10 +116,10 @@ class ZipImages(ImageArchive):
                 raise UserError(f"the archive's member {name[:120]!r} is a link or device; pack plain files only")
             if name[-1:] in ("/", "\\"):
                 listing.add_folder(name)
-            elif add(name, unpacked):
+            elif add(name, unpacked, lambda: self._head(offset, method)):  # noqa: B023 - called at once
                 if flags & _ENCRYPTED:
                     raise UserError(f"the archive's member {name[:120]!r} is encrypted; pack it without a password")
-                if method not in (_STORED, _DEFLATED):
+                if method not in (_STORED, _DEFLATED, _DEFLATE64):
                     raise UserError(
                         f"the archive's member {name[:120]!r} is packed by method {method}; "
                         "pack it with deflate (zip's default)"
@@ -171,6 +177,27 @@ class ZipImages(ImageArchive):
             return (self._unpack(i, block, self._offsets[i] - first) for i in range(start, stop))
         return (self._unpack(i, self._block(i), 0) for i in range(start, stop))
 
+    def _head(self, offset: int, method: int) -> bytes:
+        """The first bytes of a member."""
+        block = os.pread(self._fd, 1 << 12, offset)
+        header = _LOCAL.unpack_from(block, 0)
+        data = block[_LOCAL.size + header[9] + header[10] :]
+        if method == _DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAGIC_BYTES)
+        elif method == _DEFLATE64:
+            data = _inflated64(data, MAGIC_BYTES)
+        return data[:MAGIC_BYTES]
+
+    def copy_member(self, name: str, target: BinaryIO, max_bytes: int) -> None:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                # What does not say that it is UTF-8 has another name there.
+                known = name if name in archive.NameToInfo else name.encode().decode("cp437")
+                with archive.open(known) as source:
+                    copy_bounded(source, target, name, max_bytes)
+        except (KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise UserError(f"the archive's member {name[:120]!r} cannot be unpacked ({why(error)})") from error
+
     def _block(self, index: int) -> memoryview:
         return _pread(self._fd, self._extent(index), self._offsets[index])
 
@@ -193,6 +220,8 @@ class ZipImages(ImageArchive):
             if self._methods[index] == _DEFLATED:
                 unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
                 data = unpacker.decompress(data, size + 1)  # never more than the directory promised
+            elif self._methods[index] == _DEFLATE64:
+                data = _inflated64(data, size)
             if len(data) != size or zlib.crc32(data) != self._checksums[index]:
                 raise ValueError("its checksum is wrong")
         except (struct.error, ValueError, zlib.error) as error:
@@ -200,6 +229,19 @@ class ZipImages(ImageArchive):
                 f"the archive is damaged at {self.name(index)!r} ({why(error)}); copy or pack it again"
             ) from error
         return data
+
+
+def _inflated64(packed: bytes | memoryview, size: int) -> bytes:
+    """Unpack what Windows packs above 2 GB: at most a little more than `size` bytes."""
+    inflater, unpacked = inflate64.Inflater(), bytearray()
+    for at in range(0, len(packed), _PIECE):
+        try:
+            unpacked += inflater.inflate(bytes(packed[at : at + _PIECE]))
+        except Exception as error:  # it has no class of its own
+            raise ValueError(f"deflate64: {error}") from error
+        if len(unpacked) > size:
+            break
+    return bytes(unpacked)
 
 
 def _pread(fd: int, size: int, offset: int) -> memoryview:

@@ -25,8 +25,8 @@ def sixteen_bit() -> bytes:
     return saved(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257))
 
 
-def thirty_two_bit() -> bytes:
-    return saved(Image.fromarray(np.ones((16, 16), np.float32)), "TIFF")
+def not_finite() -> bytes:
+    return saved(Image.fromarray(np.full((16, 16), np.nan, np.float32)), "TIFF")
 
 
 def palette_with_alpha() -> bytes:

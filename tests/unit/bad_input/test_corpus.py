@@ -99,7 +99,7 @@ ARCHIVES = [
     archive("case collision", archives.zipped(image_tree({"Cat": 6, "cat": 6})), ".*'Cat', 'cat' differ in upper and"),
     archive("no class folders", archives.zipped({"1.png": b"x", "2.png": b"x"}), ".*lie in no class folder"),
     archive("no such file", lambda folder: folder / "none.zip", ".*none.zip does not exist"),
-    archive("folder", lambda folder: folder, ".*is a folder; give a file"),
+    archive("folder", lambda folder: folder, ".*has no files with something in them"),
 ]
 
 IMAGES = [
@@ -112,7 +112,7 @@ IMAGES = [
         ("truncated JPEG", ".jpg", images.saved(images.plain(), "JPEG")[:300], "is damaged|is not an image"),
         ("not an image", ".png", b"hello", "is not an image"),
         ("SVG called PNG", ".png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
-        ("32 bits", ".tif", images.thirty_two_bit(), "has 32-bit pixels"),
+        ("no numbers", ".tif", images.not_finite(), "has pixels that are not finite"),
         ("30,000 pixels wide", ".png", images.png_header(30_000, 10), "has 30000 × 10 pixels"),
         ("bomb of pixels", ".png", images.png_header(50_000, 50_000), "has .* pixels"),
     ]
@@ -166,7 +166,7 @@ WELCOME = [
     archive("names in every script", archives.zipped(archives.named_in_every_script()), ""),
     archive("archive in a class folder", archives.with_image("cat/more.zip", b"PK\x03\x04"), "1 files that are not"),
     *(
-        archive(f"image: {label}", archives.with_image(f"cat/odd{suffix}", content), f"1 images {note}")
+        archive(f"image: {label}", archives.with_image(f"cat/odd{suffix}", content), f"1 image {note}")
         for label, suffix, content, note in [
             ("16 bits", ".png", images.sixteen_bit(), "of 16 bits, cut to the upper 8"),
             ("CMYK", ".jpg", images.saved(images.plain("CMYK"), "JPEG"), "of CMYK, converted to RGB"),

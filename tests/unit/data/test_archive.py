@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import inflate64
 import numpy as np
 import pytest
 
@@ -186,3 +189,41 @@ def test_cut_off_anywhere(make: SimpleNamespace, tmp_path: Path, kind: str) -> N
     for length in (*range(0, end, 97), end - 1):
         (tmp_path / "cut").write_bytes(content[:length])
         refused(tmp_path / "cut", "damaged|neither a zip nor a tar")
+
+
+def deflate64_zip(path: Path, files: dict[str, bytes]) -> Path:
+    """As Windows packs folders above 2 GB: Python's zipfile cannot write it, so each member is packed and marked."""
+    packed = {}
+    for name, content in files.items():
+        deflater = inflate64.Deflater()
+        packed[name] = deflater.deflate(content) + deflater.flush()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in packed.items():
+            archive.writestr(name, content)
+    data = bytearray(path.read_bytes())
+    for name, content in files.items():
+        for signature, method_at, crc_at in ((b"PK\x03\x04", 8, 14), (b"PK\x01\x02", 10, 16)):
+            name_at = data.find(name.encode(), 0 if signature[2] == 3 else data.find(b"PK\x01\x02"))
+            start = data.rfind(signature, 0, name_at)
+            struct.pack_into("<H", data, start + method_at, 9)
+            struct.pack_into("<LLL", data, start + crc_at, zlib.crc32(content), len(packed[name]), len(content))
+    path.write_bytes(data)
+    return path
+
+
+def test_what_windows_packs_above_two_gigabytes(make: SimpleNamespace, tmp_path: Path) -> None:
+    files = make.image_tree({"a": 2, "b": 2}) | {"b/large.png": bytes(200_000)}
+    with open_archive(deflate64_zip(tmp_path / "a.zip", files)) as archive:
+        found = [bytes(data) for packed in archive.stream(10, 1 << 20) for data in packed.read()]
+    assert found == list(files.values())
+
+
+@pytest.mark.parametrize("pack", ["pack_zip", "pack_tar"])
+def test_files_without_a_suffix_are_known_by_their_first_bytes(
+    make: SimpleNamespace, tmp_path: Path, pack: str
+) -> None:
+    png = make.encoded(make.random_pixels(1))
+    files = {"a/1": png, "a/README": b"text", "b/2": make.encoded(make.random_pixels(2), "JPEG"), "b/Makefile": b""}
+    with open_archive(getattr(make, pack)(tmp_path / "a.bin", files)) as archive:
+        assert [archive.name(i) for i in range(len(archive))] == ["a/1", "b/2"]
+        assert archive.num_others == 2

@@ -4,8 +4,10 @@ import contextlib
 import io
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -132,10 +134,34 @@ def test_sixteen_bits_keep_the_upper_eight() -> None:
     assert remarks == {"of 16 bits, cut to the upper 8": 2}
 
 
-def test_thirty_two_bits_are_refused() -> None:
-    for dtype in (np.float32, np.int32):
-        with pytest.raises(BadImageError, match="no agreed range"):
-            decoded(saved(Image.fromarray(np.ones((4, 4), dtype)), "TIFF"), 4, Counter())
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ((0.0, 0.5, 1.0), np.float32, (0, 128, 255)),
+        ((0.0, 100.0, 255.0), np.float32, (0, 100, 255)),
+        ((0.0, 257.0, 65535.0), np.float32, (0, 1, 255)),
+        ((-1.0, 0.0, 1.0), np.float32, (0, 128, 255)),
+        ((3, 100, 200), np.int32, (3, 100, 200)),
+        ((0, 1, 100_000), np.int32, (0, 0, 255)),
+        ((-7, -7, -7), np.int32, (0, 0, 0)),
+    ],
+)
+def test_thirty_two_bits_are_scaled_by_their_range(values: tuple[float, ...], dtype: Any, expected: Any) -> None:
+    pixels = np.repeat(np.array(values, dtype)[:, None], 3, axis=1)
+    found = decoded(saved(Image.fromarray(pixels), "TIFF"), 3, Counter())
+    assert found[:, 0, 0].tolist() == list(expected)
+
+
+def test_pixels_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(BadImageError, match="not finite"):
+        decoded(saved(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), 4, Counter())
+
+
+@pytest.mark.parametrize("form", ["HEIF", "AVIF"])
+def test_formats_of_telephones(form: str) -> None:
+    pillow_heif.register_heif_opener()
+    data = saved(Image.new("RGB", (16, 16), (200, 30, 30)), form)
+    assert np.abs(decoded(data, 16, Counter()).astype(int) - (200, 30, 30)).max() < 12
 
 
 def test_cmyk() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mlpipe.data.archive import open_archive
@@ -48,9 +49,106 @@ def test_composed_and_decomposed_names_are_one_class(layout_of) -> None:
     assert layout.classes == ("b", "café")
 
 
-def test_class_without_images(layout_of) -> None:
-    assert layout_of("a/1.png", "b/1.png", "c/").classes == ("a", "b", "c")  # the counts will be refused
-    assert layout_of("w/a/1.png", "w/b/1.png", "w/c/", "w/").classes == ("a", "b", "c")
+def test_folders_without_images_are_no_classes(layout_of) -> None:
+    assert layout_of("a/1.png", "b/1.png", "annotations/").classes == ("a", "b")
+    assert layout_of("w/a/1.png", "w/b/1.png", "w/annotations/x.xml", "w/").classes == ("a", "b")
+
+
+def splits_of(layout: Layout) -> str:
+    """A letter for each image: t(r)ain, (v)alidation, t(e)st, (-) left aside."""
+    sides = np.full(len(layout.labels), "r")
+    for chosen, letter in ((layout.is_test, "e"), (layout.is_val, "v")):
+        if chosen is not None:
+            sides[chosen] = letter
+    sides[layout.labels < 0] = "-"
+    return "".join(sides)
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "Validation"])
+def test_own_validation_images(layout_of, val: str) -> None:
+    layout = layout_of(*(f"x/{part}/{name}/1.png" for part in ("train", val, "test") for name in "ab"))
+    assert splits_of(layout) == "rrvvee"
+    assert layout.notes == ()
+
+
+def test_train_and_val_alone(layout_of) -> None:
+    layout = layout_of(*(f"{part}/{name}/1.png" for part in ("training", "val") for name in "ab"))
+    assert (splits_of(layout), layout.is_val) == ("rree", None)
+    assert layout.notes == ("there is no test/: the validation images (val/) are the test split",)
+
+
+def test_train_alone(layout_of) -> None:
+    layout = layout_of("train/a/1.png", "train/b/1.png")
+    assert layout.is_test is layout.is_val is None
+    assert "a part of them became the test split" in layout.notes[0]
+
+
+def test_images_without_a_label_in_test(layout_of) -> None:
+    layout = layout_of("train/a/1.png", "train/b/1.png", "test/1.png", "test/2.png")
+    assert (splits_of(layout), layout.is_test) == ("rr--", None)
+    assert layout.notes[0] == "2 images straight in test/ have no label and were left aside"
+
+
+def test_folders_inside_of_class_folders(layout_of) -> None:
+    layout = layout_of("cat/siamese/1.png", "cat/2.png", "dog/poodle/small/1.png")
+    assert layout.classes == ("cat", "dog")
+    assert layout.labels.tolist() == [0, 0, 1]
+    assert layout.notes[0].startswith("2 folders lie inside class folders, such as 'cat/siamese'")
+
+
+@pytest.fixture
+def table_of(make: SimpleNamespace, tmp_path: Path):
+    def resolve(table: str, *names: str, table_name: str = "labels.csv") -> Layout:
+        files = dict.fromkeys(names, b"") | {table_name: table.encode("utf-8-sig")}
+        path = make.pack_tar(tmp_path / "a.tar", files, "w")
+        with open_archive(path) as archive:
+            return resolve_layout(archive)
+
+    return resolve
+
+
+def test_labels_from_a_csv(table_of) -> None:
+    layout = table_of("image,label\n1.png,cat\n2.png,dog\n3,cat\n", "pics/1.png", "pics/2.png", "pics/3.png")
+    assert layout.classes == ("cat", "dog")
+    assert layout.labels.tolist() == [0, 1, 0]
+    assert layout.notes == ("classes come from labels.csv",)
+
+
+def test_splits_from_a_csv(table_of) -> None:
+    rows = "Filename;Class;Split\na/1.png;x;train\na/2.png;y;valid\na/3.png;x;test\n"
+    assert splits_of(table_of(rows, "a/1.png", "a/2.png", "a/3.png")) == "rve"
+    with pytest.raises(UserError, match="labels.csv: split 'holdout' is not allowed; give train, val or test"):
+        table_of(rows.replace("valid", "holdout"), "a/1.png", "a/2.png", "a/3.png")
+
+
+def test_rows_and_images_that_do_not_match_are_named(table_of) -> None:
+    layout = table_of("image,label\n1.png,x\n2.png,y\n9.png,x\n", "1.png", "2.png", "5.png")
+    assert splits_of(layout) == "rr-"
+    assert layout.notes[1:] == (
+        "1 images have no row in it and were left aside: 5.png",
+        "1 of its rows have no image: 9.png",
+    )
+
+
+def test_train_and_test_folders_with_a_csv(table_of) -> None:
+    names = ("train/1.png", "train/2.png", "test/3.png")
+    layout = table_of("id,category\n1,x\n2,y\n", *names, table_name="train.csv")
+    assert splits_of(layout) == "rr-"
+
+
+def test_a_csv_of_something_else(table_of) -> None:
+    with pytest.raises(UserError, match="'the top folder' lie in no class folder"):
+        table_of("path,noisy\n1.png,0\n", "1.png", "2.png")
+
+
+def test_an_archive_in_an_archive(make: SimpleNamespace, tmp_path: Path) -> None:
+    inner = make.pack_zip(tmp_path / "pets.zip", make.image_tree({"a": 2, "b": 1}))
+    outer = make.pack_tar(tmp_path / "outer.tar.gz", {"x/pets.zip": inner.read_bytes(), "x/readme.txt": b"hi"})
+    with open_archive(outer) as archive:
+        assert resolve_layout(archive).labels.tolist() == [0, 0, 1]
+    broken = make.pack_zip(tmp_path / "outer.zip", {"pets.zip": b"PK\x03\x04 no"})
+    with pytest.raises(UserError, match="'pets.zip' in it: the archive is damaged"):
+        open_archive(broken)
 
 
 def test_cifar10s_order_is_the_alphabets() -> None:
@@ -64,14 +162,12 @@ def test_cifar10s_order_is_the_alphabets() -> None:
         (["readme.txt"], "no images .*'readme.txt'"),
         (["1.png", "2.png"], "'the top folder' lie in no class folder"),
         (["a/1.png", "2.png"], "'the top folder' lie in no class folder"),
-        (["a/1.png", "b/c/2.png"], "'b/c' lie in no class folder"),
         (["a/1.png", "a/2.png"], "one class, 'a'"),
         (["train/a/1.png", "test/a/1.png"], "one class, 'a'"),
-        (["train/a/1.png", "train/b/1.png"], "train/ only"),
-        (["train/a/1.png", "train/b/1.png", "Train/b/2.png"], "Train/, train/ only"),
-        (["train/1.png", "test/1.png"], "wrong depth"),
-        (["train/a/b/1.png", "test/a/1.png"], "'train/a/b/' lie at the wrong depth"),
-        (["train/a/1.png", "test/a/1.png", "val/a/1.png"], "'val/' beside train/ and test/"),
+        (["train/a/1.png", "train/b/1.png", "Train/b/2.png"], "Train/ and train/ for one split; merge them"),
+        (["train/1.png", "test/1.png"], "'train' lie in no class folder"),
+        (["train/1.png", "train/a/1.png", "train/b/1.png"], "'train' lie in no class folder"),
+        (["test/a/1.png", "test/b/1.png"], "labelled images in test/ only"),
         (["train/a/1.png", "test/a/1.png", "1.png"], "'/' beside train/ and test/"),
         (["Cat/1.png", "cat/1.png"], "'Cat', 'cat' differ in upper and lower case"),
         (["STRASSE/1.png", "straße/1.png", "x/1.png"], "differ in upper and lower case"),

@@ -127,7 +127,7 @@ def test_any_size_and_mode(make: SimpleNamespace, published, tmp_path: Path) -> 
     files["a/wide.jpg"] = make.encoded(np.zeros((10, 300, 3), np.uint8), "JPEG")
     files["b/alpha.png"] = make.encoded(np.zeros((20, 20, 4), np.uint8))
     notes = published(config(make.pack_zip(tmp_path / "a.zip", files), image_size=16)).manifest.notes
-    assert notes == ("1 images with transparency, laid on white",)
+    assert notes == ("1 image with transparency, laid on white",)
 
 
 def test_published_data_is_left_alone(make: SimpleNamespace, store: ObjectStore, tmp_path: Path, monkeypatch) -> None:
@@ -319,9 +319,9 @@ def test_shared_and_repeated_images_are_reported(
     with caplog.at_level(logging.WARNING):
         notes = published(config(make.pack_zip(tmp_path / "a.zip", files))).manifest.notes
     assert notes == (
-        "1 test images show the same as training or validation images: test/a/1.png = train/a/3.png",
+        "1 test image is also among the training or validation images: test/a/1.png = train/a/3.png",
         "2 training images are copies of others",
-        "1 images also occur under another class",
+        "1 image is also in another class",
     )
     assert all(note in caplog.text for note in notes)
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from mlpipe.config import DataConfig
-from mlpipe.data.sources import digits_bytes, fetch_source, read_digits
+from mlpipe.data.sources import SourceRef, digits_bytes, fetch_source, read_digits
 from mlpipe.data.store import ObjectStore
 from mlpipe.errors import UserError
 
@@ -87,3 +89,48 @@ def test_digits_are_scikit_learns(store: ObjectStore) -> None:
     assert (labels == known.target).all()
     assert ((images_u8 / 255 * 16).round() == known.images).all()
     assert images_u8.max() == 255
+
+
+def unpacked(source: SourceRef, store: ObjectStore, path: Path) -> dict[str, bytes]:
+    store.get_file(source.key, path, source.sha256)
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_a_folder_is_one_source_whatever_its_files_times(
+    make: SimpleNamespace, store: ObjectStore, tmp_path: Path
+) -> None:
+    files = make.image_tree({"a": 2, "b": 2})
+    folder = tmp_path / "pets"
+    for name, content in {**files, ".hidden/x.png": b"x", "a/.DS_Store": b"x"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "a" / "link.png").symlink_to("/etc/passwd")
+    source = fetch_source(images(folder), store)
+    assert unpacked(source, store, tmp_path / "copy.zip") == files
+    os.utime(folder / "a" / "0.png", (0, 0))
+    assert fetch_source(images(folder.as_uri()), store) == source
+
+
+def test_a_folder_of_objects_is_fetched_again_when_it_changes(
+    make: SimpleNamespace, store: ObjectStore, tmp_path: Path
+) -> None:
+    files = make.image_tree({"a": 2, "b": 2})
+    for name, content in files.items():
+        store.put_bytes(f"pets/{name}", content)
+    address = f"s3://{store.bucket}/pets/"
+    first = fetch_source(images(address), store)
+    assert unpacked(first, store, tmp_path / "copy.zip") == files
+    assert fetch_source(images(address), store) == first
+    store.put_bytes("pets/a/9.png", make.encoded(make.random_pixels(9)))
+    assert fetch_source(images(address), store) != first
+    with pytest.raises(UserError, match="data_uri: s3://.*/nothing/ has no objects"):
+        fetch_source(images(f"s3://{store.bucket}/nothing/"), store)
+
+
+def test_a_folder_that_cannot_be_used(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data_uri: .* has no files with something in them"):
+        fetch_source(images(tmp_path), store)
+    (tmp_path / "1.png").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="data_uri: .* has more than"):
+        fetch_source(images(tmp_path), store, max_bytes=50)

@@ -1,0 +1,110 @@
+"""Folders of images as sources: packed into one zip whose bytes depend on names and contents alone."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from mlpipe.data.names import is_hidden
+from mlpipe.data.uris import list_s3_folder, open_s3
+from mlpipe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
+_PIECE = 1 << 20
+
+Member = tuple[str, int, Callable[[], IO[bytes]]]
+"""Name within the folder, size in bytes, and what opens it."""
+
+
+def pack_folder(folder: Path, target: Path, *, field: str, max_bytes: int) -> None:
+    """Pack the files below a folder of this machine; links and hidden files are left out.
+
+    Raises:
+        UserError: it has no files, more than `max_bytes`, or one that may not be read; begins with `field`.
+    """
+    _pack(_files_below(folder, field), target, f"{field}: {folder}", max_bytes)
+
+
+def pack_s3_folder(uri: str, target: Path, *, field: str, max_bytes: int) -> None:
+    """Pack the objects below `s3://bucket/prefix/`.
+
+    Raises:
+        UserError: there are none, more than `max_bytes`, or they may not be read.
+        ConnectionError: the object store failed in a way that may heal.
+    """
+    prefix_length = len(uri)
+    members = (
+        (address[prefix_length:], size, partial(open_s3, address, field=field))
+        for address, size, _ in list_s3_folder(uri, field=field)
+        if not any(map(is_hidden, address[prefix_length:].split("/")))
+    )
+    _pack(members, target, f"{field}: {uri}", max_bytes)
+
+
+def s3_folder_version(uri: str, *, field: str) -> str:
+    """What changes when an object below the prefix does.
+
+    Raises:
+        UserError: there are none, or they may not be listed.
+    """
+    listed = "\n".join(f"{address} {size} {etag}" for address, size, etag in list_s3_folder(uri, field=field))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _files_below(folder: Path, field: str) -> Iterator[Member]:
+    links = 0
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{field}: {error.filename} cannot be read ({error.strerror}); change its permissions")
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        links += sum((Path(place) / name).is_symlink() for name in folders)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted(files):
+            path = Path(place) / name
+            if path.is_symlink() or not path.is_file():
+                links += 1
+            elif not is_hidden(name):
+                yield path.relative_to(folder).as_posix(), path.stat().st_size, partial(_open, path)
+    if links:
+        logger.warning("%s: %d links and special files were left out; give the files themselves", folder, links)
+
+
+def _pack(members: Iterable[Member], target: Path, shown: str, max_bytes: int) -> None:
+    total = 0
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for name, size, opened in members:
+            total += size
+            if total > max_bytes:
+                raise UserError(f"{shown} has more than {max_bytes / 1e9:.3g} GB; at most that are fetched")
+            with _opened(opened, shown, name) as source, archive.open(_entry(name, size), "w") as packed:
+                while piece := source.read(_PIECE):
+                    packed.write(piece)
+    if not total:
+        raise UserError(f"{shown} has no files with something in them; check the address")
+
+
+def _entry(name: str, size: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, _TIME)
+    entry.create_system = 0  # no permissions
+    entry.file_size = size
+    return entry
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _opened(opened: Callable[[], IO[bytes]], shown: str, name: str) -> IO[bytes]:
+    try:
+        return opened()
+    except PermissionError as error:
+        raise UserError(f"{shown}: {name!r} may not be read by this process; change its permissions") from error
