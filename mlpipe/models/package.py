@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "scikit-learn", "skops", "torch", "torchvision")
-"""What `portable.py` imports; given by name, for finding it out would load the model in yet another process."""
+"""What the files that travel import; given by name, for finding it out would load the model in yet another process."""
 
 TOLERANCE = 5e-3
 """Largest difference of a probability between two loads of a model; a GPU rounds otherwise than a CPU."""
@@ -72,12 +74,12 @@ def log_packaged_model(
         example_images_u8: (N, H, W, 3); the first two go with the model.
     """
     with tempfile.TemporaryDirectory(prefix="mlpipe-package-") as folder:
-        description_path, parameters_path = write_files(description, predictor, Path(folder))
+        paths = write_files(description, predictor, Path(folder))
         with _no_progress_bars():
             info = mlflow.pyfunc.log_model(
                 name=name,
                 python_model=portable.__file__,
-                artifacts={"description": str(description_path), "parameters": str(parameters_path)},
+                artifacts=dict(zip(("description", "parameters", "code"), map(str, paths), strict=False)),
                 signature=signature(description.classes),
                 input_example=np.ascontiguousarray(example_images_u8[:2]),
                 pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS],
@@ -86,10 +88,12 @@ def log_packaged_model(
     return PackagedModel(model_uri=info.model_uri, model_id=info.model_id)
 
 
-def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, folder: Path) -> tuple[Path, Path]:
-    """Write description and weights; their paths. Neither holds a pickle."""
+def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, folder: Path) -> tuple[Path, ...]:
+    """Write description, weights and code; their paths. None holds a pickle."""
     description_path = folder / DESCRIPTION_FILE
-    description.write(description_path)
+    source, _, name = description.code.rpartition(":")
+    code_path = Path(shutil.copy(_file_of(source), folder))
+    replace(description, code=f"{code_path.name}:{name}").write(description_path)
     if isinstance(predictor, nn.Module):
         parameters_path = folder / WEIGHTS_FILE
         state = {key: value.contiguous() for key, value in predictor.state_dict().items()}
@@ -97,7 +101,14 @@ def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, 
     else:
         parameters_path = folder / ESTIMATOR_FILE
         portable.import_skops().dump(predictor, parameters_path)
-    return description_path, parameters_path
+    return description_path, parameters_path, code_path
+
+
+def _file_of(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"no module {module!r}")
+    return Path(spec.origin)
 
 
 def signature(classes: tuple[str, ...]) -> ModelSignature:

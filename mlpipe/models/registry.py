@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mlpipe.config import ESTIMATORS, Variant
+from mlpipe.config import Variant
 from mlpipe.errors import UserError
-from mlpipe.models import portable
-from mlpipe.models.names import check_name
+from mlpipe.models import architectures, portable
+from mlpipe.models.architectures import Architecture
 
 IMAGE_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 """Sizes to suggest where a network cannot take the one that was asked for, pixels."""
@@ -26,19 +26,19 @@ def check_architecture(
     Raises:
         UserError: no such architecture, or one that cannot take images of that size.
     """
-    check_name(architecture)
-    if image_size is None or architecture in ESTIMATORS or _takes(architecture, input_size or image_size, variant):
+    entry = architectures.find(architecture)
+    if image_size is None or entry.kind == "estimator" or _takes(entry, input_size or image_size, variant):
         return
     nearest = sorted(IMAGE_SIZES, key=lambda size: (size < image_size, abs(size - image_size)))  # larger ones first
-    fitting = next((size for size in nearest if _takes(architecture, size, variant)), None)
+    fitting = next((size for size in nearest if _takes(entry, size, variant)), None)
     advice = f"choose image_size {fitting}" if fitting else "choose another network"
     raise UserError(f"image_size: {architecture} cannot take images of {image_size}×{image_size} pixels; {advice}")
 
 
-def _takes(architecture: str, image_size: int, variant: Variant) -> bool:
+def _takes(entry: Architecture, image_size: int, variant: Variant) -> bool:
     """Try it; on the meta device that is shapes only, no memory, no arithmetic."""
     try:
-        network = portable.outline_network(architecture, 2, image_size, variant)
+        network = outline_network(entry.name, 2, image_size, variant)
         network(torch.zeros(2, 3, image_size, image_size, device=next(network.parameters()).device))
     except (RuntimeError, ValueError, AssertionError):
         return False
@@ -55,4 +55,21 @@ def build_network(
     """
     check_architecture(architecture, image_size, variant)
     torch.manual_seed(seed)
-    return portable.build_network(architecture, num_classes, image_size, variant)
+    return _build(architectures.find(architecture), num_classes, image_size, variant)
+
+
+def outline_network(architecture: str, num_classes: int, image_size: int, variant: Variant = "standard") -> nn.Module:
+    """A network for its shapes: on the meta device, where its entry says so, it has no weights."""
+    entry = architectures.find(architecture)
+    with torch.device(entry.outline):
+        return _build(entry, num_classes, image_size, variant)
+
+
+def _build(entry: Architecture, num_classes: int, image_size: int, variant: Variant) -> nn.Module:
+    return portable.build_network(
+        portable.load_function(entry.builder),
+        architecture=entry.name,
+        num_classes=num_classes,
+        image_size=image_size,
+        variant=variant,
+    )
