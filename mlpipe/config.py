@@ -68,7 +68,8 @@ class RunParams:
         None,
         "Models",
         "Comma-separated names, each with optional initial weights: custom_cnn, logistic_regression, resnet18=random, "
-        "resnet18=imagenet, or any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth. "
+        "resnet18=imagenet, any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth, or "
+        "a network of your own, e.g. /home/me/mynets.py:TinyNet. "
         "Empty: the recipe's.",
         maxLength=4096,
     )
@@ -299,7 +300,7 @@ class ModelConfig:
     """One model of a run."""
 
     architecture: str
-    """Name of an entry of `mlpipe.models.architectures`."""
+    """As `mlpipe.models.architectures.find` takes it: custom_cnn, resnet18, or /path/mynets.py:TinyNet."""
     weights: str
     """What it starts from: random, imagenet, a URI; none for estimators that have no initial weights."""
     name: str

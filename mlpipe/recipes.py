@@ -22,7 +22,7 @@ from mlpipe.config import (
     RunParams,
 )
 from mlpipe.errors import UserError
-from mlpipe.models.architectures import RESNETS, Architecture, find
+from mlpipe.models.architectures import OWN_FILE, RESNETS, Architecture, find
 
 MAX_SMALL_IMAGE = 64
 """Height and width up to which images are small, pixels."""
@@ -163,9 +163,9 @@ def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
     if params.dataset == "digits":
         recipe = _without_flips(recipe)
     parsed = parse_models(params.models or recipe.models, recipe.default_weights)
-    architectures = [architecture for architecture, _ in parsed]
+    architectures = [architecture for _, architecture, _ in parsed]
     models: list[ModelConfig] = []
-    for architecture, weights in parsed:
+    for written, architecture, weights in parsed:
         name = architecture.name
         if architectures.count(architecture) > 1:
             name += f"_{weights_slug(weights)}"
@@ -175,7 +175,7 @@ def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
         small = recipe.small_images_variants and not pretrained and image_size <= MAX_SMALL_IMAGE
         models.append(
             ModelConfig(
-                architecture=architecture.name,
+                architecture=written,
                 weights=weights,
                 name=name,
                 variant="small_images" if small and "small_images" in architecture.variants else "standard",
@@ -222,8 +222,8 @@ def _without_flips(recipe: Recipe) -> Recipe:
     return replace(recipe, network=network, linear=replace(recipe.linear, augmentation="none"))
 
 
-def parse_models(text: str, default_weights: str) -> list[tuple[Architecture, str]]:
-    """Read `custom_cnn,resnet18=imagenet` into pairs of architecture and initial weights.
+def parse_models(text: str, default_weights: str) -> list[tuple[str, Architecture, str]]:
+    """Read `custom_cnn,resnet18=imagenet`: of each model what was written, its architecture and its initial weights.
 
     Raises:
         UserError: an empty list, too many models, a malformed or unknown name, or weights that the model does not have.
@@ -236,7 +236,7 @@ def parse_models(text: str, default_weights: str) -> list[tuple[Architecture, st
     parsed = []
     for position, entry in enumerate(entries):
         name, equals, weights = (part.strip() for part in entry.partition("="))
-        if not MODEL_NAME.fullmatch(name):
+        if not MODEL_NAME.fullmatch(name) and not OWN_FILE.fullmatch(name):
             if any("://" in before for before in entries[:position]):  # it may be the rest of an address
                 raise UserError(
                     f"models: entry {position + 1} of the list is not a model name; "
@@ -244,7 +244,7 @@ def parse_models(text: str, default_weights: str) -> list[tuple[Architecture, st
                 )
             raise UserError(
                 f"models: {redact_text(name)[:80]!r} is not a model name; names are like custom_cnn, "
-                "logistic_regression, resnet18 or resnet18=random"
+                "logistic_regression, resnet18, resnet18=random or mynets.py:TinyNet"
             )
         if equals and not weights:
             raise UserError(f"models: {entry!r} names no weights after '='; give random, imagenet or a URI")
@@ -254,7 +254,7 @@ def parse_models(text: str, default_weights: str) -> list[tuple[Architecture, st
         weights = weights or architecture.default_weights or default_weights
         if weights == "imagenet" and not architecture.has_imagenet_weights:
             raise UserError(f"models: '{name}=imagenet': no ImageNet weights exist for {name}; use random or a URI")
-        parsed.append((architecture, weights))
+        parsed.append((name, architecture, weights))
     return parsed
 
 

@@ -1,21 +1,32 @@
 """The registry of models: what each is, known without loading it.
 
 Only the standard library is loaded: Airflow reads this module whenever it parses the DAG, and workers that only
-download have no torch. To add a model, write one file that builds it and one line in `KNOWN`.
+download have no torch. To add a model, write one file that builds it and one entry in `KNOWN`. A network outside of
+this project is named by its file (`/home/me/mynets.py:TinyNet`), or by an entry point of an installed package.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Literal
 
-from mlpipe.config import Variant
+from mlpipe.addresses import redact_text
+from mlpipe.config import MODEL_NAME, Variant
 from mlpipe.errors import UserError
 
 SMALLEST_OF_VARIANTS = 16
 """Height and width from which the variants for small images take any size, pixels."""
+
+OWN_FILE = re.compile(r"(?P<path>[^=]*\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
+"""A file and the class or function in it that builds a network."""
+
+ENTRY_POINTS = "mlpipe.models"
+"""Group in which an installed package names the classes or functions that build its networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +38,12 @@ class Architecture:
     kind: Literal["network", "estimator"]
     """Whether Lightning trains it or scikit-learn fits it."""
     builder: str
-    """`module:function` or `module:Class` that makes it. A network's is called with those of `num_classes`,
-    `image_size`, `variant` and `architecture` that it takes, and returns a module that maps (B, 3, H, W) to
-    (B, num_classes) logits. An estimator's is called with its `LinearSettings`, `num_images` and `num_features`, and
-    returns a scikit-learn Pipeline. A network's module travels with the logged model, so it imports nothing of mlpipe.
+    """`module:function`, `module:Class` or `/path/file.py:Class` that makes it.
+
+    A network's is called with those of `num_classes`, `image_size`, `variant` and `architecture` that it takes, and
+    returns a module that maps (B, 3, H, W) to (B, num_classes) logits. Its file travels with the logged model, so it
+    imports nothing of mlpipe. An estimator's is called with its `LinearSettings`, `num_images` and `num_features`, and
+    returns a scikit-learn Pipeline.
     """
     features: str = "mlpipe.models.features.pixels:features"
     """Of an estimator: `module:function` from (B, H, W, 3) uint8 images to (B, D) float32. Its module travels too."""
@@ -45,6 +58,19 @@ class Architecture:
     outline: Literal["meta", "cpu"] = "cpu"
     """Device on which its shapes are found. On meta that takes no memory and no time, but its constructor may not
     compute with tensors."""
+    distribution: str | None = None
+    """Installed package, with its version, that a network's entry point is of: `mynets==1.0`."""
+
+    @property
+    def own_file(self) -> Path | None:
+        """The user's file that builds it; `None` for a network of this project or of an installed package."""
+        path = self.builder.rpartition(":")[0]
+        return Path(path) if path.endswith(".py") else None
+
+    @property
+    def is_of_project(self) -> bool:
+        """Whether its code is this project's."""
+        return self.builder.startswith("mlpipe.")
 
     @property
     def code(self) -> str:
@@ -125,17 +151,51 @@ def registered() -> Mapping[str, Architecture]:
 
 
 def find(architecture: str) -> Architecture:
-    """The entry of that name.
+    """The entry of that name, or one made for a file of the user's.
+
+    Args:
+        architecture: a name of the registry, of an entry point, or `/path/file.py:Class`.
 
     Raises:
         UserError: there is none.
     """
+    if match := OWN_FILE.fullmatch(architecture):
+        return _of_file(match["path"], match["name"])
     known = registered()
     if architecture in known:
         return known[architecture]
+    if entry := _of_installed_package(architecture):
+        return entry
     near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5) or ["custom_cnn", "resnet18"]
     own = [name for name in known if name not in TORCHVISION]
     raise UserError(
         f"models: {architecture!r} is unknown; did you mean {' or '.join(near)}? Known are {', '.join(own)} "
-        "and torchvision's classification networks (torchvision.models.list_models())"
+        "and torchvision's classification networks (torchvision.models.list_models()); "
+        f"a network of your own is named by its file (mynets.py:TinyNet) or by an entry point of {ENTRY_POINTS}"
     )
+
+
+def _of_file(path: str, class_name: str) -> Architecture:
+    name = re.sub(r"[^a-z0-9]+", "_", class_name.lower()).strip("_")
+    if "://" in path or not Path(path).is_absolute():
+        raise UserError(
+            f"models: {redact_text(path)[:80]!r} is not the whole path of a file; give one that every worker can read, "
+            f"like /home/me/mynets.py:{class_name}"
+        )
+    if not MODEL_NAME.fullmatch(name) or name in registered():
+        raise UserError(
+            f"models: {class_name!r} would be called {name!r}, which is {_fault_of(name)}; give the class another name"
+        )
+    return Architecture(name=name, kind="network", builder=f"{path}:{class_name}")
+
+
+def _fault_of(name: str) -> str:
+    return "another model's name" if name in registered() else "no name (a letter, then letters, digits and _)"
+
+
+def _of_installed_package(name: str) -> Architecture | None:
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        distribution = f"{point.dist.name}=={point.dist.version.partition('+')[0]}" if point.dist else None
+        builder = f"{point.module}:{point.attr}"
+        return Architecture(name=name, kind="network", builder=builder, distribution=distribution)
+    return None

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mlpipe.errors import UserError
-from mlpipe.models import portable
+from mlpipe.models import architectures, portable
 from mlpipe.models.portable import DESCRIPTION_FILE, ESTIMATOR_FILE, WEIGHTS_FILE, ModelDescription
 
 if TYPE_CHECKING:
@@ -82,18 +82,21 @@ def log_packaged_model(
                 artifacts=dict(zip(("description", "parameters", "code"), map(str, paths), strict=False)),
                 signature=signature(description.classes),
                 input_example=np.ascontiguousarray(example_images_u8[:2]),
-                pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS],
+                pip_requirements=_requirements(description),
                 tags=dict(tags or {}),
             )
     return PackagedModel(model_uri=info.model_uri, model_id=info.model_id)
 
 
 def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, folder: Path) -> tuple[Path, ...]:
-    """Write description, weights and code; their paths. None holds a pickle."""
-    description_path = folder / DESCRIPTION_FILE
+    """Write description, weights and, unless an installed package has it, code; their paths. None holds a pickle."""
     source, _, name = description.code.rpartition(":")
-    code_path = Path(shutil.copy(_file_of(source), folder))
-    replace(description, code=f"{code_path.name}:{name}").write(description_path)
+    code_path = _travelling_file(source)
+    if code_path is not None:
+        code_path = Path(shutil.copy(code_path, folder))
+        description = replace(description, code=f"{code_path.name}:{name}")
+    description_path = folder / DESCRIPTION_FILE
+    description.write(description_path)
     if isinstance(predictor, nn.Module):
         parameters_path = folder / WEIGHTS_FILE
         state = {key: value.contiguous() for key, value in predictor.state_dict().items()}
@@ -101,14 +104,24 @@ def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, 
     else:
         parameters_path = folder / ESTIMATOR_FILE
         portable.import_skops().dump(predictor, parameters_path)
-    return description_path, parameters_path, code_path
+    return (description_path, parameters_path) if code_path is None else (description_path, parameters_path, code_path)
 
 
-def _file_of(module: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"no module {module!r}")
-    return Path(spec.origin)
+def _travelling_file(source: str) -> Path | None:
+    """The file of a module of this project, or of the user; `None` for a module of an installed package."""
+    if source.endswith(".py"):
+        return Path(source)
+    spec = importlib.util.find_spec(source) if source.startswith("mlpipe.") else None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _requirements(description: ModelDescription) -> list[str]:
+    """What the model needs to load, with the versions that are installed here."""
+    wanted = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]
+    if description.code.startswith("mlpipe.") or ".py:" in description.code:
+        return wanted
+    distribution = architectures.find(description.architecture).distribution
+    return [*wanted, distribution] if distribution else wanted
 
 
 def signature(classes: tuple[str, ...]) -> ModelSignature:

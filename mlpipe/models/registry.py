@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mlpipe.config import Variant
+from mlpipe.data.uris import check_local
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, portable
 from mlpipe.models.architectures import Architecture
@@ -27,7 +28,12 @@ def check_architecture(
         UserError: no such architecture, or one that cannot take images of that size.
     """
     entry = architectures.find(architecture)
-    if image_size is None or entry.kind == "estimator" or _takes(entry, input_size or image_size, variant):
+    if image_size is None or entry.kind == "estimator":
+        return
+    if not entry.is_of_project:
+        _try_out(entry, input_size or image_size, variant)
+        return
+    if _takes(entry, input_size or image_size, variant):
         return
     nearest = sorted(IMAGE_SIZES, key=lambda size: (size < image_size, abs(size - image_size)))  # larger ones first
     fitting = next((size for size in nearest if _takes(entry, size, variant)), None)
@@ -38,11 +44,32 @@ def check_architecture(
 def _takes(entry: Architecture, image_size: int, variant: Variant) -> bool:
     """Try it; on the meta device that is shapes only, no memory, no arithmetic."""
     try:
-        network = outline_network(entry.name, 2, image_size, variant)
-        network(torch.zeros(2, 3, image_size, image_size, device=next(network.parameters()).device))
+        with torch.device(entry.outline):
+            _build(entry, 2, image_size, variant)(torch.zeros(2, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True
+
+
+def _try_out(entry: Architecture, image_size: int, variant: Variant) -> None:
+    """See that a user's network can be built and does what a network must."""
+    if entry.own_file:
+        check_local(entry.own_file, field="models")
+    try:
+        network = _build(entry, 2, image_size, variant)
+        output = network(torch.zeros(2, 3, image_size, image_size))
+        shape = tuple(output.shape)
+    except Exception as error:
+        raise UserError(
+            f"models: {entry.builder} does not work ({type(error).__name__}: {str(error)[:300]}); it is called with "
+            f"num_classes (and image_size, if it takes that), must return an nn.Module that takes "
+            f"(B, 3, {image_size}, {image_size}) float32, and its file must import no file beside it"
+        ) from error
+    if shape != (2, 2):
+        raise UserError(
+            f"models: {entry.builder} gives {shape} for 2 images and 2 classes, not (2, 2); "
+            "it must give one logit for each image and class"
+        )
 
 
 def build_network(

@@ -184,9 +184,10 @@ def _check_prefix(path: Path, url: str) -> None:
 
 def _registered(model: ModelConfig, classes: tuple[str, ...], folder: Path) -> _Found:
     description, path = package.download_packaged_model(model.weights, folder)
-    if description.architecture != model.architecture:
+    wanted = architectures.find(model.architecture).name
+    if description.architecture != wanted:
         raise UserError(
-            f"models: {model.weights} is a {description.architecture}, not a {model.architecture}; "
+            f"models: {model.weights} is a {description.architecture}, not a {wanted}; "
             f"write {description.architecture}={model.weights}"
         )
     return _Found(

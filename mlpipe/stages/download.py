@@ -10,6 +10,7 @@ from mlpipe.addresses import redact_uri
 from mlpipe.config import RunConfig
 from mlpipe.data.sources import fetch_source
 from mlpipe.data.store import ObjectStore
+from mlpipe.data.uris import check_local
 from mlpipe.environment import Environment
 from mlpipe.models import architectures
 from mlpipe.stages.runs import OnRun, parent_run
@@ -43,6 +44,9 @@ def _check_architectures(config: RunConfig) -> None:
         for model in config.models
         if not architectures.find(model.architecture).surely_takes(config.data.image_size, model.variant)
     ]
+    for model in others:
+        if own_file := architectures.find(model.architecture).own_file:
+            check_local(own_file, field="models")
     # A worker that only downloads may have no torch; then training finds what is too small.
     if others and find_spec("torchvision"):
         from mlpipe.models.registry import check_architecture

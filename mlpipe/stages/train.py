@@ -12,7 +12,7 @@ from torch import nn
 from mlpipe.addresses import redact_uri
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.store import ObjectStore, file_sha256
 from mlpipe.environment import Environment
 from mlpipe.models import architectures
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
@@ -81,7 +81,7 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
     checkpoints.delete()
     return {
         "name": model.name,
-        "architecture": model.architecture,
+        "architecture": architectures.find(model.architecture).name,
         "weights": redact_uri(model.weights),
         "run_id": run.info.run_id,
         "run_url": tracked.url,
@@ -136,7 +136,7 @@ def display_name(model: ModelConfig) -> str:
 def _model_tags(model: ModelConfig, dataset: Dataset) -> dict[str, str]:
     return {
         "model": model.name,
-        "architecture": model.architecture,
+        "architecture": architectures.find(model.architecture).name,
         "weights": redact_uri(model.weights),
         "dataset": dataset.manifest.dataset,
         "data_digest": dataset.manifest.digest,
@@ -152,4 +152,6 @@ def _params(config: RunConfig, model: ModelConfig, dataset: Dataset) -> dict[str
     settings |= asdict(model.train)
     if isinstance(model.train, NetworkSettings):
         del settings["precision"]
+    own_file = architectures.find(model.architecture).own_file
+    settings["network_file_sha256"] = file_sha256(own_file) if own_file else "n/a"
     return {"recipe": config.recipe, **_model_tags(model, dataset), **settings, "image_size": config.data.image_size}

@@ -97,6 +97,7 @@ def train_network(
     if len(keeper.history) < config.num_epochs and not keeper.finished:
         fit = Fit(
             module=module,
+            code=entry.code,
             training=training,
             validation=validation,
             num_epochs=config.num_epochs,

@@ -90,7 +90,7 @@ def test_one_architecture_with_two_weights_has_two_names() -> None:
 
 
 def test_weights_may_be_a_uri_with_an_equals_sign() -> None:
-    [(architecture, weights)] = parse_models("resnet18=https://h/w.pth?a=b#sha256=00", "random")
+    [(_, architecture, weights)] = parse_models("resnet18=https://h/w.pth?a=b#sha256=00", "random")
     assert (architecture.name, weights) == ("resnet18", "https://h/w.pth?a=b#sha256=00")
 
 
