@@ -57,7 +57,7 @@ def train(folder: Path, *, in_memory: bool) -> dict[str, Any]:
 
     from training import EpochTimer, trainer
 
-    from mlpipe.config import TrainConfig
+    from mlpipe.config import NetworkSettings
     from mlpipe.data.batches import BatchLoader
     from mlpipe.data.dataset import Dataset, Split
     from mlpipe.models.registry import build_network
@@ -73,7 +73,7 @@ def train(folder: Path, *, in_memory: bool) -> dict[str, Any]:
     loader = BatchLoader(split, BATCH_SIZE, seed=0, shuffle=True)
     module = ClassificationModule(
         build_network("custom_cnn", num_classes=10, image_size=SIZE, seed=0),
-        TrainConfig(batch_size=BATCH_SIZE),
+        NetworkSettings(batch_size=BATCH_SIZE),
         channel_mean=(0.5, 0.5, 0.5),
         channel_std=(0.25, 0.25, 0.25),
         total_steps=2 * NUM_BATCHES,

@@ -23,8 +23,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mlpipe.config import RunParams
-from mlpipe.models.estimators import build_estimator
-from mlpipe.models.portable import estimator_features
+from mlpipe.models.estimators import logistic_regression
+from mlpipe.models.features import pixels
 from mlpipe.recipes import resolve
 
 
@@ -34,7 +34,7 @@ def reference() -> Any:
 
 def ours(features: NDArray[np.float32]) -> Any:
     (model,) = resolve(RunParams(dataset="cifar10", recipe="report", models="logistic_regression")).models
-    return build_estimator(model.architecture, model.train, num_images=len(features), num_features=features.shape[1])
+    return logistic_regression.build(model.train, num_images=len(features), num_features=features.shape[1])
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     parts = {}
     for part in ("train", "test"):
         images_u8, labels = read_images(arguments.data, part)
-        parts[part] = estimator_features(torch.from_numpy(images_u8), "logistic_regression"), labels
+        parts[part] = pixels.features(torch.from_numpy(images_u8)), labels
     features, labels = parts["train"]
     times: dict[str, list[float]] = {"ours": [], "reference": []}
     rows = []

@@ -25,6 +25,7 @@ from common import conditions, paired, read_images, spread, table
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mlpipe.models.architectures import find
 from mlpipe.models.package import log_packaged_model
 from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, normalise
 from mlpipe.models.registry import build_network
@@ -46,8 +47,16 @@ def tracking_store() -> Iterator[None]:
 
 def logged_model(architecture: str, network: nn.Module, images_u8: NDArray[np.uint8]) -> Any:
     """The network as a user gets it."""
+    entry = find(architecture)
     description = ModelDescription(
-        kind="network", architecture=architecture, classes=CLASSES, image_size=32, channel_mean=MEAN, channel_std=STD
+        kind="network",
+        architecture=architecture,
+        classes=CLASSES,
+        image_size=32,
+        channel_mean=MEAN,
+        channel_std=STD,
+        code=entry.code,
+        outline=entry.outline,
     )
     logged = log_packaged_model(description, network, name=architecture, example_images_u8=images_u8[:2])
     return mlflow.pyfunc.load_model(logged.model_uri)

@@ -32,10 +32,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from mlpipe.config import TrainConfig
+from mlpipe.config import NetworkSettings
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Split
-from mlpipe.models.portable import ByteDropout
+from mlpipe.models.networks.custom_cnn import ByteDropout
 from mlpipe.models.registry import build_network
 from mlpipe.training.dead_taps import TrimmedKernels
 from mlpipe.training.memory import keep_freed_memory
@@ -140,7 +140,7 @@ def ours(setting: Setting, path: Path) -> float:
     loader = BatchLoader(Split.of(images_u8, labels), setting.batch_size, seed=0, shuffle=True)
     module = ClassificationModule(
         network,
-        TrainConfig(batch_size=setting.batch_size),
+        NetworkSettings(batch_size=setting.batch_size),
         channel_mean=MEAN,
         channel_std=STD,
         total_steps=2 * len(loader),

@@ -23,11 +23,6 @@ SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
 """standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
 normalisation, torchvision's resnets begin with a 3×3 convolution without stride and shrink by pooling."""
-SMALL_IMAGES_VARIANTS = frozenset({"custom_cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"})
-"""Architectures that have such a form."""
-
-ESTIMATORS = frozenset({"logistic_regression", "hog_logistic_regression"})
-"""Architectures that scikit-learn fits; every other one is a network that Lightning trains."""
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MAX_MODELS = 16
@@ -73,7 +68,8 @@ class RunParams:
         None,
         "Models",
         "Comma-separated names, each with optional initial weights: custom_cnn, logistic_regression, resnet18=random, "
-        "resnet18=imagenet, or any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth. "
+        "resnet18=imagenet, any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth, or "
+        "a network of your own, e.g. /home/me/mynets.py:TinyNet. "
         "Empty: the recipe's.",
         maxLength=4096,
     )
@@ -249,46 +245,54 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How one model is trained."""
+class NetworkSettings:
+    """How a network is trained."""
 
     num_epochs: int = 10
-    """Passes over the training images (networks)."""
+    """Passes over the training images."""
     batch_size: int = 64
-    """Images in one optimizer step (networks)."""
+    """Images in one optimizer step."""
     learning_rate: float = 1e-3
-    """Step size; the peak one where a schedule varies it (networks)."""
+    """Step size; the peak one where a schedule varies it."""
     optimizer: Literal["adam", "sgd", "muon"] = "adam"
-    """Update rule; sgd has Nesterov momentum 0.9, and trains what is no convolution where it is muon (networks)."""
+    """Update rule; sgd has Nesterov momentum 0.9, and trains what is no convolution where it is muon."""
     weight_decay: float = 0.0
     """Coefficient of the L2 penalty; with muon, share of a convolution's weights that a step takes away, times the
-    learning rate (networks)."""
+    learning rate."""
     schedule: Literal["constant", "one_cycle"] = "constant"
-    """Learning rate over the steps (networks)."""
+    """Learning rate over the steps."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes, 0 to 1 (networks)."""
+    """Share of the target spread evenly over all classes, 0 to 1."""
     augmentation: Literal["none", "crop", "flip", "flip_crop"] = "none"
-    """Random changes of the training images: shifted crop, horizontal flip, or both. A linear model is given each image
-    and its mirror image where flips are on, and no crops."""
+    """Random changes of the training images: shifted crop, horizontal flip, or both."""
     test_time_averaging: Literal["none", "flip"] = "none"
-    """flip: the model averages the probabilities of an image and of its mirror image when it predicts (networks)."""
+    """flip: the model averages the probabilities of an image and of its mirror image when it predicts."""
     progressive_resizing: bool = False
-    """Whether the first half of the epochs sees the training images at half of their height and width (networks)."""
+    """Whether the first half of the epochs sees the training images at half of their height and width."""
     early_stopping_patience: int | None = None
-    """Epochs without a better val/accuracy after which training ends; `None`: never (networks)."""
+    """Epochs without a better val/accuracy after which training ends; `None`: never."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """Arithmetic; auto is bfloat16 where the processor has it in hardware (networks)."""
+    """Arithmetic; auto is bfloat16 where the processor has it in hardware."""
     num_devices: int = 1
-    """GPUs of one host that train together, or processes where there is no GPU; each batch is divided among them
-    (networks)."""
-    num_components: int = 256
-    """Principal components of the features that are kept at most (linear models)."""
-    inverse_regularization: float = 1.0
-    """scikit-learn's C: the smaller, the stronger the L2 penalty (linear models)."""
-    max_iterations: int = 100
-    """Limit of the solver (linear models)."""
+    """GPUs of one host that train together, or processes where there is no GPU; each batch is divided among them."""
     seed: int = 0
     """Of initial weights, batch order and augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSettings:
+    """How a linear model is fitted."""
+
+    num_components: int = 256
+    """Principal components of the features that are kept at most."""
+    inverse_regularization: float = 1.0
+    """scikit-learn's C: the smaller, the stronger the L2 penalty."""
+    max_iterations: int = 100
+    """Limit of the solver."""
+    augmentation: Literal["none", "flip"] = "none"
+    """flip: the model is fitted to each training image and to its mirror image."""
+    seed: int = 0
+    """Of the random projections, the solver, and the choice among too many images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +300,7 @@ class ModelConfig:
     """One model of a run."""
 
     architecture: str
-    """custom_cnn, logistic_regression, or a torchvision classification network's name."""
+    """As `mlpipe.models.architectures.find` takes it: custom_cnn, resnet18, or /path/mynets.py:TinyNet."""
     weights: str
     """What it starts from: random, imagenet, a URI; none for estimators that have no initial weights."""
     name: str
@@ -305,7 +309,8 @@ class ModelConfig:
     """Form of the network; `models:/…` weights bring their own."""
     input_size: int | None = None
     """Height and width to which the network enlarges its images, pixels; `None`: as they are stored."""
-    train: TrainConfig
+    train: NetworkSettings | LinearSettings
+    """A network's, or those of an estimator."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
 
 from mlpipe.addresses import redact_text, redact_uri
 from mlpipe.config import (
-    ESTIMATORS,
     MAX_MODELS,
     MODEL_NAME,
-    SMALL_IMAGES_VARIANTS,
     DataConfig,
+    LinearSettings,
     ModelConfig,
+    NetworkSettings,
     PromotionConfig,
     RecipeName,
     RunConfig,
     RunParams,
-    TrainConfig,
 )
 from mlpipe.errors import UserError
+from mlpipe.models.architectures import OWN_FILE, RESNETS, Architecture, find
 
 MAX_SMALL_IMAGE = 64
 """Height and width up to which images are small, pixels."""
@@ -38,12 +38,14 @@ class Recipe:
     """As in the form's field: names with optional initial weights."""
     default_weights: str
     """Initial weights of networks that name none."""
-    train: TrainConfig
-    """Settings of every model."""
+    network: NetworkSettings
+    """Settings of every network."""
+    linear: LinearSettings = field(default_factory=LinearSettings)
+    """Settings of every linear model."""
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of single architectures that start from random numbers, over `train`."""
+    """Settings of single networks that start from random numbers, over `network`."""
     pretrained: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of networks that start from weights, over `train`."""
+    """Settings of networks that start from weights, over `network`."""
     pretrained_input_size: int | None = None
     """Height and width to which those enlarge their images, pixels."""
     small_images_variants: bool = False
@@ -54,7 +56,7 @@ RECIPES: dict[RecipeName, Recipe] = {
     "quick": Recipe(
         models="custom_cnn,logistic_regression,resnet18",
         default_weights="random",
-        train=TrainConfig(num_epochs=5, batch_size=64, schedule="one_cycle", learning_rate=3e-3),
+        network=NetworkSettings(num_epochs=5, batch_size=64, schedule="one_cycle", learning_rate=3e-3),
         overrides={
             "custom_cnn": {
                 "batch_size": 128,
@@ -67,12 +69,12 @@ RECIPES: dict[RecipeName, Recipe] = {
     "report": Recipe(
         models="custom_cnn,logistic_regression,resnet18",
         default_weights="imagenet",
-        train=TrainConfig(num_epochs=10, batch_size=64, learning_rate=1e-3, optimizer="adam"),
+        network=NetworkSettings(num_epochs=10, batch_size=64, learning_rate=1e-3, optimizer="adam"),
     ),
     "strong": Recipe(
         models="custom_cnn,logistic_regression,hog_logistic_regression,resnet18",
         default_weights="random",
-        train=TrainConfig(
+        network=NetworkSettings(
             num_epochs=10,
             batch_size=128,
             optimizer="sgd",
@@ -82,9 +84,8 @@ RECIPES: dict[RecipeName, Recipe] = {
             label_smoothing=0.1,
             augmentation="flip_crop",
             test_time_averaging="flip",
-            num_components=512,
-            inverse_regularization=1e-3,
         ),
+        linear=LinearSettings(num_components=512, inverse_regularization=1e-3, augmentation="flip"),
         overrides={
             **{
                 resnet: {
@@ -94,7 +95,7 @@ RECIPES: dict[RecipeName, Recipe] = {
                     "weight_decay": 0.1,
                     "progressive_resizing": True,
                 }
-                for resnet in SMALL_IMAGES_VARIANTS
+                for resnet in RESNETS
             },
             "custom_cnn": {"batch_size": 256, "learning_rate": 0.5},  # its logits are divided by 8
         },
@@ -121,48 +122,7 @@ def resolve(params: RunParams) -> RunConfig:
             f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set 'digits'; "
             "leave it empty, or choose images"
         )
-    recipe = RECIPES[params.recipe]
-    chosen = {
-        "num_epochs": params.epochs,
-        "batch_size": params.batch_size,
-        "learning_rate": params.learning_rate,
-        "early_stopping_patience": params.early_stopping,
-        "num_devices": params.devices,
-        "seed": params.seed,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    parsed = parse_models(params.models or recipe.models, recipe.default_weights)
-    architectures = [architecture for architecture, _ in parsed]
     image_size = params.image_size or 32
-    train = _without_flips(recipe.train) if params.dataset == "digits" else recipe.train
-    models = []
-    for architecture, weights in parsed:
-        pretrained = weights not in ("random", "none")
-        small = recipe.small_images_variants and not pretrained and image_size <= MAX_SMALL_IMAGE
-        name = architecture if architectures.count(architecture) == 1 else f"{architecture}_{weights_slug(weights)}"
-        models.append(
-            ModelConfig(
-                architecture=architecture,
-                weights=weights,
-                name=name,
-                variant="small_images" if small and architecture in SMALL_IMAGES_VARIANTS else "standard",
-                input_size=recipe.pretrained_input_size if pretrained and image_size < MIN_LARGE_IMAGE else None,
-                train=replace(
-                    train,
-                    **{**(recipe.pretrained if pretrained else recipe.overrides.get(architecture, {})), **chosen},
-                ),
-            )
-        )
-    names = [model.name for model in models]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"models: {name!r} is given more than once; each model and its weights may appear once")
-    batch_sizes = [model.train.batch_size for model in models if model.architecture not in ESTIMATORS]
-    if batch_sizes and (params.devices or 1) * 2 > (smallest := min(batch_sizes)):
-        raise UserError(
-            f"devices: {params.devices} is not allowed with batches of {smallest} images, since each needs 2 of every "
-            f"batch; give at most {smallest // 2}, or a larger batch_size"
-        )
     return RunConfig(
         recipe=params.recipe,
         data=DataConfig(
@@ -173,7 +133,7 @@ def resolve(params: RunParams) -> RunConfig:
             max_damaged=params.max_damaged,
             small_classes=params.small_classes,
         ),
-        models=tuple(models),
+        models=_models(params, image_size),
         promotion=PromotionConfig(mode=params.promotion),
     )
 
@@ -198,17 +158,75 @@ def dataset_name(dataset: str, data_uri: str | None) -> str:
     return name
 
 
-def _without_flips(train: TrainConfig) -> TrainConfig:
+def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
+    recipe = RECIPES[params.recipe]
+    if params.dataset == "digits":
+        recipe = _without_flips(recipe)
+    parsed = parse_models(params.models or recipe.models, recipe.default_weights)
+    architectures = [architecture for _, architecture, _ in parsed]
+    models: list[ModelConfig] = []
+    for written, architecture, weights in parsed:
+        name = architecture.name
+        if architectures.count(architecture) > 1:
+            name += f"_{weights_slug(weights)}"
+        if name in (model.name for model in models):
+            raise UserError(f"models: {name!r} is given more than once; each model and its weights may appear once")
+        pretrained = weights not in ("random", "none")
+        small = recipe.small_images_variants and not pretrained and image_size <= MAX_SMALL_IMAGE
+        models.append(
+            ModelConfig(
+                architecture=written,
+                weights=weights,
+                name=name,
+                variant="small_images" if small and "small_images" in architecture.variants else "standard",
+                input_size=recipe.pretrained_input_size if pretrained and image_size < MIN_LARGE_IMAGE else None,
+                train=_settings(params, recipe, architecture, pretrained=pretrained),
+            )
+        )
+    _check_devices(params.devices or 1, models)
+    return tuple(models)
+
+
+def _settings(
+    params: RunParams, recipe: Recipe, architecture: Architecture, *, pretrained: bool
+) -> NetworkSettings | LinearSettings:
+    """The recipe's settings, and over them the form's."""
+    if architecture.kind == "estimator":
+        return replace(recipe.linear, seed=params.seed)
+    form = {
+        "num_epochs": params.epochs,
+        "batch_size": params.batch_size,
+        "learning_rate": params.learning_rate,
+        "early_stopping_patience": params.early_stopping,
+        "num_devices": params.devices,
+        "seed": params.seed,
+    }
+    chosen = {name: value for name, value in form.items() if value is not None}
+    own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
+    return replace(recipe.network, **{**own, **chosen})
+
+
+def _check_devices(num_devices: int, models: Sequence[ModelConfig]) -> None:
+    batch_sizes = [model.train.batch_size for model in models if isinstance(model.train, NetworkSettings)]
+    if batch_sizes and num_devices * 2 > (smallest := min(batch_sizes)):
+        raise UserError(
+            f"devices: {num_devices} is not allowed with batches of {smallest} images, since each needs 2 of every "
+            f"batch; give at most {smallest // 2}, or a larger batch_size"
+        )
+
+
+def _without_flips(recipe: Recipe) -> Recipe:
     """Mirrored digits are other characters."""
-    shifted = train.augmentation in ("crop", "flip_crop")
-    return replace(train, augmentation="crop" if shifted else "none", test_time_averaging="none")
+    shifted = recipe.network.augmentation in ("crop", "flip_crop")
+    network = replace(recipe.network, augmentation="crop" if shifted else "none", test_time_averaging="none")
+    return replace(recipe, network=network, linear=replace(recipe.linear, augmentation="none"))
 
 
-def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
-    """Read `custom_cnn,resnet18=imagenet` into pairs of architecture and initial weights.
+def parse_models(text: str, default_weights: str) -> list[tuple[str, Architecture, str]]:
+    """Read `custom_cnn,resnet18=imagenet`: of each model what was written, its architecture and its initial weights.
 
     Raises:
-        UserError: an empty list, too many models, a malformed name, or weights for an estimator that has none.
+        UserError: an empty list, too many models, a malformed or unknown name, or weights that the model does not have.
     """
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if not entries or len(entries) > MAX_MODELS:
@@ -217,32 +235,26 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, str]]:
         )
     parsed = []
     for position, entry in enumerate(entries):
-        architecture, equals, weights = (part.strip() for part in entry.partition("="))
-        if not MODEL_NAME.fullmatch(architecture):
+        name, equals, weights = (part.strip() for part in entry.partition("="))
+        if not MODEL_NAME.fullmatch(name) and not OWN_FILE.fullmatch(name):
             if any("://" in before for before in entries[:position]):  # it may be the rest of an address
                 raise UserError(
                     f"models: entry {position + 1} of the list is not a model name; "
                     "write a comma within an address as %2C"
                 )
             raise UserError(
-                f"models: {redact_text(architecture)[:80]!r} is not a model name; names are like custom_cnn, "
-                "logistic_regression, resnet18 or resnet18=random"
+                f"models: {redact_text(name)[:80]!r} is not a model name; names are like custom_cnn, "
+                "logistic_regression, resnet18, resnet18=random or mynets.py:TinyNet"
             )
         if equals and not weights:
             raise UserError(f"models: {entry!r} names no weights after '='; give random, imagenet or a URI")
-        if architecture in ESTIMATORS:
-            if weights:
-                raise UserError(
-                    f"models: {redact_text(entry)!r}: {architecture} has no initial weights; write {architecture} alone"
-                )
-            weights = "none"
-        elif not weights:
-            weights = "random" if architecture == "custom_cnn" else default_weights
-        if architecture == "custom_cnn" and weights == "imagenet":
-            raise UserError(
-                "models: 'custom_cnn=imagenet': no ImageNet weights exist for custom_cnn; use random or a URI"
-            )
-        parsed.append((architecture, weights))
+        architecture = find(name)
+        if architecture.default_weights == "none" and weights:
+            raise UserError(f"models: {redact_text(entry)!r}: {name} has no initial weights; write {name} alone")
+        weights = weights or architecture.default_weights or default_weights
+        if weights == "imagenet" and not architecture.has_imagenet_weights:
+            raise UserError(f"models: '{name}=imagenet': no ImageNet weights exist for {name}; use random or a URI")
+        parsed.append((name, architecture, weights))
     return parsed
 
 

@@ -20,6 +20,7 @@ from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi, TaskInstance
 from mlpipe.config import RunParams
 from mlpipe.errors import UserError
+from mlpipe.models.architectures import OWN_FILE
 from mlpipe.recipes import resolve
 from mlpipe.stack.local import StackSettings
 
@@ -64,6 +65,7 @@ def run(json_path: Path | None, **values: Any) -> None:
     """Trigger the DAG, show its progress and print the comparison."""
     path = _local_file(values["data_uri"])
     values["data_uri"] = str(path) if path else values["data_uri"]
+    values["models"] = _with_whole_paths(values["models"])
     resolve(RunParams.from_mapping(values))
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; make it first")
@@ -116,6 +118,20 @@ def _local_file(uri: str | None) -> Path | None:
     if not path.exists():
         raise UserError(f"data_uri: nothing at {str(path)!r}; give the path of a zip, a tar or a folder, or a URI")
     return path
+
+
+def _with_whole_paths(models: str | None) -> str | None:
+    """The list of models with the whole paths of the user's networks, which the workers read."""
+    entries = []
+    for entry in (models or "").split(","):
+        name, *weights = entry.strip().split("=", 1)
+        if match := OWN_FILE.fullmatch(name):
+            path = Path(match["path"]).expanduser().resolve()
+            if not path.is_file():
+                raise UserError(f"models: no file at {str(path)!r}; give the path of a Python file and a class in it")
+            name = f"{path}:{match['name']}"
+        entries.append("=".join([name, *weights]))
+    return ",".join(entries) or None
 
 
 def _upload(path: Path, console: Console) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mlpipe.errors import UserError
-from mlpipe.models import portable
+from mlpipe.models import architectures, portable
 from mlpipe.models.portable import DESCRIPTION_FILE, ESTIMATOR_FILE, WEIGHTS_FILE, ModelDescription
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "scikit-learn", "skops", "torch", "torchvision")
-"""What `portable.py` imports; given by name, for finding it out would load the model in yet another process."""
+"""What the files that travel import; given by name, for finding it out would load the model in yet another process."""
 
 TOLERANCE = 5e-3
 """Largest difference of a probability between two loads of a model; a GPU rounds otherwise than a CPU."""
@@ -72,22 +74,27 @@ def log_packaged_model(
         example_images_u8: (N, H, W, 3); the first two go with the model.
     """
     with tempfile.TemporaryDirectory(prefix="mlpipe-package-") as folder:
-        description_path, parameters_path = write_files(description, predictor, Path(folder))
+        paths = write_files(description, predictor, Path(folder))
         with _no_progress_bars():
             info = mlflow.pyfunc.log_model(
                 name=name,
                 python_model=portable.__file__,
-                artifacts={"description": str(description_path), "parameters": str(parameters_path)},
+                artifacts=dict(zip(("description", "parameters", "code"), map(str, paths), strict=False)),
                 signature=signature(description.classes),
                 input_example=np.ascontiguousarray(example_images_u8[:2]),
-                pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS],
+                pip_requirements=_requirements(description),
                 tags=dict(tags or {}),
             )
     return PackagedModel(model_uri=info.model_uri, model_id=info.model_id)
 
 
-def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, folder: Path) -> tuple[Path, Path]:
-    """Write description and weights; their paths. Neither holds a pickle."""
+def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, folder: Path) -> tuple[Path, ...]:
+    """Write description, weights and, unless an installed package has it, code; their paths. None holds a pickle."""
+    source, _, name = description.code.rpartition(":")
+    code_path = _travelling_file(source)
+    if code_path is not None:
+        code_path = Path(shutil.copy(code_path, folder))
+        description = replace(description, code=f"{code_path.name}:{name}")
     description_path = folder / DESCRIPTION_FILE
     description.write(description_path)
     if isinstance(predictor, nn.Module):
@@ -97,7 +104,24 @@ def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, 
     else:
         parameters_path = folder / ESTIMATOR_FILE
         portable.import_skops().dump(predictor, parameters_path)
-    return description_path, parameters_path
+    return (description_path, parameters_path) if code_path is None else (description_path, parameters_path, code_path)
+
+
+def _travelling_file(source: str) -> Path | None:
+    """The file of a module of this project, or of the user; `None` for a module of an installed package."""
+    if source.endswith(".py"):
+        return Path(source)
+    spec = importlib.util.find_spec(source) if source.startswith("mlpipe.") else None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _requirements(description: ModelDescription) -> list[str]:
+    """What the model needs to load, with the versions that are installed here."""
+    wanted = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]
+    if description.code.startswith("mlpipe.") or ".py:" in description.code:
+        return wanted
+    distribution = architectures.find(description.architecture).distribution
+    return [*wanted, distribution] if distribution else wanted
 
 
 def signature(classes: tuple[str, ...]) -> ModelSignature:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mlpipe.config import ESTIMATORS, Variant
+from mlpipe.config import Variant
+from mlpipe.data.uris import check_local
 from mlpipe.errors import UserError
-from mlpipe.models import portable
-from mlpipe.models.names import check_name
+from mlpipe.models import architectures, portable
+from mlpipe.models.architectures import Architecture
 
 IMAGE_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 """Sizes to suggest where a network cannot take the one that was asked for, pixels."""
@@ -26,23 +27,49 @@ def check_architecture(
     Raises:
         UserError: no such architecture, or one that cannot take images of that size.
     """
-    check_name(architecture)
-    if image_size is None or architecture in ESTIMATORS or _takes(architecture, input_size or image_size, variant):
+    entry = architectures.find(architecture)
+    if image_size is None or entry.kind == "estimator":
+        return
+    if not entry.is_of_project:
+        _try_out(entry, input_size or image_size, variant)
+        return
+    if _takes(entry, input_size or image_size, variant):
         return
     nearest = sorted(IMAGE_SIZES, key=lambda size: (size < image_size, abs(size - image_size)))  # larger ones first
-    fitting = next((size for size in nearest if _takes(architecture, size, variant)), None)
+    fitting = next((size for size in nearest if _takes(entry, size, variant)), None)
     advice = f"choose image_size {fitting}" if fitting else "choose another network"
     raise UserError(f"image_size: {architecture} cannot take images of {image_size}×{image_size} pixels; {advice}")
 
 
-def _takes(architecture: str, image_size: int, variant: Variant) -> bool:
+def _takes(entry: Architecture, image_size: int, variant: Variant) -> bool:
     """Try it; on the meta device that is shapes only, no memory, no arithmetic."""
     try:
-        network = portable.outline_network(architecture, 2, image_size, variant)
-        network(torch.zeros(2, 3, image_size, image_size, device=next(network.parameters()).device))
+        with torch.device(entry.outline):
+            _build(entry, 2, image_size, variant)(torch.zeros(2, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True
+
+
+def _try_out(entry: Architecture, image_size: int, variant: Variant) -> None:
+    """See that a user's network can be built and does what a network must."""
+    if entry.own_file:
+        check_local(entry.own_file, field="models")
+    try:
+        network = _build(entry, 2, image_size, variant)
+        output = network(torch.zeros(2, 3, image_size, image_size))
+        shape = tuple(output.shape)
+    except Exception as error:
+        raise UserError(
+            f"models: {entry.builder} does not work ({type(error).__name__}: {str(error)[:300]}); it is called with "
+            f"num_classes (and image_size, if it takes that), must return an nn.Module that takes "
+            f"(B, 3, {image_size}, {image_size}) float32, and its file must import no file beside it"
+        ) from error
+    if shape != (2, 2):
+        raise UserError(
+            f"models: {entry.builder} gives {shape} for 2 images and 2 classes, not (2, 2); "
+            "it must give one logit for each image and class"
+        )
 
 
 def build_network(
@@ -55,4 +82,21 @@ def build_network(
     """
     check_architecture(architecture, image_size, variant)
     torch.manual_seed(seed)
-    return portable.build_network(architecture, num_classes, image_size, variant)
+    return _build(architectures.find(architecture), num_classes, image_size, variant)
+
+
+def outline_network(architecture: str, num_classes: int, image_size: int, variant: Variant = "standard") -> nn.Module:
+    """A network for its shapes: on the meta device, where its entry says so, it has no weights."""
+    entry = architectures.find(architecture)
+    with torch.device(entry.outline):
+        return _build(entry, num_classes, image_size, variant)
+
+
+def _build(entry: Architecture, num_classes: int, image_size: int, variant: Variant) -> nn.Module:
+    return portable.build_network(
+        portable.load_function(entry.builder),
+        architecture=entry.name,
+        num_classes=num_classes,
+        image_size=image_size,
+        variant=variant,
+    )

@@ -24,8 +24,8 @@ from mlpipe.config import ModelConfig, Variant
 from mlpipe.data.store import ObjectStore, file_sha256
 from mlpipe.data.uris import expected_sha256, fetch_uri
 from mlpipe.errors import UserError
-from mlpipe.models import package, portable
-from mlpipe.models.registry import build_network
+from mlpipe.models import architectures, package
+from mlpipe.models.registry import build_network, outline_network
 
 logger = logging.getLogger(__name__)
 
@@ -184,9 +184,10 @@ def _check_prefix(path: Path, url: str) -> None:
 
 def _registered(model: ModelConfig, classes: tuple[str, ...], folder: Path) -> _Found:
     description, path = package.download_packaged_model(model.weights, folder)
-    if description.architecture != model.architecture:
+    wanted = architectures.find(model.architecture).name
+    if description.architecture != wanted:
         raise UserError(
-            f"models: {model.weights} is a {description.architecture}, not a {model.architecture}; "
+            f"models: {model.weights} is a {description.architecture}, not a {wanted}; "
             f"write {description.architecture}={model.weights}"
         )
     return _Found(
@@ -215,7 +216,7 @@ def _file(model: ModelConfig, folder: Path) -> _Found:
     digest = fetch_uri(model.weights, path, field="models").sha256
     state = _read(path, uri)
     # A torchvision network with ImageNet's number of outputs was trained with ImageNet's normalisation.
-    from_imagenet = model.architecture != "custom_cnn" and any(
+    from_imagenet = architectures.find(model.architecture).has_imagenet_weights and any(
         len(state[key]) == IMAGENET_CLASSES for key in head_keys(model.architecture) if key in state
     )
     return _Found(
@@ -252,7 +253,7 @@ def _read(path: Path, uri: str | None = None) -> Mapping[str, Tensor]:
 @lru_cache(maxsize=64)
 def head_keys(architecture: str, variant: Variant = "standard") -> tuple[str, ...]:
     """Names of the parameters whose shape depends on the number of classes."""
-    two, three = (portable.outline_network(architecture, n, 224, variant).state_dict() for n in (2, 3))
+    two, three = (outline_network(architecture, n, 224, variant).state_dict() for n in (2, 3))
     return tuple(key for key in two if two[key].shape != three[key].shape)
 
 

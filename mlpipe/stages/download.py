@@ -7,19 +7,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from mlpipe.addresses import redact_uri
-from mlpipe.config import ESTIMATORS, RunConfig
+from mlpipe.config import RunConfig
 from mlpipe.data.sources import fetch_source
 from mlpipe.data.store import ObjectStore
+from mlpipe.data.uris import check_local
 from mlpipe.environment import Environment
-from mlpipe.models.names import check_name
+from mlpipe.models import architectures
 from mlpipe.stages.runs import OnRun, parent_run
 from mlpipe.stages.services import services_named
 from mlpipe.tracking.runs import Origin, TrackedRun
-
-TAKE_ANY_IMAGE_SIZE = ESTIMATORS | {"custom_cnn", "resnet18"}
-"""Known to be fine with every size of the form; of others torchvision is asked, whose import takes seconds."""
-SMALLEST_OF_VARIANTS = 16
-"""Their other variants are fine from here on, pixels."""
 
 
 @services_named()
@@ -43,14 +39,14 @@ def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, A
 
 
 def _check_architectures(config: RunConfig) -> None:
-    for model in config.models:
-        check_name(model.architecture)
     others = [
         model
         for model in config.models
-        if model.architecture not in TAKE_ANY_IMAGE_SIZE
-        or (model.variant != "standard" and config.data.image_size < SMALLEST_OF_VARIANTS)
+        if not architectures.find(model.architecture).surely_takes(config.data.image_size, model.variant)
     ]
+    for model in others:
+        if own_file := architectures.find(model.architecture).own_file:
+            check_local(own_file, field="models")
     # A worker that only downloads may have no torch; then training finds what is too small.
     if others and find_spec("torchvision"):
         from mlpipe.models.registry import check_architecture

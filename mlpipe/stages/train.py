@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from mlpipe.addresses import redact_uri
-from mlpipe.config import ESTIMATORS, ModelConfig, RunConfig
+from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.store import ObjectStore, file_sha256
 from mlpipe.environment import Environment
+from mlpipe.models import architectures
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
 from mlpipe.models.weights import InitialWeights, initial_network
 from mlpipe.stages.runs import OnRun, experiment, parent_run
@@ -26,25 +27,6 @@ from mlpipe.training.protocol import TrainedModel
 
 NUM_EXAMPLES = 8
 """Images by which a logged model is checked and shown; more than one, so that the batch size is seen to be free."""
-
-NETWORK_SETTINGS = frozenset(
-    {
-        "num_epochs",
-        "batch_size",
-        "learning_rate",
-        "optimizer",
-        "weight_decay",
-        "schedule",
-        "label_smoothing",
-        "test_time_averaging",
-        "progressive_resizing",
-        "early_stopping_patience",
-        "precision",
-        "num_devices",
-    }
-)
-"""Fields of `TrainConfig` that say nothing about an estimator; the others of these say nothing about a network."""
-ESTIMATOR_SETTINGS = frozenset({"num_components", "inverse_regularization", "max_iterations"})
 
 
 @services_named()
@@ -64,7 +46,7 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
     dataset = open_dataset(data["digest"], store, environment.cache_dir)
     # Before the run is opened: weights that cannot be had leave no run behind.
     start = None
-    if model.architecture not in ESTIMATORS:
+    if architectures.find(model.architecture).kind == "network":
         manifest = dataset.manifest
         start = initial_network(model, classes=manifest.classes, image_size=manifest.image_size, store=store)
     run = runs.open_run(
@@ -99,7 +81,7 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
     checkpoints.delete()
     return {
         "name": model.name,
-        "architecture": model.architecture,
+        "architecture": architectures.find(model.architecture).name,
         "weights": redact_uri(model.weights),
         "run_id": run.info.run_id,
         "run_url": tracked.url,
@@ -154,7 +136,7 @@ def display_name(model: ModelConfig) -> str:
 def _model_tags(model: ModelConfig, dataset: Dataset) -> dict[str, str]:
     return {
         "model": model.name,
-        "architecture": model.architecture,
+        "architecture": architectures.find(model.architecture).name,
         "weights": redact_uri(model.weights),
         "dataset": dataset.manifest.dataset,
         "data_digest": dataset.manifest.digest,
@@ -166,8 +148,10 @@ def _params(config: RunConfig, model: ModelConfig, dataset: Dataset) -> dict[str
 
     `precision` is left to the training of a network, which knows what `auto` came to.
     """
-    foreign = NETWORK_SETTINGS if model.architecture in ESTIMATORS else ESTIMATOR_SETTINGS
-    settings = {name: "n/a" if name in foreign else value for name, value in asdict(model.train).items()}
-    if model.architecture not in ESTIMATORS:
+    settings = {each.name: "n/a" for kind in (NetworkSettings, LinearSettings) for each in fields(kind)}
+    settings |= asdict(model.train)
+    if isinstance(model.train, NetworkSettings):
         del settings["precision"]
+    own_file = architectures.find(model.architecture).own_file
+    settings["network_file_sha256"] = file_sha256(own_file) if own_file else "n/a"
     return {"recipe": config.recipe, **_model_tags(model, dataset), **settings, "image_size": config.data.image_size}

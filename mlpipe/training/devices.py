@@ -30,7 +30,7 @@ from mlpipe.training.fitting import Fit, run_trainer
 
 logger = logging.getLogger(__name__)
 
-FIT_FILE, RESUMED_FILE = "fit.pt", "resumed.pt"
+FIT_FILE, CODE_FILE, RESUMED_FILE = "fit.pt", "code.txt", "resumed.pt"
 """What a process is given, in the folder of the training."""
 
 START_SECONDS = 300.0
@@ -75,6 +75,7 @@ def fit_together(fit: Fit, keeper: EpochKeeper) -> None:
     with tempfile.TemporaryDirectory(prefix="mlpipe-devices-") as name, _threads(fit.num_threads), _loopback():
         folder = Path(name)
         torch.save(fit, folder / FIT_FILE)
+        (folder / CODE_FILE).write_text(fit.code, encoding="utf-8")
         if keeper.resumed is not None:
             torch.save(keeper.resumed, folder / RESUMED_FILE)
         followers = _Followers(folder, fit.num_devices)

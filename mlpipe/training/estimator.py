@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.pipeline import Pipeline
+from torch import Tensor
 
-from mlpipe.config import ModelConfig
+from mlpipe.config import LinearSettings, ModelConfig
 from mlpipe.data.dataset import Dataset, Split
-from mlpipe.models.estimators import build_estimator
-from mlpipe.models.portable import ModelDescription, estimator_features, resize
+from mlpipe.errors import UserError
+from mlpipe.models import architectures
+from mlpipe.models.portable import ModelDescription, load_function, resize
 from mlpipe.training.processor import cpu_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
@@ -38,14 +41,16 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     Raises:
         UserError: the architecture is no estimator.
     """
-    manifest = dataset.manifest
+    entry, settings, manifest = architectures.find(model.architecture), model.train, dataset.manifest
+    if entry.kind != "estimator" or not isinstance(settings, LinearSettings):
+        raise UserError(f"models: {model.architecture!r} is not an estimator; it is trained as a network")
+    make_features = load_function(entry.features)
     image_size = min(manifest.image_size, MAX_IMAGE_SIZE)
-    mirrored = "flip" in model.train.augmentation
-    training = _sample(dataset.train_split(), MAX_FITTED // (2 if mirrored else 1), model.train.seed)
-    features, labels = _features(training, model.architecture, image_size, mirrored=mirrored)
-    estimator = build_estimator(
-        model.architecture, model.train, num_images=len(features), num_features=features.shape[1]
-    )
+    mirrored = settings.augmentation == "flip"
+    training = _sample(dataset.train_split(), MAX_FITTED // (2 if mirrored else 1), settings.seed)
+    features, labels = _features(training, make_features, image_size, mirrored=mirrored)
+    build = load_function(entry.builder)
+    estimator: Pipeline = build(settings, num_images=len(features), num_features=features.shape[1])
     tracking.log_params({"device": cpu_name(), "threads": torch.get_num_threads()})
     logger.info("fitting %s to %d images of %d features", model.architecture, *features.shape)
     started = time.monotonic()
@@ -53,9 +58,9 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     seconds = time.monotonic() - started
     metrics = {
         **_measure("train", estimator, features, labels),
-        **_measure("val", estimator, *_features(dataset.val_split(), model.architecture, image_size)),
+        **_measure("val", estimator, *_features(dataset.val_split(), make_features, image_size)),
     }
-    iterations = int(np.max(estimator[-1].n_iter_))
+    iterations = int(np.max(getattr(estimator[-1], "n_iter_", 0)))
     if not converged:
         logger.info("the solver stopped at its limit of %d iterations, before it converged", iterations)
     rate = len(features) / seconds
@@ -69,11 +74,12 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
     return TrainedModel(
         description=ModelDescription(
             kind="estimator",
-            architecture=model.architecture,
+            architecture=entry.name,
             classes=manifest.classes,
             image_size=image_size,
             channel_mean=manifest.channel_mean,
             channel_std=manifest.channel_std,
+            code=entry.code,
         ),
         predictor=estimator,
         metrics={name: metrics[name] for name in ("val/accuracy", "val/loss")},
@@ -96,7 +102,7 @@ def _sample(split: Split, count: int, seed: int) -> Split:
 
 
 def _features(
-    split: Split, architecture: str, image_size: int, *, mirrored: bool = False
+    split: Split, make_features: Callable[[Tensor], NDArray[np.float32]], image_size: int, *, mirrored: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(N, D) float32 features and (N,) labels; made piece by piece, the images may not fit in memory.
 
@@ -109,7 +115,7 @@ def _features(
         images = torch.from_numpy(split.images_u8[part])
         images = resize(images, image_size)
         for side in range(sides):
-            piece = estimator_features(images.flip(2) if side else images, architecture)
+            piece = make_features(images.flip(2) if side else images)
             if not len(features):
                 features = np.empty((sides * num_images, piece.shape[1]), np.float32)
             first = side * num_images + part.start

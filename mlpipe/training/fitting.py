@@ -29,6 +29,8 @@ class Fit:
     """A training, as each of its processes is given it."""
 
     module: ClassificationModule
+    code: str
+    """What builds its network; loaded before this is read, for a user's file is no module that could be imported."""
     training: BatchLoader
     """Of all processes together."""
     validation: BatchLoader

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from mlpipe.training.devices import FIT_FILE, RESUMED_FILE, meeting_point, process_group, ready_key
+from mlpipe.models.portable import load_function
+from mlpipe.training.devices import CODE_FILE, FIT_FILE, RESUMED_FILE, meeting_point, process_group, ready_key
 from mlpipe.training.epochs import EpochFollower
 from mlpipe.training.fitting import Fit, run_trainer
 
 
 def follow(folder: Path, rank: int) -> None:
     """Train as process `rank`, from 1, of the training that the folder describes."""
+    load_function((folder / CODE_FILE).read_text(encoding="utf-8"))
     # Written by the process that started this one, into a folder of its user alone.
     fit: Fit = torch.load(folder / FIT_FILE, weights_only=False)
     resumed = folder / RESUMED_FILE

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mlpipe.config import TrainConfig
+from mlpipe.config import NetworkSettings
 from mlpipe.models.portable import enlarge, normalise
 from mlpipe.training.augmentation import augment, shrink
 from mlpipe.training.muon import Muon
@@ -71,7 +71,7 @@ class ClassificationModule(LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        train: TrainConfig,
+        train: NetworkSettings,
         *,
         channel_mean: tuple[float, float, float],
         channel_std: tuple[float, float, float],

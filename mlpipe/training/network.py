@@ -11,10 +11,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mlpipe.config import ModelConfig
+from mlpipe.config import ModelConfig, NetworkSettings
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
-from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, SmallResidualCNN, normalise
+from mlpipe.errors import UserError
+from mlpipe.models import architectures
+from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, normalise
 from mlpipe.models.weights import Channels, InitialWeights
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.dead_taps import TrimmedKernels
@@ -49,9 +51,12 @@ def train_network(
         initial: what those are; decides the normalisation.
 
     Raises:
-        UserError: the loss became infinite, or there are not as many devices as wanted, or images for them.
+        UserError: the architecture is no network, the loss became infinite, or there are not as many devices as
+            wanted, or images for them.
     """
-    config, manifest = model.train, dataset.manifest
+    entry, config, manifest = architectures.find(model.architecture), model.train, dataset.manifest
+    if not isinstance(config, NetworkSettings):
+        raise UserError(f"models: {model.architecture!r} is not a network; scikit-learn fits it")
     mean = initial.channel_mean or manifest.channel_mean
     std = initial.channel_std or manifest.channel_std
     training = BatchLoader(dataset.train_split(), config.batch_size, seed=config.seed, shuffle=True)
@@ -65,8 +70,9 @@ def train_network(
         num_training=training.num_images,
         num_validation=validation.num_images,
     )
-    if isinstance(network, SmallResidualCNN) and initial.sha256 is None:
-        _whiten_stem(network, training, mean, std)
+    whitened = getattr(network, "whitened", None)
+    if isinstance(whitened, nn.Conv2d) and initial.sha256 is None:
+        _whiten(whitened, training, mean, std)
     trimmed = TrimmedKernels(network, side)
     own_share = training.share(0, config.num_devices)
     keeper = EpochKeeper(
@@ -91,6 +97,7 @@ def train_network(
     if len(keeper.history) < config.num_epochs and not keeper.finished:
         fit = Fit(
             module=module,
+            code=entry.code,
             training=training,
             validation=validation,
             num_epochs=config.num_epochs,
@@ -109,7 +116,7 @@ def train_network(
     return TrainedModel(
         description=ModelDescription(
             kind="network",
-            architecture=model.architecture,
+            architecture=entry.name,
             classes=manifest.classes,
             image_size=manifest.image_size,
             channel_mean=mean,
@@ -117,6 +124,8 @@ def train_network(
             variant=initial.variant,
             input_size=initial.input_size,
             test_time_averaging=config.test_time_averaging,
+            code=entry.code,
+            outline=entry.outline,
         ),
         predictor=network.eval(),
         metrics={name: best[name] for name in ("val/accuracy", "val/loss")},
@@ -127,11 +136,11 @@ def train_network(
     )
 
 
-def _whiten_stem(network: SmallResidualCNN, training: BatchLoader, mean: Channels, std: Channels) -> None:
-    """Fit the stem to the first images of the first epoch."""
+def _whiten(convolution: nn.Conv2d, training: BatchLoader, mean: Channels, std: Channels) -> None:
+    """Fit a network's first convolution to the first images of the first epoch."""
     scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     first = islice(training, -(-MAX_IMAGES // training.batch_size))
-    whiten(network.stem, (normalise(images_u8, *scale) for images_u8, _ in first))
+    whiten(convolution, (normalise(images_u8, *scale) for images_u8, _ in first))
 
 
 def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:

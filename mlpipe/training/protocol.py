@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mlpipe.models.portable import ModelDescription, predict_probabilities, resize
+from mlpipe.models import portable
+from mlpipe.models.portable import ModelDescription, resize
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -56,6 +57,9 @@ class TrainedModel:
     def probabilities(self, images_u8: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
         """What the model in memory makes of (N, H, W, 3) images: (N, number of classes). Packaging is checked by it."""
         images = resize(torch.from_numpy(images_u8), self.description.image_size)
+        if self.description.kind == "estimator":
+            features = portable.load_function(self.description.code)
+            return portable.estimator_probabilities(self.predictor, features(images))
         mean = torch.tensor(self.description.channel_mean).view(3, 1, 1)
         std = torch.tensor(self.description.channel_std).view(3, 1, 1)
-        return predict_probabilities(self.predictor, self.description, images, mean, std)
+        return portable.network_probabilities(self.predictor, self.description, images, mean, std)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlpipe.config import RunConfig, RunParams
+from mlpipe.config import NetworkSettings, RunConfig, RunParams
 from mlpipe.errors import UserError
 from mlpipe.recipes import RECIPES, parse_models, resolve
 
@@ -90,9 +90,13 @@ def test_one_architecture_with_two_weights_has_two_names() -> None:
 
 
 def test_weights_may_be_a_uri_with_an_equals_sign() -> None:
-    assert parse_models("resnet18=https://h/w.pth?a=b#sha256=00", "random") == [
-        ("resnet18", "https://h/w.pth?a=b#sha256=00")
-    ]
+    [(_, architecture, weights)] = parse_models("resnet18=https://h/w.pth?a=b#sha256=00", "random")
+    assert (architecture.name, weights) == ("resnet18", "https://h/w.pth?a=b#sha256=00")
+
+
+def test_a_name_that_no_model_has_is_refused_before_the_run_begins() -> None:
+    with pytest.raises(UserError, match="models: 'resnet99' is unknown; did you mean resnet"):
+        resolved(models="custom_cnn,resnet99")
 
 
 def test_the_report_recipe_has_the_reports_settings() -> None:
@@ -102,7 +106,7 @@ def test_the_report_recipe_has_the_reports_settings() -> None:
         ("logistic_regression", "none"),
         ("resnet18", "imagenet"),
     ]
-    for model in config.models:
+    for model in (config.models[0], config.models[2]):
         assert (model.train.optimizer, model.train.learning_rate, model.train.num_epochs) == ("adam", 1e-3, 10)
     assert config.data.image_size == 32
 
@@ -119,7 +123,7 @@ def test_devices_need_two_images_of_a_batch_each() -> None:
 
 
 def test_devices_do_not_matter_to_linear_models() -> None:
-    assert resolved(models="logistic_regression", devices=5, batch_size=8).models[0].train.num_devices == 5
+    assert resolved(models="logistic_regression", devices=5, batch_size=8).models
 
 
 def test_every_recipe_resolves() -> None:
@@ -158,4 +162,7 @@ def test_the_quick_recipe_tunes_pretrained_networks_by_adam_on_whole_images() ->
 
 def test_digits_are_never_mirrored() -> None:
     for model in resolved(recipe="strong", dataset="digits").models:
-        assert (model.train.augmentation, model.train.test_time_averaging) == ("crop", "none")
+        if isinstance(model.train, NetworkSettings):
+            assert (model.train.augmentation, model.train.test_time_averaging) == ("crop", "none")
+        else:
+            assert model.train.augmentation == "none"

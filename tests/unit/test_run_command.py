@@ -72,6 +72,24 @@ def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: 
         run_command._local_file("b.zip")
 
 
+def test_the_file_of_a_network_is_named_by_its_whole_path_and_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLPIPE_AIRFLOW_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLPIPE_AIRFLOW_USER", "admin")
+    monkeypatch.setenv("MLPIPE_AIRFLOW_PASSWORD", "secret")
+    triggered: list[dict[str, Any]] = []
+    monkeypatch.setattr(run_command.AirflowApi, "trigger", lambda _self, _dag, form: triggered.append(form) or 1 / 0)
+    command = ["--models", "resnet18=s3://b/w.pth?a=b, mynets.py:TinyNet=models:/a/1"]
+    missing = CliRunner().invoke(run_command.run, command).exception
+    assert isinstance(missing, UserError)
+    assert str(missing).startswith(f"models: no file at '{tmp_path}/mynets.py'")
+    (tmp_path / "mynets.py").touch()
+    CliRunner().invoke(run_command.run, command)
+    assert triggered[0]["models"] == f"resnet18=s3://b/w.pth?a=b,{tmp_path}/mynets.py:TinyNet=models:/a/1"
+
+
 def test_a_file_that_the_workers_cannot_read_needs_a_server_to_take_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

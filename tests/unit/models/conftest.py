@@ -50,6 +50,8 @@ def description() -> ModelDescription:
         image_size=32,
         channel_mean=(0.5, 0.4, 0.3),
         channel_std=(0.2, 0.3, 0.25),
+        code="mlpipe.models.networks.custom_cnn:build",
+        outline="meta",
     )
 
 

@@ -20,13 +20,16 @@ import requests
 import torch
 from torch import nn
 
-from mlpipe.config import ModelConfig, TrainConfig
+from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
 from mlpipe.errors import UserError
 from mlpipe.models import package, registry
-from mlpipe.models.estimators import build_estimator
+from mlpipe.models.estimators import logistic_regression
+from mlpipe.models.features import pixels
 from mlpipe.models.package import PackagedModel
-from mlpipe.models.portable import ImageClassifier, ModelDescription, estimator_features
+from mlpipe.models.portable import ImageClassifier, ModelDescription
 from mlpipe.models.weights import InitialWeights, initial_network
+
+PIXELS = "mlpipe.models.features.pixels:features"
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_it_has_signature_example_exact_requirements_and_no_pickle(logged, descr
     ]  # fmt: skip
     assert info.saved_input_example_info is not None
     files = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {"portable.py", "config.json", "weights.safetensors", "input_example.json"} <= files
+    assert {"portable.py", "custom_cnn.py", "config.json", "weights.safetensors", "input_example.json"} <= files
     assert not [name for name in files if name.endswith((".pkl", ".pth", ".pt", ".pickle"))]
     requirements = (folder / "requirements.txt").read_text().split()
     assert {line.partition("==")[0] for line in requirements} == set(package.REQUIREMENTS)
@@ -108,10 +111,10 @@ def test_verifying_notices_a_model_that_needs_this_project(logged, images_u8, ex
 
 @pytest.mark.slow
 def test_an_estimator_answers_alike_in_a_clean_process(experiment, description, images_u8) -> None:
-    estimator = build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
-    features = estimator_features(torch.from_numpy(images_u8), "logistic_regression")
+    estimator = logistic_regression.build(LinearSettings(), num_images=7, num_features=3072)
+    features = pixels.features(torch.from_numpy(images_u8))
     estimator.fit(features, np.array([0, 1, 2, 0, 1, 2, 0]))
-    linear = replace(description, kind="estimator", architecture="logistic_regression")
+    linear = replace(description, kind="estimator", architecture="logistic_regression", code=PIXELS)
     with mlflow.start_run(experiment_id=experiment):
         logged = package.log_packaged_model(linear, estimator, name="linear", example_images_u8=images_u8)
     package.verify_packaged_model(logged.model_uri, images_u8, estimator.predict_proba(features))
@@ -158,7 +161,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
 def start_from(
     source: str, classes: tuple[str, ...], architecture: str = "custom_cnn"
 ) -> tuple[nn.Module, InitialWeights]:
-    config = ModelConfig(architecture=architecture, weights=source, name=architecture, train=TrainConfig(seed=9))
+    config = ModelConfig(architecture=architecture, weights=source, name=architecture, train=NetworkSettings(seed=9))
     return initial_network(config, classes=classes, image_size=32, store=None)  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow.models.model
@@ -13,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from mlpipe.config import TrainConfig
-from mlpipe.models import package, portable, registry
-from mlpipe.models.estimators import build_estimator
+from mlpipe.config import LinearSettings
+from mlpipe.models import architectures, package, portable, registry
+from mlpipe.models.estimators import logistic_regression
+from mlpipe.models.features import pixels
 from mlpipe.models.portable import ImageClassifier, ModelDescription
 
 
@@ -26,8 +28,13 @@ def classifier(description: ModelDescription, network: nn.Module, tmp_path: Path
     return loaded
 
 
-def test_it_imports_nothing_of_this_project() -> None:
-    tree = ast.parse(Path(portable.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    "module", ["mlpipe.models.portable", *sorted({each.code.partition(":")[0] for each in architectures.KNOWN})]
+)
+def test_what_travels_imports_nothing_of_this_project(module: str) -> None:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
     modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     modules += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     roots = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
@@ -154,9 +161,10 @@ def test_pixels_that_look_divided_by_255_are_warned_of(classifier: ImageClassifi
 )
 def test_any_network_survives_being_written_and_read(architecture, description, images_u8, tmp_path) -> None:
     network = registry.build_network(architecture, num_classes=3, image_size=32, seed=0).eval()
-    values = {**description.__dict__, "architecture": architecture}
+    entry = architectures.find(architecture)
+    described = replace(description, architecture=architecture, code=entry.code, outline=entry.outline)
     classifier = ImageClassifier()
-    classifier.load(*package.write_files(ModelDescription(**values), network, tmp_path))
+    classifier.load(*package.write_files(described, network, tmp_path))
     with torch.no_grad():
         images = portable.normalise(torch.from_numpy(images_u8), classifier.mean, classifier.std)
         expected = network.to(memory_format=torch.channels_last)(images).softmax(dim=1)
@@ -164,12 +172,13 @@ def test_any_network_survives_being_written_and_read(architecture, description, 
 
 
 def test_an_estimator_survives_being_written_and_read(description, images_u8, tmp_path) -> None:
-    features = portable.estimator_features(torch.from_numpy(images_u8), "logistic_regression")
-    estimator = build_estimator("logistic_regression", TrainConfig(), num_images=7, num_features=3072)
+    features = pixels.features(torch.from_numpy(images_u8))
+    estimator = logistic_regression.build(LinearSettings(), num_images=7, num_features=3072)
     estimator.fit(features, np.array([0, 1, 2, 0, 1, 2, 0]))
-    values = {**description.__dict__, "kind": "estimator", "architecture": "logistic_regression"}
+    code = "mlpipe.models.features.pixels:features"
+    described = replace(description, kind="estimator", architecture="logistic_regression", code=code)
     classifier = ImageClassifier()
-    classifier.load(*package.write_files(ModelDescription(**values), estimator, tmp_path))
+    classifier.load(*package.write_files(described, estimator, tmp_path))
     np.testing.assert_allclose(classifier.probabilities(images_u8), estimator.predict_proba(features), rtol=1e-5)
 
 
@@ -177,6 +186,6 @@ def test_a_description_of_a_later_format_is_refused(description: ModelDescriptio
     path = tmp_path / "config.json"
     description.write(path)
     assert ModelDescription.read(path) == description
-    path.write_text(path.read_text(encoding="utf-8").replace('"format": 1', '"format": 2'), encoding="utf-8")
-    with pytest.raises(ValueError, match="format 2 is unknown"):
+    path.write_text(path.read_text(encoding="utf-8").replace('"format": 2', '"format": 3'), encoding="utf-8")
+    with pytest.raises(ValueError, match="format 3 is unknown"):
         ModelDescription.read(path)

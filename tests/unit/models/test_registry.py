@@ -6,16 +6,16 @@ import pytest
 import torch
 import torchvision
 
-from mlpipe.config import MODEL_NAME, TrainConfig
+from mlpipe.config import MODEL_NAME, LinearSettings
 from mlpipe.errors import UserError
 from mlpipe.models import registry
-from mlpipe.models.estimators import build_estimator
-from mlpipe.models.names import ARCHITECTURES, CLASSIFICATION_NETWORKS
+from mlpipe.models.architectures import KNOWN, TORCHVISION
+from mlpipe.models.estimators import logistic_regression
 
 
 def test_every_classification_network_of_torchvision_is_known_by_a_name_the_form_allows() -> None:
-    assert list(CLASSIFICATION_NETWORKS) == torchvision.models.list_models(module=torchvision.models)
-    assert all(MODEL_NAME.fullmatch(name) for name in ARCHITECTURES)
+    assert list(TORCHVISION) == torchvision.models.list_models(module=torchvision.models)
+    assert all(MODEL_NAME.fullmatch(each.name) for each in KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,6 @@ def test_the_seed_decides_the_initial_weights() -> None:
 
 
 def test_whitening_uses_no_more_dimensions_than_the_images_can_tell_from_noise() -> None:
-    few = build_estimator("logistic_regression", TrainConfig(), num_images=1000, num_features=3072)
-    many = build_estimator("logistic_regression", TrainConfig(), num_images=50000, num_features=3072)
+    few = logistic_regression.build(LinearSettings(), num_images=1000, num_features=3072)
+    many = logistic_regression.build(LinearSettings(), num_images=50000, num_features=3072)
     assert (few[0].n_components, many[0].n_components) == (50, 256)

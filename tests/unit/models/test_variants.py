@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from mlpipe.config import SMALL_IMAGES_VARIANTS, ModelConfig, TrainConfig
-from mlpipe.models import package, portable, registry, weights
-from mlpipe.models.portable import ByteDropout, ImageClassifier, ModelDescription
+from mlpipe.config import ModelConfig, NetworkSettings
+from mlpipe.models import package, registry, weights
+from mlpipe.models.architectures import KNOWN
+from mlpipe.models.features.oriented_gradients import oriented_gradients
+from mlpipe.models.networks.custom_cnn import ByteDropout, adaptive_average
+from mlpipe.models.portable import ImageClassifier, ModelDescription
 
 
-@pytest.mark.parametrize("architecture", sorted(SMALL_IMAGES_VARIANTS))
+@pytest.mark.parametrize("architecture", [each.name for each in KNOWN if "small_images" in each.variants])
 def test_each_architecture_said_to_have_a_form_for_small_images_has_one(architecture: str) -> None:
-    standard = portable.outline_network(architecture, 3, 32)
-    small = portable.outline_network(architecture, 3, 32, "small_images")
+    standard = registry.outline_network(architecture, 3, 32)
+    small = registry.outline_network(architecture, 3, 32, "small_images")
     assert small(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 3)
     shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (standard, small)]
     assert shapes[0] != shapes[1]
@@ -28,7 +31,7 @@ def test_each_architecture_said_to_have_a_form_for_small_images_has_one(architec
 def test_a_resnet_for_small_images_skips_no_pixels_and_halves_its_maps_by_pooling(
     architecture: str, expansion: int
 ) -> None:
-    network = portable.outline_network(architecture, 3, 32, "small_images")
+    network = registry.outline_network(architecture, 3, 32, "small_images")
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert {convolution.stride for convolution in convolutions} == {(1, 1)}
     seen = []
@@ -51,7 +54,7 @@ def test_a_resnet_for_small_images_begins_with_pytorchs_own_weights() -> None:
 def test_the_average_by_matrices_is_pytorchs(size: tuple[int, int]) -> None:
     features = torch.rand(2, 3, *size)
     expected = torch.nn.functional.adaptive_avg_pool2d(features, 8)
-    torch.testing.assert_close(portable.adaptive_average(features, 8), expected)
+    torch.testing.assert_close(adaptive_average(features, 8), expected)
 
 
 @pytest.mark.parametrize("probability", [0.25, 0.5])
@@ -80,14 +83,14 @@ def test_byte_dropout_passes_gradients_where_it_kept() -> None:
 def test_oriented_gradients_see_edges_and_their_direction_alone() -> None:
     stripes = (torch.arange(32) % 8 < 4).float()
     upright, lying = stripes.expand(1, 3, 32, 32), stripes[:, None].expand(1, 3, 32, 32)
-    first, second = portable.oriented_gradients(upright), portable.oriented_gradients(lying)
+    first, second = oriented_gradients(upright), oriented_gradients(lying)
     assert first.shape == (1, 7 * 7 * 4 * 9)
     by_orientation = first.view(9, -1).sum(dim=1), second.view(9, -1).sum(dim=1)
     assert by_orientation[0].argmax() == 0, "upright edges have gradients across"
     assert int(by_orientation[1].argmax()) in (4, 5), "90° lies between the bins at 80° and 100°"
-    flat = portable.oriented_gradients(torch.full((1, 3, 32, 32), 0.7))
+    flat = oriented_gradients(torch.full((1, 3, 32, 32), 0.7))
     assert flat.abs().max() < 1e-6
-    torch.testing.assert_close(portable.oriented_gradients(upright / 2), first, atol=0.02, rtol=0)
+    torch.testing.assert_close(oriented_gradients(upright / 2), first, atol=0.02, rtol=0)
 
 
 def test_a_model_averages_over_mirror_images_where_its_description_says_so(
@@ -114,7 +117,8 @@ def test_a_network_for_small_images_is_found_again_by_its_description(
     description: ModelDescription, tmp_path: Path
 ) -> None:
     network = registry.build_network("resnet18", num_classes=3, image_size=32, seed=0, variant="small_images").eval()
-    described = replace(description, architecture="resnet18", variant="small_images", image_size=32, input_size=40)
+    code = "mlpipe.models.networks.torchvision_networks:build"
+    described = replace(description, architecture="resnet18", variant="small_images", input_size=40, code=code)
     loaded = ImageClassifier()
     loaded.load(*package.write_files(described, network, tmp_path))
     images_u8 = np.zeros((2, 32, 32, 3), np.uint8)
@@ -130,10 +134,10 @@ def test_registered_weights_bring_their_form(
 ) -> None:
     source = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=1, variant="small_images")
     described = replace(description, variant="small_images", image_size=32, input_size=48)
-    _, parameters = package.write_files(described, source, tmp_path)
+    _, parameters, _ = package.write_files(described, source, tmp_path)
     # The download is tested in test_package.py, against a real server.
     monkeypatch.setattr(package, "download_packaged_model", lambda uri, folder: (described, parameters))  # noqa: ARG005
-    model = ModelConfig(architecture="custom_cnn", weights="models:/x/1", name="custom_cnn", train=TrainConfig())
+    model = ModelConfig(architecture="custom_cnn", weights="models:/x/1", name="custom_cnn", train=NetworkSettings())
     network, initial = weights.initial_network(model, classes=described.classes, image_size=32, store=None)  # type: ignore[arg-type]
     assert (initial.variant, initial.input_size) == ("small_images", 48)
     assert torch.equal(network.classifier.weight, source.classifier.weight)  # type: ignore[arg-type, union-attr]

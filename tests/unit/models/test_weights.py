@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import nn
 
-from mlpipe.config import ModelConfig, TrainConfig
+from mlpipe.config import ModelConfig, NetworkSettings
 from mlpipe.errors import UserError
 from mlpipe.models import registry, weights
 from mlpipe.models.weights import InitialWeights, initial_network
@@ -42,7 +42,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def model(weights: str, architecture: str = "custom_cnn") -> ModelConfig:
-    return ModelConfig(architecture=architecture, weights=weights, name=architecture, train=TrainConfig())
+    return ModelConfig(architecture=architecture, weights=weights, name=architecture, train=NetworkSettings())
 
 
 def new(architecture: str = "custom_cnn", num_classes: int = 3, seed: int = 0, image_size: int = 32) -> nn.Module:

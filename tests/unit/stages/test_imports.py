@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from mlpipe.config import ESTIMATORS
+from mlpipe.models.architectures import KNOWN
 from mlpipe.models.registry import check_architecture
-from mlpipe.stages.download import TAKE_ANY_IMAGE_SIZE
 
 HEAVY = ("lightning", "matplotlib", "sklearn", "torch", "torchvision")
 
@@ -30,7 +29,7 @@ def test_a_stage_imports_what_it_needs(stage: str, needed: set[str]) -> None:
     assert set(json.loads(done.stdout)) == needed
 
 
-@pytest.mark.parametrize("architecture", sorted(TAKE_ANY_IMAGE_SIZE - ESTIMATORS))
+@pytest.mark.parametrize("architecture", [each.name for each in KNOWN if each.takes_any_image_size])
 @pytest.mark.parametrize("image_size", [8, 9, 31, 32, 224, 512])
 def test_architectures_that_need_no_check(architecture: str, image_size: int) -> None:
     check_architecture(architecture, image_size)

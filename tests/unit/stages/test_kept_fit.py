@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpipe.config import DataConfig, ModelConfig, TrainConfig
+from mlpipe.config import DataConfig, LinearSettings, ModelConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources import fetch_source
@@ -49,7 +49,7 @@ def test_a_fit_outlives_the_loss_of_mlflow(
     digits: Dataset, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ModelConfig(
-        architecture="logistic_regression", weights="none", name="logistic_regression", train=TrainConfig()
+        architecture="logistic_regression", weights="none", name="logistic_regression", train=LinearSettings()
     )
     checkpoints = CheckpointStore(store, "run")
     with pytest.raises(ConnectionError):
@@ -61,7 +61,7 @@ def test_a_fit_outlives_the_loss_of_mlflow(
     again = fit_once(model, digits, tracking, checkpoints)
 
     monkeypatch.setattr(kept_fit, "train_estimator", fit)
-    other = replace(model, train=TrainConfig(max_iterations=1))
+    other = replace(model, train=LinearSettings(max_iterations=1))
     fresh = fit_once(model, digits, direct := Tracking(), CheckpointStore(store, "another run"))
     images = digits.val_split().images_u8[:20]
     np.testing.assert_array_equal(again.probabilities(images), fresh.probabilities(images))

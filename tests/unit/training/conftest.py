@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpipe.config import ModelConfig, TrainConfig
+from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
 from mlpipe.data.dataset import Split
 from mlpipe.models import registry
+from mlpipe.models.architectures import find
 from mlpipe.models.weights import InitialWeights
 from mlpipe.training.network import train_network
 from mlpipe.training.protocol import TrainedModel
@@ -106,8 +107,12 @@ RANDOM = InitialWeights(description="random", replaced_head=False, sha256=None)
 
 def make_config(architecture: str = "custom_cnn", **train: Any) -> ModelConfig:
     """Two quick epochs, unless told otherwise."""
-    defaults = TrainConfig(num_epochs=2, batch_size=32, seed=0)
-    return ModelConfig(architecture=architecture, weights="random", name=architecture, train=replace(defaults, **train))
+    defaults = {
+        "network": NetworkSettings(num_epochs=2, batch_size=32, seed=0),
+        "estimator": LinearSettings(seed=0),
+    }
+    settings = replace(defaults[find(architecture).kind], **train)
+    return ModelConfig(architecture=architecture, weights="random", name=architecture, train=settings)
 
 
 def run_training(model: ModelConfig, dataset: TinyDataset, tracking: RecordingLogger, **options: Any) -> TrainedModel:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlpipe.errors import UserError
-from mlpipe.models.portable import estimator_features
+from mlpipe.models.features.oriented_gradients import features
 from mlpipe.training.estimator import train_estimator
 
 
@@ -34,11 +34,11 @@ def test_the_same_seed_gives_the_same_coefficients(dataset, config, tracking) ->
 def test_with_flips_it_also_sees_mirror_images(new_dataset, config, tracking) -> None:
     dataset = new_dataset(num_train=300)
     plain = train_estimator(config("hog_logistic_regression"), dataset, tracking).predictor
-    flipped = train_estimator(config("hog_logistic_regression", augmentation="flip_crop"), dataset, tracking).predictor
+    flipped = train_estimator(config("hog_logistic_regression", augmentation="flip"), dataset, tracking).predictor
     first, second = (model.named_steps["whiten"].n_samples_ for model in (plain, flipped))
     assert (first, second) == (300, 600)
     images_u8 = torch.from_numpy(dataset.train[0])
-    both = [estimator_features(each, "hog_logistic_regression") for each in (images_u8, images_u8.flip(2))]
+    both = [features(each) for each in (images_u8, images_u8.flip(2))]
     np.testing.assert_allclose(flipped.named_steps["whiten"].mean_, np.concatenate(both).mean(axis=0), atol=1e-4)
 
 

@@ -1,0 +1,220 @@
+"""How a model is added: one new file and one entry; or, without changing this project, a file or a package."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from mlpipe.config import RunParams
+from mlpipe.data.store import ObjectStore
+from mlpipe.errors import UserError
+from mlpipe.models import architectures, estimators, networks
+from mlpipe.models.architectures import Architecture
+from mlpipe.recipes import resolve
+from mlpipe.stages.download import download
+from mlpipe.stages.preprocess import preprocess
+from mlpipe.stages.train import train
+from mlpipe.tracking.runs import Origin
+
+NETWORK = """
+from torch import nn
+
+
+class TinyNet(nn.Module):
+    def __init__(self, num_classes, image_size):
+        super().__init__()
+        self.features = nn.Conv2d(3, 4, 3, padding=1)
+        self.classifier = nn.Linear(4 * image_size * image_size, num_classes)
+
+    def forward(self, images):
+        return self.classifier(self.features(images).relu().flatten(1))
+"""
+
+ESTIMATOR = """
+from sklearn.naive_bayes import GaussianNB
+from sklearn.pipeline import make_pipeline
+
+
+def build(settings, *, num_images, num_features):
+    return make_pipeline(GaussianNB(var_smoothing=1e-2))
+"""
+
+RUN_NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def prepared(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:  # noqa: ARG001
+    """Published digits of 8×8 pixels; an object store and an MLflow store of their own."""
+    folder = tmp_path_factory.mktemp("how-to-add")
+    store = ObjectStore("how-to-add")
+    store.create_bucket()
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # MLflow's default artifact folder is relative
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLPIPE_S3_BUCKET", store.bucket)
+        patch.setenv("MLPIPE_CACHE_DIR", str(folder / "cache"))
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri("")
+        config, origin = resolve(RunParams(image_size=8)), _origin()
+        yield preprocess(config, origin, download(config, origin, on_run=lambda _: None), on_run=lambda _: None)
+    mlflow.set_tracking_uri(before)
+    mlflow.set_registry_uri("")
+
+
+def _origin() -> Origin:
+    return Origin(dag_id="image_classification", dag_run_id=f"add__{next(RUN_NUMBERS)}", task_id="any")
+
+
+@pytest.fixture
+def trained(prepared: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
+    """The stages `download` and `train` on a model, by the recipe report, for two steps.
+
+    `train` loads the logged model in a process without this project and compares its answers.
+    """
+
+    def trained(models: str) -> dict[str, Any]:
+        config = resolve(RunParams(recipe="report", models=models, image_size=8, epochs=1, batch_size=1024))
+        origin = _origin()
+        download(config, origin, on_run=lambda _: None)
+        return train(config, origin, config.models[0].name, prepared, on_run=lambda _: None)
+
+    return trained
+
+
+def _add(package: Any, name: str, source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new file in a package of this project."""
+    (folder / f"{name}.py").write_text(textwrap.dedent(source))
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+
+
+@pytest.mark.slow
+def test_a_network_is_one_file_and_one_entry(
+    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _add(networks, "tinynet", NETWORK, tmp_path, monkeypatch)
+    entry = Architecture(name="tinynet", kind="network", builder="mlpipe.models.networks.tinynet:TinyNet")
+    monkeypatch.setattr(architectures, "KNOWN", (*architectures.KNOWN, entry))
+    model = trained("tinynet")
+    assert (model["name"], model["weights"]) == ("tinynet", "random")
+    assert trained(f"tinynet={model['model_uri']}")["weights"] == model["model_uri"]
+
+
+@pytest.mark.slow
+def test_an_estimator_is_one_file_and_one_entry(
+    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _add(estimators, "naive_bayes", ESTIMATOR, tmp_path, monkeypatch)
+    entry = Architecture(
+        name="naive_bayes",
+        kind="estimator",
+        builder="mlpipe.models.estimators.naive_bayes:build",
+        default_weights="none",
+        takes_any_image_size=True,
+    )
+    monkeypatch.setattr(architectures, "KNOWN", (*architectures.KNOWN, entry))
+    model = trained("naive_bayes")
+    assert model["weights"] == "none"
+    assert model["metrics"]["val/accuracy"] > 0.6
+
+
+@pytest.mark.slow
+def test_a_file_of_the_users_own_travels_with_the_model(
+    trained: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "mynets.py"
+    path.write_text(NETWORK)
+    model = trained(f"{path}:TinyNet")
+    assert (model["name"], model["architecture"], model["weights"]) == ("tinynet", "tinynet", "random")
+    params = mlflow.get_run(model["run_id"]).data.params
+    assert params["network_file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert trained(f"{path}:TinyNet={model['model_uri']}")["weights"] == model["model_uri"]
+    files = {each.name for each in Path(mlflow.artifacts.download_artifacts(model["model_uri"])).rglob("*")}
+    assert "mynets.py" in files
+
+
+@pytest.mark.slow
+def test_a_network_of_an_installed_package_is_named_in_the_models_requirements(
+    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site-packages"
+    (information := site / "mynets-1.2.dist-info").mkdir(parents=True)
+    (site / "mynets.py").write_text(NETWORK)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: mynets\nVersion: 1.2\n")
+    (information / "entry_points.txt").write_text("[mlpipe.models]\ntiny = mynets:TinyNet\n")
+    monkeypatch.syspath_prepend(str(site))
+    # The stage's clean process sees installed packages alone, and this one is not; it is loaded below.
+    monkeypatch.setattr("mlpipe.stages.train.verify_packaged_model", lambda *_: None)
+    model = trained("tiny")
+    assert model["architecture"] == "tiny"
+    folder = Path(mlflow.artifacts.download_artifacts(model["model_uri"]))
+    assert "mynets==1.2" in (folder / "requirements.txt").read_text().split()
+    code = (
+        "import sys; sys.modules['mlpipe'] = None; import mlflow, numpy\n"
+        "print(len(mlflow.pyfunc.load_model(sys.argv[1]).predict(numpy.zeros((2, 8, 8, 3), 'uint8'))))"
+    )
+    command = [sys.executable, "-P", "-c", code, str(folder)]
+    loaded = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "2"
+
+
+BROKEN = {
+    "no class": ("x = 1", "AttributeError"),
+    "not Python": ("class TinyNet(:", "SyntaxError"),
+    "a file beside it": ("from blocks import Block", "ModuleNotFoundError"),
+    "no network": ("TinyNet = lambda num_classes: 3", "TypeError"),
+    "fixed classes": (NETWORK.replace("image_size * image_size, num_classes", "image_size * image_size, 10"), "gives"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.usefixtures("prepared")
+def test_a_file_that_gives_no_network_is_refused_before_data_are_fetched(fault: str, tmp_path: Path) -> None:
+    source, message = BROKEN[fault]
+    (tmp_path / "mynets.py").write_text(source)
+    config = resolve(RunParams(models=f"{tmp_path}/mynets.py:TinyNet", image_size=8))
+    with pytest.raises(UserError, match=rf"^models: .*mynets\.py:TinyNet .*{message}"):
+        download(config, _origin(), on_run=lambda _: None)
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_file_that_a_worker_does_not_have_is_named(tmp_path: Path) -> None:
+    config = resolve(RunParams(models=f"{tmp_path}/mynets.py:TinyNet"))
+    with pytest.raises(UserError, match=r"^models: .*/mynets\.py does not exist where this task runs"):
+        download(config, _origin(), on_run=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("mynets.py:TinyNet", "'mynets.py' is not the whole path of a file"),
+        ("https://user:secret@h/mynets.py:TinyNet", "is not the whole path of a file"),
+        ("/a/mynets.py:ResNet18", "'ResNet18' would be called 'resnet18', which is another model's name"),
+        ("/a/mynets.py:TinyNet=imagenet", "no ImageNet weights exist"),
+        ("/a/mynets.py:TinyNet,/b/mynets.py:TinyNet", "'tinynet' is given more than once"),
+    ],
+)
+def test_what_cannot_be_a_network_of_ones_own_is_refused_from_its_name(models: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^models: .*{message}") as refused:
+        resolve(RunParams(models=models))
+    assert "secret" not in str(refused.value)
+
+
+def test_no_torch_is_loaded_by_naming_a_network_of_ones_own() -> None:
+    code = (
+        "import sys; from mlpipe.config import RunParams; from mlpipe.recipes import resolve\n"
+        "resolve(RunParams(models='/a/mynets.py:TinyNet,resnet18')); assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
