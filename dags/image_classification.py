@@ -100,7 +100,7 @@ def close_runs(context: dict[str, Any]) -> None:
     from mlpipe.tracking.runs import Origin
 
     run = context["dag_run"]
-    dataset = RunParams.from_mapping(run.conf or {}).dataset
+    dataset = resolve(RunParams.from_mapping(run.conf or {})).data.name
     reason = f"the DAG run failed: {context.get('reason') or 'see its tasks'}"
     abandon(dataset, Origin(dag_id=run.dag_id, dag_run_id=run.run_id, task_id=""), reason)
 

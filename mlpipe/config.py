@@ -19,6 +19,7 @@ from mlpipe.errors import UserError
 DatasetName = Literal["digits", "cifar10", "images"]
 RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
+PromotionMetric = Literal["accuracy", "balanced_accuracy"]
 SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
 """standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
@@ -126,6 +127,11 @@ class RunParams:
         "Promotion",
         "disabled: no alias moves. dry_run: the decision is logged, no alias moves. "
         "enabled: the best model becomes @champion if it passes the gate.",
+    )
+    promotion_metric: PromotionMetric = describe(
+        "accuracy",
+        "Promotion metric",
+        "What the gate compares. balanced_accuracy counts each class alike, however many images it has.",
     )
 
     @classmethod
@@ -319,10 +325,14 @@ class PromotionConfig:
 
     mode: PromotionMode = "enabled"
     """disabled, dry_run (decide and log) or enabled (decide, log and move the alias)."""
+    metric: PromotionMetric = "accuracy"
+    """What is compared, on the test images."""
     min_accuracy_over_chance: float = 0.05
-    """test/accuracy must exceed 1 / number of classes by this much, 0 to 1."""
+    """The metric must exceed that of the best constant answer by this much, 0 to 1."""
     min_improvement: float = 0.0
-    """test/accuracy must exceed the current champion's, measured on the same images, by more than this, 0 to 1."""
+    """It must exceed the current champion's, measured on the same images, by more than this, 0 to 1."""
+    significance: float = 0.05
+    """A lead whose p value is not below this promotes nobody; 1: any lead will do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,7 @@ def resolve(params: RunParams) -> RunConfig:
             small_classes=params.small_classes,
         ),
         models=_models(params, image_size),
-        promotion=PromotionConfig(mode=params.promotion),
+        promotion=PromotionConfig(mode=params.promotion, metric=params.promotion_metric),
     )
 
 

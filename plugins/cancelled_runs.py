@@ -35,8 +35,15 @@ class StoppedDagRuns:
         """Close the MLflow runs of a DAG run that was set to failed by hand."""
         if dag_run.dag_id != DAG_ID or BY_HAND not in msg:
             return
-        dataset = (dag_run.conf or {}).get("dataset", "digits")
-        command = [sys.executable, "-m", "mlpipe.stages.cancel", str(dataset), dag_run.dag_id, dag_run.run_id]
+        from mlpipe.config import RunParams
+        from mlpipe.errors import UserError
+        from mlpipe.recipes import resolve
+
+        try:
+            dataset = resolve(RunParams.from_mapping(dag_run.conf or {})).data.name
+        except UserError:  # then no task has opened an MLflow run
+            return
+        command = [sys.executable, "-m", "mlpipe.stages.cancel", dataset, dag_run.dag_id, dag_run.run_id]
         threading.Thread(target=_run, args=(command,), daemon=True).start()
 
 

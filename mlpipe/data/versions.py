@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mlpipe.data.dataset import Dataset, open_dataset
+from mlpipe.data.manifest import Manifest, load_manifest
 from mlpipe.data.store import ObjectStore
+from mlpipe.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +27,17 @@ class DatasetVersion:
 
 
 def record_version(dataset: Dataset, store: ObjectStore, cache_dir: Path) -> DatasetVersion:
-    """Add a data set to the versions of its name, unless it is one of them; compare it with the version before."""
+    """Add a data set to the versions of its name, unless it is one of them; compare it with the version before.
+
+    Raises:
+        UserError: the versions before have other classes.
+    """
     manifest = dataset.manifest
     digests = _digests(manifest.dataset, store)
     if manifest.digest not in digests:
+        if digests:
+            with contextlib.suppress(FileNotFoundError):
+                _check_classes(load_manifest(digests[-1], store), manifest)
         digests.append(manifest.digest)
         store.put_bytes(_key(manifest.dataset), json.dumps(digests).encode())
     number = digests.index(manifest.digest) + 1
@@ -37,6 +46,21 @@ def record_version(dataset: Dataset, store: ObjectStore, cache_dir: Path) -> Dat
         with contextlib.suppress(FileNotFoundError):
             change = _change(open_dataset(digests[number - 2], store, cache_dir), dataset, number)
     return DatasetVersion(name=manifest.dataset, number=number, change=change)
+
+
+def _check_classes(before: Manifest, after: Manifest) -> None:
+    old, new = set(before.classes), set(after.classes)
+    if old == new:
+        return
+    parts = [
+        f"{what} {', '.join(map(repr, sorted(names)[:5]))}{', …' * (len(names) > 5)}"
+        for what, names in (("adds", new - old), ("lacks", old - new))
+        if names
+    ]
+    raise UserError(
+        f"name: {after.dataset!r} already names images of {len(old)} classes, and this data set {' and '.join(parts)}; "
+        "give it another name (--name), so that it has a champion of its own"
+    )
 
 
 def _change(before: Dataset, after: Dataset, number: int) -> str:

@@ -87,6 +87,7 @@ class Evaluation:
             "test/accuracy": self.accuracy,
             "test/precision_macro": self.precision_macro,
             "test/recall_macro": self.recall_macro,
+            "test/balanced_accuracy": self.recall_macro,  # the same by its definition
             "test/f1_macro": self.f1_macro,
             "test/log_loss": self.log_loss,
             "test/calibration_error": self.expected_calibration_error,

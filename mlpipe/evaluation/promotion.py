@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import permutation_test
 
-from mlpipe.config import PromotionConfig
+from mlpipe.config import PromotionConfig, PromotionMetric
 from mlpipe.evaluation.comparison import exact_mcnemar
 
 _ROUNDING = 1e-9
 """Far below one image's share; keeps 0.3 - 0.2 from exceeding 0.1."""
+NUM_PERMUTATIONS = 9_999
+BY_HAND = "Remove the alias, or move it by hand, if this model is to take its place."
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,21 +28,18 @@ class Measured:
     version: str
     """Of the registered model."""
     classes: tuple[str, ...]
-    """Those that it tells apart; their order does not matter."""
-    metrics: Mapping[str, float]
-    """As `Evaluation.as_metrics` gives them; empty where it could not be measured."""
+    """Those that it knows; their order does not matter."""
+    labels: NDArray[np.int64] | None = None
+    """(N,) true classes of the test images."""
     correct: NDArray[np.bool_] | None = None
-    """(N,) which images it got right, for the paired test."""
+    """(N,) which of them it got right; `None`: it was not measured."""
+    intervals: Mapping[str, tuple[float, float]] | None = None
+    """95 % confidence intervals of its accuracy and balanced_accuracy."""
     problem: str | None = None
     """Why it could not be measured on these images."""
 
     def __str__(self) -> str:
         return f"{self.name} (version {self.version})"
-
-    @property
-    def accuracy(self) -> float:
-        """test/accuracy, NaN where it was not measured."""
-        return float(self.metrics.get("test/accuracy", math.nan))
 
 
 @dataclass(frozen=True)
@@ -50,63 +50,138 @@ class Decision:
     reasons: tuple[str, ...]
 
 
-def decide(candidate: Measured, champion: Measured | None, rules: PromotionConfig) -> Decision:
+def decide(
+    candidate: Measured, champion: Measured | None, rules: PromotionConfig, unseen: NDArray[np.bool_] | None = None
+) -> Decision:
     """Judge a candidate against chance and against the current champion on the same images.
 
     `rules.mode` is not looked at: the caller acts on the decision or does not. A champion that could not be measured
-    on these images, or that tells other classes apart, is never replaced: whether its users want that is theirs to say.
+    on these images, or that knows other classes, is never replaced: whether its users want that is theirs to say.
+
+    Args:
+        unseen: (N,) the test images that the champion was not trained on; `None`: it was trained on none of them.
     """
     if champion is not None and champion.version == candidate.version:
         return Decision(False, (f"{candidate} is the champion already.",))
-    checks = [_finite(candidate)]
-    if checks[0][0]:
-        checks += [_above_chance(candidate, rules), _beats(candidate, champion, rules)]
+    if candidate.correct is None or candidate.labels is None:
+        return Decision(False, (f"{candidate} was not measured: {candidate.problem or 'it has no predictions'}.",))
+    checks = [_above_chance(candidate, candidate.labels, rules), _beats(candidate, champion, rules, unseen)]
     return Decision(all(passed for passed, _ in checks), tuple(reason for _, reason in checks))
 
 
-def _finite(candidate: Measured) -> tuple[bool, str]:
-    if "test/accuracy" not in candidate.metrics:
-        return False, f"{candidate} was not measured: {candidate.problem or 'test/accuracy is missing'}."
-    broken = [name for name, value in candidate.metrics.items() if not math.isfinite(value)]
-    if broken:
-        return False, f"{candidate} has metrics that are not finite: {', '.join(broken)}."
-    return True, f"{candidate} has finite metrics."
+def score(metric: PromotionMetric, labels: NDArray[np.int64], correct: NDArray[np.bool_]) -> float:
+    """Accuracy, or the mean of the classes' recalls (balanced accuracy, of the classes that have images), 0 to 1."""
+    return float(np.sum(_weights(metric, labels) * correct))
 
 
-def _above_chance(candidate: Measured, rules: PromotionConfig) -> tuple[bool, str]:
-    chance = 1 / len(candidate.classes)
-    needed = chance + rules.min_accuracy_over_chance
-    passed = candidate.accuracy >= needed - _ROUNDING
-    return passed, (
-        f"Its accuracy of {candidate.accuracy:.4f} {'reaches' if passed else 'is below'} {needed:.4f}, which is chance "
-        f"among {len(candidate.classes)} classes ({chance:.4f}) and a margin of {rules.min_accuracy_over_chance:g}."
-    )
+def _weights(metric: PromotionMetric, labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(N,) what each image that is right adds to the score."""
+    if metric == "accuracy":
+        return np.full(len(labels), 1 / len(labels))
+    counts = np.bincount(labels)
+    return 1 / (np.count_nonzero(counts) * counts[labels])
 
 
-def _beats(candidate: Measured, champion: Measured | None, rules: PromotionConfig) -> tuple[bool, str]:
-    if champion is None:
-        return True, "There is no champion yet."
-    if set(champion.classes) != set(candidate.classes):
+def chance(metric: PromotionMetric, labels: NDArray[np.int64]) -> float:
+    """Score of the best model that answers one class always, 0 to 1."""
+    counts = np.bincount(labels)
+    return float(counts.max() / len(labels)) if metric == "accuracy" else 1 / np.count_nonzero(counts)
+
+
+def _above_chance(candidate: Measured, labels: NDArray[np.int64], rules: PromotionConfig) -> tuple[bool, str]:
+    metric, named = rules.metric, rules.metric.replace("_", " ")
+    found = score(metric, labels, candidate.correct)  # type: ignore[arg-type]
+    least = chance(metric, labels)
+    needed = least + rules.min_accuracy_over_chance
+    what = "the share of the largest class" if metric == "accuracy" else "what one answer for all images would give"
+    if found < needed - _ROUNDING:
         return False, (
-            f"The champion, {champion}, cannot be compared: it tells {len(champion.classes)} other classes apart. "
-            "Remove the alias, or move it by hand, if this model is to take its place."
+            f"Its {named} of {found:.4f} is below {needed:.4f}: {least:.4f} is {what}, and the margin is "
+            f"{rules.min_accuracy_over_chance:g}."
         )
-    if not math.isfinite(champion.accuracy):
+    low = (candidate.intervals or {}).get(metric, (found, found))[0]
+    if rules.significance < 1 and low <= least:
+        return False, (
+            f"Its {named} of {found:.4f} may be chance: its 95 % interval begins at {low:.4f}, and {least:.4f} is "
+            f"{what}. More test images would tell."
+        )
+    return True, f"Its {named} of {found:.4f} reaches {needed:.4f}, which is {what} and a margin."
+
+
+def _beats(
+    candidate: Measured, champion: Measured | None, rules: PromotionConfig, unseen: NDArray[np.bool_] | None
+) -> tuple[bool, str]:
+    if champion is None:
+        return True, "It is the first champion."
+    if champion.correct is None or candidate.correct is None or candidate.labels is None:
         return False, (
             f"The champion, {champion}, could not be measured on the same images: "
-            f"{champion.problem or 'it has no accuracy'}. "
-            "Remove the alias, or move it by hand, if this model is to take its place."
+            f"{champion.problem or 'it has no predictions'}. {BY_HAND}"
         )
-    difference = candidate.accuracy - champion.accuracy
-    passed = difference > rules.min_improvement + _ROUNDING
-    return passed, (
-        f"On the same images the champion, {champion}, has an accuracy of {champion.accuracy:.4f}: the difference of "
-        f"{difference:+.4f} {'is' if passed else 'is not'} above {rules.min_improvement:g}"
-        f"{_paired_information(candidate, champion)}."
+    if set(champion.classes) != set(candidate.classes):
+        return False, f"The champion, {champion}, {_other_classes(champion.classes, candidate.classes)}. {BY_HAND}"
+    used = np.ones(len(candidate.labels), bool) if unseen is None else unseen
+    if not used.any():
+        return False, f"The champion, {champion}, was trained on all of these test images. {BY_HAND}"
+    labels, new, old = candidate.labels[used], candidate.correct[used], champion.correct[used]
+    scores = [score(rules.metric, labels, each) for each in (new, old)]
+    difference, p_value = scores[0] - scores[1], _p_value(rules.metric, labels, new, old)
+    larger, sure = (
+        difference > rules.min_improvement + _ROUNDING,
+        p_value < rules.significance or rules.significance >= 1,
+    )
+    verdict = f"is {'' if larger else 'not '}above {rules.min_improvement:g}"
+    if larger and not sure:
+        verdict = f"may be chance, and a champion is replaced where p is below {rules.significance:g}"
+    left_out = "" if used.all() else f" ({int((~used).sum()):,} that it was trained on were left out)"
+    return larger and sure, (
+        f"On the same {len(labels):,} images{left_out} the champion, {champion}, has {_article(rules.metric)} of "
+        f"{scores[1]:.4f}: the difference of {difference:+.4f} {verdict} "
+        f"({'exact McNemar' if rules.metric == 'accuracy' else 'paired permutation'} test: p = {p_value:.3g})."
     )
 
 
-def _paired_information(candidate: Measured, champion: Measured) -> str:
-    if candidate.correct is None or champion.correct is None:
-        return ""
-    return f" (exact McNemar test: p = {exact_mcnemar(candidate.correct, champion.correct):.3g})"
+def _article(metric: PromotionMetric) -> str:
+    return "an accuracy" if metric == "accuracy" else "a balanced accuracy"
+
+
+def _p_value(
+    metric: PromotionMetric, labels: NDArray[np.int64], new: NDArray[np.bool_], old: NDArray[np.bool_]
+) -> float:
+    """Two-sided: are the two models equally good?"""
+    if metric == "accuracy":
+        return exact_mcnemar(new, old)
+    differ = new != old  # the others cannot change the difference
+    if not differ.any():
+        return 1.0
+    weights = _weights(metric, labels)[differ]
+    result = permutation_test(
+        (weights * new[differ], weights * old[differ]),
+        lambda first, second, axis: np.sum(first - second, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=NUM_PERMUTATIONS,
+        batch=max(1, 2_000_000 // int(differ.sum())),
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
+
+
+def _other_classes(champion: Sequence[str], candidate: Sequence[str]) -> str:
+    new, gone = sorted(set(candidate) - set(champion)), sorted(set(champion) - set(candidate))
+    parts = []
+    if new:
+        parts.append(f"does not know {_listed(new)}")
+    if gone:
+        parts.append(f"knows {_listed(gone)}, which {'is no class' if len(gone) == 1 else 'are no classes'} here")
+    return " and ".join(parts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def finite(values: Mapping[str, float]) -> str | None:
+    """What is wrong with metrics of which some are not finite; `None`: nothing."""
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    return f"metrics are not finite: {', '.join(broken)}" if broken else None

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
+
 from mlpipe.config import RunConfig
-from mlpipe.data.dataset import open_dataset
+from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
@@ -58,6 +63,14 @@ def evaluate(
             except UserError as error:
                 failed[name] = str(error)
                 continue
+            except MlflowException as error:
+                if runs.is_unreachable(error):
+                    raise
+                failed[name] = (
+                    f"{model['model_uri']} cannot be loaded ({str(error).splitlines()[0][:200]}); "
+                    f"was its version deleted? Clear the task train [{name}] to register it again"
+                )
+                continue
             log_evaluation(model, results[name], test)
             model["metrics"] |= results[name].evaluation.as_metrics()
         if not results:
@@ -68,6 +81,8 @@ def evaluate(
             registry.registered_name(data["name"]),
             [(finished[row.name], results[row.name]) for row in comparison.rows],
             lambda uri: measure(uri, test, classes),
+            lambda holder: _unseen_by(holder, dataset, store, environment.cache_dir),
+            test.labels,
         )
         ranked = [finished[row.name] for row in comparison.rows]
         summary = f"{comparison.summary()} {outcome.summary}"
@@ -86,6 +101,21 @@ def evaluate(
         "promoted": outcome.champion if outcome.moved_champion else None,
         "summary": summary,
     }
+
+
+def _unseen_by(
+    holder: registry.RegisteredVersion, dataset: Dataset, store: ObjectStore, cache_dir: Path
+) -> NDArray[np.bool_] | None:
+    """(N,) the test images whose files a registered version was not trained on; `None`: that is not known."""
+    digest = holder.tags.get("data_digest")
+    if not digest:
+        return None
+    try:
+        seen = open_dataset(digest, store, cache_dir).trained_on_hashes()
+    except (FileNotFoundError, KeyError, TypeError):
+        logger.warning("%s: the images that it was trained on are gone; it is measured on all test images", holder.uri)
+        return None
+    return ~np.isin(dataset.test_hashes(), seen)
 
 
 def _contender(model: Mapping[str, Any], result: Result) -> Contender:

@@ -21,7 +21,7 @@ def experiment_name(dataset: str) -> str:
 
 def experiment(config: RunConfig) -> str:
     """Id of the run's MLflow experiment."""
-    return runs.experiment_id(experiment_name(config.data.dataset))
+    return runs.experiment_id(experiment_name(config.data.name))
 
 
 def parent_run(config: RunConfig, origin: Origin) -> Run:
@@ -30,9 +30,9 @@ def parent_run(config: RunConfig, origin: Origin) -> Run:
     return runs.open_run(
         experiment(config),
         origin.key("parent"),
-        name=f"{config.recipe} · {config.data.dataset} · {origin.dag_run_id}",
-        tags={**origin.tags(), "stage": "parent", "recipe": config.recipe, "dataset": config.data.dataset},
-        description=f"{origin.link}\n\n{names} on {config.data.dataset}: not compared yet.",
+        name=f"{config.recipe} · {config.data.name} · {origin.dag_run_id}",
+        tags={**origin.tags(), "stage": "parent", "recipe": config.recipe, "dataset": config.data.name},
+        description=f"{origin.link}\n\n{names} on {config.data.name}: not compared yet.",
     )
 
 

@@ -17,7 +17,7 @@ from mlpipe.errors import UserError
 from mlpipe.evaluation import figures
 from mlpipe.evaluation.comparison import Comparison
 from mlpipe.evaluation.metrics import Evaluation, evaluate_predictions
-from mlpipe.evaluation.promotion import Decision, Measured, decide
+from mlpipe.evaluation.promotion import Decision, Measured, decide, finite
 from mlpipe.tracking import registry
 from mlpipe.tracking.runs import TrackedRun, is_unreachable, tracked
 
@@ -55,7 +55,11 @@ def measure(model_uri: str, test: Split, classes: Sequence[str]) -> Result:
     columns = [f"{PROBABILITY}{name}" for name in classes]
     own = [column for column in frame.columns if column.startswith(PROBABILITY)]
     if set(own) != set(columns):
-        raise UserError(f"{model_uri} tells {len(own)} other classes apart than the {len(columns)} of these images")
+        unknown = sorted(set(columns) - set(own)) or sorted(set(own) - set(columns))
+        raise UserError(
+            f"{model_uri} has other classes than these images: {len(own)} in place of {len(columns)}, "
+            f"such as {unknown[0].removeprefix(PROBABILITY)!r}"
+        )
     probabilities = frame[columns].to_numpy(np.float64)
     return Result(
         evaluation=evaluate_predictions(test.labels, probabilities, classes, seed=BOOTSTRAP_SEED),
@@ -99,6 +103,8 @@ def promote(
     name: str,
     ranked: Sequence[tuple[dict[str, Any], Result]],
     remeasure: Callable[[str], Result],
+    unseen_by: Callable[[registry.RegisteredVersion], NDArray[np.bool_] | None],
+    labels: NDArray[np.int64],
 ) -> Promotion:
     """Pass the best model, and the best of each architecture, through the gate; move aliases where rules say so.
 
@@ -106,17 +112,26 @@ def promote(
         name: of the registered model.
         ranked: this run's models with their results, best first.
         remeasure: scores another version on the same images.
+        unseen_by: (N,) which of those a version was not trained on; `None`: that is not known.
+        labels: (N,) of the images.
     """
     candidates = {registry.CHAMPION: ranked[0]}
     for model, result in ranked:
         candidates.setdefault(model["architecture"], (model, result))
-    known = {model["version"]: _measured(model["name"], model["version"], result) for model, result in ranked}
+    known = {model["version"]: _measured(model["name"], model["version"], result, labels) for model, result in ranked}
+    unseen: dict[str, NDArray[np.bool_] | None] = {}
     decisions: dict[str, dict[str, Any]] = {}
     for alias, (model, _) in candidates.items():
         holder = registry.by_alias(name, alias)
         if holder and holder.version not in known:
-            known[holder.version] = _remeasured(holder, remeasure)
-        decision = decide(known[model["version"]], known[holder.version] if holder else None, rules)
+            known[holder.version] = _remeasured(holder, remeasure, labels)
+            unseen[holder.version] = unseen_by(holder)
+        decision = decide(
+            known[model["version"]],
+            known[holder.version] if holder else None,
+            rules,
+            unseen.get(holder.version) if holder else None,
+        )
         moved = decision.promote and rules.mode == "enabled"
         if moved:
             registry.move_alias(name, alias, model["version"])
@@ -138,25 +153,34 @@ def promote(
     )
 
 
-def _measured(name: str, version: str, result: Result) -> Measured:
+def _measured(name: str, version: str, result: Result, labels: NDArray[np.int64]) -> Measured:
     evaluation = result.evaluation
+    intervals = {
+        "accuracy": evaluation.intervals["accuracy"],
+        "balanced_accuracy": evaluation.intervals["recall_macro"],
+    }
+    problem = finite(evaluation.as_metrics())
     return Measured(
         name=name,
         version=version,
         classes=evaluation.classes,
-        metrics=evaluation.as_metrics(),
-        correct=result.correct,
+        labels=labels,
+        correct=None if problem else result.correct,
+        intervals=intervals,
+        problem=problem,
     )
 
 
-def _remeasured(holder: registry.RegisteredVersion, remeasure: Callable[[str], Result]) -> Measured:
+def _remeasured(
+    holder: registry.RegisteredVersion, remeasure: Callable[[str], Result], labels: NDArray[np.int64]
+) -> Measured:
     label = holder.tags.get("model", "a model of unknown name")
     try:
-        return _measured(label, holder.version, remeasure(holder.uri))
+        return _measured(label, holder.version, remeasure(holder.uri), labels)
     except Exception as error:  # an alias may have been moved to a model that anybody wrote
         if is_unreachable(error):
             raise
-        return Measured(name=label, version=holder.version, classes=(), metrics={}, problem=str(error) or repr(error))
+        return Measured(name=label, version=holder.version, classes=(), problem=str(error) or repr(error))
 
 
 def _promotion_summary(name: str, rules: PromotionConfig, decision: Decision) -> str:

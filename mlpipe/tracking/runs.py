@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import mlflow
 import requests
-from mlflow.entities import Run, RunStatus
+from mlflow.entities import LifecycleStage, Run, RunStatus
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
@@ -116,9 +116,15 @@ def _ui_url() -> str:
 
 
 def experiment_id(name: str) -> str:
-    """Id of the experiment, which is created on first use, also when several runs start at once."""
+    """Id of the experiment, which is created on first use, also when several runs start at once.
+
+    One that somebody deleted is restored: its runs are wanted again, and MLflow allows no second one of that name.
+    """
     client = mlflow.MlflowClient()
     if known := client.get_experiment_by_name(name):
+        if known.lifecycle_stage == LifecycleStage.DELETED:
+            logger.warning("the MLflow experiment %s had been deleted; it is restored", name)
+            client.restore_experiment(known.experiment_id)
         return known.experiment_id
     try:
         return client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"})

@@ -285,6 +285,18 @@ def test_a_grown_archive_keeps_the_sides_of_its_images(
     ]
 
 
+def test_other_classes_under_a_known_name_are_refused(
+    make: SimpleNamespace, published, store: ObjectStore, tmp_path: Path
+) -> None:
+    for counts in ({"a": 9, "b": 9}, {"a": 9, "c": 9}):
+        path = make.pack_zip(tmp_path / f"{len(counts)}{'c' in counts}.zip", make.image_tree(counts))
+        dataset = published(config(path, name="letters"))
+        if "b" in counts:
+            record_version(dataset, store, tmp_path / "cache")
+    with pytest.raises(UserError, match="name: 'letters' already names .* adds 'c' and lacks 'b'; give"):
+        record_version(dataset, store, tmp_path / "cache")
+
+
 def test_near_duplicates_across_given_splits_are_named(make: SimpleNamespace, published, tmp_path: Path) -> None:
     files = make.split_tree({"a": 9, "b": 9}, {"a": 2, "b": 2})
     pixels = np.kron(make.random_pixels(7), np.ones((4, 4, 1), np.uint8))

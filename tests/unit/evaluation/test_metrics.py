@@ -181,7 +181,7 @@ def test_metric_names_are_the_shared_ones():
     metrics = evaluate_predictions(labels, probabilities, CLASSES, seed=0).as_metrics()
     scores = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
     assert set(metrics) == {
-        *(f"test/{name}" for name in (*scores, "log_loss", "calibration_error")),
+        *(f"test/{name}" for name in (*scores, "balanced_accuracy", "log_loss", "calibration_error")),
         *(f"test/{name}_ci_{side}" for name in scores for side in ("low", "high")),
         *(f"test/{name}/{label}" for name in ("precision", "recall", "f1") for label in CLASSES),
     }

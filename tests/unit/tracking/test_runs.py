@@ -44,6 +44,13 @@ def fetched(run: Run) -> Run:
     return mlflow.MlflowClient().get_run(run.info.run_id)
 
 
+def test_an_experiment_that_somebody_deleted_is_restored(experiment: str) -> None:
+    name = mlflow.get_experiment(experiment).name
+    mlflow.delete_experiment(experiment)
+    assert runs.experiment_id(name) == experiment
+    assert mlflow.get_experiment(experiment).lifecycle_stage == "active"
+
+
 def test_a_retry_reopens_its_run_and_says_so(experiment: str) -> None:
     with pytest.raises(OSError, match="disk"), runs.active(opened(experiment, origin())):
         raise OSError("disk is full")
