@@ -77,14 +77,15 @@ def _origin() -> Origin:
 
 
 @pytest.fixture
-def trained(prepared: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
+def trained(prepared: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """The stages `download` and `train` on a model, by the recipe report, for two steps.
 
     `train` loads the logged model in a process without this project and compares its answers.
     """
 
-    def trained(models: str) -> dict[str, Any]:
-        config = resolve(RunParams(recipe="report", models=models, image_size=8, epochs=1, batch_size=1024))
+    def trained(models: str, *, devices: int = 1) -> dict[str, Any]:
+        form = RunParams(recipe="report", models=models, devices=devices, image_size=8, epochs=1, batch_size=1024)
+        config = resolve(form)
         origin = _origin()
         download(config, origin, on_run=lambda _: None)
         return train(config, origin, config.models[0].name, prepared, on_run=lambda _: None)
@@ -100,7 +101,7 @@ def _add(package: Any, name: str, source: str, folder: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_network_is_one_file_and_one_entry(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add(networks, "tinynet", NETWORK, tmp_path, monkeypatch)
     entry = Architecture(name="tinynet", kind="network", builder="mlpipe.models.networks.tinynet:TinyNet")
@@ -112,7 +113,7 @@ def test_a_network_is_one_file_and_one_entry(
 
 @pytest.mark.slow
 def test_an_estimator_is_one_file_and_one_entry(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add(estimators, "naive_bayes", ESTIMATOR, tmp_path, monkeypatch)
     entry = Architecture(
@@ -129,9 +130,7 @@ def test_an_estimator_is_one_file_and_one_entry(
 
 
 @pytest.mark.slow
-def test_a_file_of_the_users_own_travels_with_the_model(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_file_of_the_users_own_travels_with_the_model(trained: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "mynets.py"
     path.write_text(NETWORK)
     model = trained(f"{path}:TinyNet")
@@ -144,8 +143,16 @@ def test_a_file_of_the_users_own_travels_with_the_model(
 
 
 @pytest.mark.slow
+def test_a_file_of_the_users_own_is_trained_by_several_processes(
+    trained: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "mynets.py").write_text(NETWORK)
+    assert trained(f"{tmp_path}/mynets.py:TinyNet", devices=2)["version"]
+
+
+@pytest.mark.slow
 def test_a_network_of_an_installed_package_is_named_in_the_models_requirements(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site-packages"
     (information := site / "mynets-1.2.dist-info").mkdir(parents=True)
