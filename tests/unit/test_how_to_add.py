@@ -83,12 +83,12 @@ def trained(prepared: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     `train` loads the logged model in a process without this project and compares its answers.
     """
 
-    def trained(models: str, *, devices: int = 1) -> dict[str, Any]:
+    def trained(models: str, *, devices: int = 1, meanwhile: Callable[[str], object] = str) -> dict[str, Any]:
         form = RunParams(recipe="report", models=models, devices=devices, image_size=8, epochs=1, batch_size=1024)
         config = resolve(form)
         origin = _origin()
         download(config, origin, on_run=lambda _: None)
-        return train(config, origin, config.models[0].name, prepared, on_run=lambda _: None)
+        return train(config, origin, config.models[0].name, prepared, on_run=meanwhile)
 
     return trained
 
@@ -133,13 +133,14 @@ def test_an_estimator_is_one_file_and_one_entry(
 def test_a_file_of_the_users_own_travels_with_the_model(trained: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "mynets.py"
     path.write_text(NETWORK)
-    model = trained(f"{path}:TinyNet")
+    model = trained(f"{path}:TinyNet", meanwhile=lambda _: path.write_text("edited during the training"))
+    path.write_text(NETWORK)
     assert (model["name"], model["architecture"], model["weights"]) == ("tinynet", "tinynet", "random")
     params = mlflow.get_run(model["run_id"]).data.params
     assert params["network_file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    [copy] = Path(mlflow.artifacts.download_artifacts(model["model_uri"])).rglob("mynets.py")
+    assert copy.read_text() == NETWORK
     assert trained(f"{path}:TinyNet={model['model_uri']}")["weights"] == model["model_uri"]
-    files = {each.name for each in Path(mlflow.artifacts.download_artifacts(model["model_uri"])).rglob("*")}
-    assert "mynets.py" in files
 
 
 @pytest.mark.slow
