@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from mlpipe.addresses import redact_uri
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.store import ObjectStore, file_sha256
+from mlpipe.data.uris import check_local
 from mlpipe.environment import Environment
 from mlpipe.models import architectures
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
@@ -40,8 +44,8 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
     Raises:
         UserError: initial weights that cannot be had or do not fit, or settings with which nothing is learned.
     """
-    model = config.model(name)
     environment = Environment.from_env()
+    model = _with_own_copy(config.model(name), environment.cache_dir)
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data["digest"], store, environment.cache_dir)
     # Before the run is opened: weights that cannot be had leave no run behind.
@@ -93,6 +97,23 @@ def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any],
         "metrics": dict(trained.metrics),
         "dataset": dict(data),
     }
+
+
+def _with_own_copy(model: ModelConfig, cache_dir: Path) -> ModelConfig:
+    """The model, built by a copy of the user's file where it has one: its user may edit that during the training."""
+    own_file = architectures.find(model.architecture).own_file
+    if own_file is None:
+        return model
+    check_local(own_file, field="models")
+    content = own_file.read_bytes()
+    # The same path for the same content, so that a retry resumes where the file is as it was, and only there.
+    copy = cache_dir / "networks" / hashlib.sha256(content).hexdigest() / own_file.name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
+        partial.write_bytes(content)
+        partial.replace(copy)
+    return replace(model, architecture=f"{copy}:{model.architecture.rpartition(':')[2]}")
 
 
 def _fit(

@@ -77,17 +77,18 @@ def _origin() -> Origin:
 
 
 @pytest.fixture
-def trained(prepared: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
+def trained(prepared: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """The stages `download` and `train` on a model, by the recipe report, for two steps.
 
     `train` loads the logged model in a process without this project and compares its answers.
     """
 
-    def trained(models: str) -> dict[str, Any]:
-        config = resolve(RunParams(recipe="report", models=models, image_size=8, epochs=1, batch_size=1024))
+    def trained(models: str, *, devices: int = 1, meanwhile: Callable[[str], object] = str) -> dict[str, Any]:
+        form = RunParams(recipe="report", models=models, devices=devices, image_size=8, epochs=1, batch_size=1024)
+        config = resolve(form)
         origin = _origin()
         download(config, origin, on_run=lambda _: None)
-        return train(config, origin, config.models[0].name, prepared, on_run=lambda _: None)
+        return train(config, origin, config.models[0].name, prepared, on_run=meanwhile)
 
     return trained
 
@@ -100,7 +101,7 @@ def _add(package: Any, name: str, source: str, folder: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_network_is_one_file_and_one_entry(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add(networks, "tinynet", NETWORK, tmp_path, monkeypatch)
     entry = Architecture(name="tinynet", kind="network", builder="mlpipe.models.networks.tinynet:TinyNet")
@@ -112,7 +113,7 @@ def test_a_network_is_one_file_and_one_entry(
 
 @pytest.mark.slow
 def test_an_estimator_is_one_file_and_one_entry(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add(estimators, "naive_bayes", ESTIMATOR, tmp_path, monkeypatch)
     entry = Architecture(
@@ -129,23 +130,30 @@ def test_an_estimator_is_one_file_and_one_entry(
 
 
 @pytest.mark.slow
-def test_a_file_of_the_users_own_travels_with_the_model(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_file_of_the_users_own_travels_with_the_model(trained: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "mynets.py"
     path.write_text(NETWORK)
-    model = trained(f"{path}:TinyNet")
+    model = trained(f"{path}:TinyNet", meanwhile=lambda _: path.write_text("edited during the training"))
+    path.write_text(NETWORK)
     assert (model["name"], model["architecture"], model["weights"]) == ("tinynet", "tinynet", "random")
     params = mlflow.get_run(model["run_id"]).data.params
     assert params["network_file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    [copy] = Path(mlflow.artifacts.download_artifacts(model["model_uri"])).rglob("mynets.py")
+    assert copy.read_text() == NETWORK
     assert trained(f"{path}:TinyNet={model['model_uri']}")["weights"] == model["model_uri"]
-    files = {each.name for each in Path(mlflow.artifacts.download_artifacts(model["model_uri"])).rglob("*")}
-    assert "mynets.py" in files
+
+
+@pytest.mark.slow
+def test_a_file_of_the_users_own_is_trained_by_several_processes(
+    trained: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "mynets.py").write_text(NETWORK)
+    assert trained(f"{tmp_path}/mynets.py:TinyNet", devices=2)["version"]
 
 
 @pytest.mark.slow
 def test_a_network_of_an_installed_package_is_named_in_the_models_requirements(
-    trained: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site-packages"
     (information := site / "mynets-1.2.dist-info").mkdir(parents=True)

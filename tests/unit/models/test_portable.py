@@ -189,3 +189,19 @@ def test_a_description_of_a_later_format_is_refused(description: ModelDescriptio
     path.write_text(path.read_text(encoding="utf-8").replace('"format": 2', '"format": 3'), encoding="utf-8")
     with pytest.raises(ValueError, match="format 3 is unknown"):
         ModelDescription.read(path)
+
+
+def test_a_description_of_the_first_format_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(
+        '{"format": 1, "kind": "network", "architecture": "custom_cnn", "classes": ["cat", "dog"], "image_size": 32, '
+        '"channel_mean": [0.5, 0.4, 0.3], "channel_std": [0.2, 0.3, 0.25], "variant": "small_images", '
+        '"input_size": null, "test_time_averaging": "flip"}'
+    )
+    read = ModelDescription.read(path)
+    assert (read.architecture, read.classes, read.variant, read.code) == (
+        "custom_cnn",
+        ("cat", "dog"),
+        "small_images",
+        "",
+    )

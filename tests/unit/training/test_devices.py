@@ -64,7 +64,7 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder = tmp_path / "networks"
     folder.mkdir()
     (folder / "watching_networks.py").write_text(textwrap.dedent(NETWORKS))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "watching_networks", raising=False)
     import watching_networks  # type: ignore[import-not-found]
