@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo down test test-faults test-compose images lint bench bench-accuracy
+.PHONY: help install up demo down test coverage test-faults test-compose images lint lock bench bench-accuracy
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +36,19 @@ images: .env ## Build the images of docker-compose.yml, marked with the commit t
 	compose='docker compose'; $$compose version >/dev/null 2>&1 || compose=docker-compose; \
 		GIT_SHA=$$(git describe --always --abbrev=40 --dirty --exclude='*') $$compose build
 
-lint: install ## Run the linter and the type checker
+coverage: install ## Print what of mlpipe the unit tests reach
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not integration and not faults and not compose" \
+		--cov=mlpipe --cov-report=term:skip-covered
+
+lint: install ## Run the linter, the type checker and the contracts on imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock: ## Make requirements.lock anew from pyproject.toml; what it pins stays where it can
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header --quiet -o requirements.lock
 
 bench: install ## Measure speed into benchmarks/RESULTS.md, hours: make bench DATA=cifar10-images.zip
 	@test -f "$(DATA)" || { echo 'name the images: make bench DATA=cifar10-images.zip' >&2; exit 1; }

@@ -260,8 +260,8 @@ class NetworkSettings:
     """Images in one optimizer step."""
     learning_rate: float = 1e-3
     """Step size; the peak one where a schedule varies it."""
-    optimizer: Literal["adam", "sgd", "muon"] = "adam"
-    """Update rule; sgd has Nesterov momentum 0.9, and trains what is no convolution where it is muon."""
+    optimizer: str = "adam"
+    """Update rule, a name of `mlpipe.training.optimizers.OPTIMIZERS`."""
     weight_decay: float = 0.0
     """Coefficient of the L2 penalty; with muon, share of a convolution's weights that a step takes away, times the
     learning rate."""

@@ -18,8 +18,11 @@ from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.files import private_folder, read_json, write_private
 from mlpipe.stack.ports import LOOPBACK, all_free, free_block
 
-PROJECT = Path(__file__).resolve().parents[2]
-"""The checkout: the folder of `dags/`, `plugins/` and the package."""
+PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = PACKAGE.parent if (PACKAGE.parent / "dags").is_dir() else None
+"""The checkout; `None`: the package was installed from a wheel."""
+AIRFLOW_FILES = PROJECT or PACKAGE
+"""The folder of `dags/` and `plugins/`, which a wheel has within the package."""
 
 DEFAULT_PORTS = {"airflow_port": 8080, "mlflow_port": 5000, "s3_port": 8333}
 
@@ -40,7 +43,8 @@ class StackSettings:
     """One local stack. Nothing is created by loading the settings."""
 
     home: Path
-    """State folder (MLPIPE_HOME, default `.mlpipe` in the checkout); holds all data, logs and secrets."""
+    """State folder (MLPIPE_HOME): all data, logs and secrets. Default `.mlpipe` in the checkout, or where there is
+    none in the current folder."""
     airflow_port: int
     """Of Airflow's UI and API (MLPIPE_AIRFLOW_PORT)."""
     mlflow_port: int
@@ -61,7 +65,9 @@ class StackSettings:
         Raises:
             UserError: a port is not a number from 1 to 65535.
         """
-        home = (home or Path(os.environ.get("MLPIPE_HOME") or PROJECT / ".mlpipe")).expanduser().resolve()
+        home = (
+            (home or Path(os.environ.get("MLPIPE_HOME") or (PROJECT or Path.cwd()) / ".mlpipe")).expanduser().resolve()
+        )
         remembered = _remembered(home)
         values: dict[str, Any] = {}
         for name, default in DEFAULT_PORTS.items():
@@ -129,11 +135,11 @@ class StackSettings:
 
     @property
     def dags(self) -> Path:
-        return PROJECT / "dags"
+        return AIRFLOW_FILES / "dags"
 
     @property
     def plugins(self) -> Path:
-        return PROJECT / "plugins"
+        return AIRFLOW_FILES / "plugins"
 
     @property
     def credentials_path(self) -> Path:

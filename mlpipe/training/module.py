@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mlpipe.config import NetworkSettings
 from mlpipe.models.portable import enlarge, normalise
 from mlpipe.training.augmentation import augment, shrink
-from mlpipe.training.muon import Muon
+from mlpipe.training.optimizers import build_optimizers
 
 MIN_IMAGE_SIZE = 16
 """Height and width below which images are not shrunk, pixels."""
@@ -136,26 +134,9 @@ class ClassificationModule(LightningModule):
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[OneCycleLR]]:
         """The optimizers of the configuration, fused where PyTorch can, and their schedules."""
-        optimizers = self._optimizers()
-        return optimizers, [] if self.train_config.schedule == "constant" else [self._one_cycle(o) for o in optimizers]
-
-    def _optimizers(self) -> list[Optimizer]:
-        config = self.train_config
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "fused": True}
-        if config.optimizer == "muon":
-            kernels = [each for each in trained if each.dim() == 4]
-            others = [each for each in trained if each.dim() != 4]
-            muon = Muon(kernels, lr=config.learning_rate, weight_decay=config.weight_decay)
-            return [muon, SGD(others, momentum=0.9, nesterov=True, **options)]
-        # Biases and the parameters of normalisation layers are not decayed: it would only rescale them.
-        decayed = [each for each in trained if each.dim() > 1]
-        others = [each for each in trained if each.dim() <= 1]
-        groups = ({"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0})
-        parameters = [group for group in groups if group["params"]]
-        if config.optimizer == "sgd":
-            return [SGD(parameters, momentum=0.9, nesterov=True, **options)]
-        return [Adam(parameters, **options)]
+        optimizers = build_optimizers(trained, self.train_config)
+        return optimizers, [] if self.train_config.schedule == "constant" else [self._one_cycle(o) for o in optimizers]
 
     def _one_cycle(self, optimizer: Optimizer) -> OneCycleLR:
         return OneCycleLR(

@@ -14,8 +14,9 @@ from typing import Any
 
 import mlflow
 import pytest
+from torch import nn
 
-from mlpipe.config import RunParams
+from mlpipe.config import NetworkSettings, RunParams
 from mlpipe.data.store import ObjectStore
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, estimators, networks
@@ -25,6 +26,8 @@ from mlpipe.stages.download import download
 from mlpipe.stages.preprocess import preprocess
 from mlpipe.stages.train import train
 from mlpipe.tracking.runs import Origin
+from mlpipe.training import optimizers
+from mlpipe.training.optimizers import build_optimizers
 
 NETWORK = """
 from torch import nn
@@ -47,6 +50,14 @@ from sklearn.pipeline import make_pipeline
 
 def build(settings, *, num_images, num_features):
     return make_pipeline(GaussianNB(var_smoothing=1e-2))
+"""
+
+OPTIMIZER = """
+from torch.optim import RMSprop
+
+
+def build(parameters, settings):
+    return [RMSprop(parameters, lr=settings.learning_rate)]
 """
 
 RUN_NUMBERS = itertools.count()
@@ -127,6 +138,16 @@ def test_an_estimator_is_one_file_and_one_entry(
     model = trained("naive_bayes")
     assert model["weights"] == "none"
     assert model["metrics"]["val/accuracy"] > 0.6
+
+
+def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _add(optimizers, "rmsprop", OPTIMIZER, tmp_path, monkeypatch)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "rmsprop", "mlpipe.training.optimizers.rmsprop:build")
+    network = nn.Linear(2, 2)
+    [optimizer] = build_optimizers(list(network.parameters()), NetworkSettings(optimizer="rmsprop", learning_rate=0.5))
+    assert (type(optimizer).__name__, optimizer.defaults["lr"]) == ("RMSprop", 0.5)
+    with pytest.raises(ValueError, match="optimizer: 'rmsprob' is unknown; known are adam, muon, sgd, rmsprop"):
+        build_optimizers(list(network.parameters()), NetworkSettings(optimizer="rmsprob"))
 
 
 @pytest.mark.slow

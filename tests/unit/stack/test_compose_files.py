@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlpipe.stack.local import PROJECT
+PROJECT = Path(__file__).parents[3]
 
 
 def services(file: str) -> dict[str, dict[str, Any]]:

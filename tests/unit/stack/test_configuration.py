@@ -80,7 +80,7 @@ def test_airflow_follows_its_port(tmp_path):
 
 
 def test_the_gpu_alias_is_configured_when_its_executor_is_there(settings, monkeypatch, tmp_path):
-    monkeypatch.setattr("mlpipe.stack.local.PROJECT", tmp_path)
+    monkeypatch.setattr("mlpipe.stack.local.AIRFLOW_FILES", tmp_path)
     (tmp_path / "plugins").mkdir()
     assert executor(settings) == "LocalExecutor"
 
@@ -111,8 +111,11 @@ def test_the_scheduler_alone_imports_what_tasks_share(settings):
     assert set(own.values()) == {""}
 
 
-def test_no_secret_is_in_a_command_or_in_the_supervisors_file(settings):
-    credentials = Credentials()
+def test_no_secret_is_in_a_command_or_in_the_supervisors_file(settings, monkeypatch):
+    settings.create_folders()
+    credentials = Credentials.load_or_create(settings.credentials_path)  # where the components would find them
+    for name, value in service_environment(settings, credentials).items():
+        monkeypatch.setenv(name, value)
     text = render(settings, components(settings))
 
     assert not [name for name, value in vars(credentials).items() if value in text and name != "airflow_user"]
@@ -131,8 +134,8 @@ def test_the_command_line_knows_all_components():
 
 def test_the_command_line_loads_no_large_library():
     script = (
-        "import sys, mlpipe.stack.commands; "
-        "print([name for name in ('airflow', 'mlflow', 'torch', 'numpy', 'boto3', 'rich') if name in sys.modules])"
+        "import sys, mlpipe.cli; "
+        "print([name for name in ('airflow', 'mlflow', 'torch', 'numpy', 'boto3') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlpipe.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalise
+from mlpipe.training.optimizers.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalise
 
 
 def convolution(layout: torch.memory_format = torch.channels_last) -> nn.Conv2d:

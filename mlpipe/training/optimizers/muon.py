@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from mlpipe.config import NetworkSettings
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵, K. Jordan's: five times over, it brings singular values to about 0.7 to 1.2."""
 ITERATIONS = 5
+
+
+def build(parameters: Sequence[nn.Parameter], settings: NetworkSettings) -> list[Optimizer]:
+    """Muon for convolutions; for all else SGD with Nesterov momentum, without weight decay."""
+    kernels = [each for each in parameters if each.dim() == 4]
+    others = [each for each in parameters if each.dim() != 4]
+    muon = Muon(kernels, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return [muon, SGD(others, lr=settings.learning_rate, momentum=0.9, nesterov=True, fused=True)]
 
 
 class Muon(Optimizer):
