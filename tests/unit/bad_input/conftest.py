@@ -50,8 +50,10 @@ class Pipeline:
 
     @staticmethod
     def _asked(form: Mapping[str, Any]) -> tuple[Any, Origin]:
-        config = resolve(RunParams.from_mapping(form))
-        return config, Origin(dag_id="image_classification", dag_run_id=f"bad__{next(RUN_NUMBERS)}", task_id="any")
+        number = next(RUN_NUMBERS)
+        own_name = {"name": f"case-{number}"} if form.get("dataset") == "images" else {}
+        config = resolve(RunParams.from_mapping({**own_name, **form}))
+        return config, Origin(dag_id="image_classification", dag_run_id=f"bad__{number}", task_id="any")
 
 
 @pytest.fixture(scope="session")
