@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mlpipe.training.processor import cpu_name
+from mlpipe.training.cpu.processor import cpu_name
 
 
 def read_images(archive: Path, part: str, count: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

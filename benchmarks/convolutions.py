@@ -18,8 +18,8 @@ from common import conditions, paired, spread, table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlpipe.training.memory import keep_freed_memory
-from mlpipe.training.winograd import convolve
+from mlpipe.training.cpu.memory import keep_freed_memory
+from mlpipe.training.cpu.winograd import convolve
 
 BATCH_SIZE = 256
 LAYERS = [(64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 16), (256, 256, 8), (256, 512, 8), (512, 512, 4)]

@@ -28,9 +28,9 @@ from mlpipe.airflow_api import AirflowApi
 from mlpipe.config import RunParams
 from mlpipe.recipes import resolve
 from mlpipe.stack.temporary import running_stack
-from mlpipe.stages.runs import experiment, parent_run
 from mlpipe.tracking import runs
-from mlpipe.tracking.runs import Origin
+from mlpipe.tracking.dag_runs import experiment, parent_run
+from mlpipe.tracking.runs import TaskContext
 
 NUM_MADE_UP = 100
 NUM_DEMOS = 3
@@ -71,7 +71,7 @@ class Airflow:
 
 def write_runs(run_id: str) -> None:
     """The MLflow runs of one DAG run."""
-    origin = Origin(dag_id=DAG_ID, dag_run_id=run_id, task_id="growth")
+    origin = TaskContext(dag_id=DAG_ID, dag_run_id=run_id, task_id="growth")
     parent = parent_run(CONFIG, origin)
     for part in ("data", *(model.name for model in CONFIG.models)):
         tags = {**origin.tags(), "stage": "data" if part == "data" else "train"}
@@ -89,7 +89,7 @@ def write_runs(run_id: str) -> None:
 def mlflow_pages(dag_run_id: str) -> dict[str, Callable[[], object]]:
     """What MLflow's pages and our tasks ask for."""
     client, where = mlflow.MlflowClient(), [experiment(CONFIG)]
-    origin = Origin(dag_id=DAG_ID, dag_run_id=dag_run_id, task_id="growth")
+    origin = TaskContext(dag_id=DAG_ID, dag_run_id=dag_run_id, task_id="growth")
     parent = runs.find_run(where[0], origin.key("parent"))
     if parent is None:
         raise RuntimeError(f"{dag_run_id} has no MLflow run")

@@ -30,8 +30,8 @@ from PIL import Image
 from mlpipe.config import DataConfig
 from mlpipe.data.manifest import Manifest
 from mlpipe.data.prepare import prepare_dataset
-from mlpipe.data.sources import SourceRef, fetch_source
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.sources.fetch import SourceRef, fetch_source
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.stack.temporary import running_object_store
 
 MEMORY_SIZES = (20_000, 200_000)

@@ -37,11 +37,11 @@ from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Split
 from mlpipe.models.networks.custom_cnn import ByteDropout
 from mlpipe.models.registry import build_network
-from mlpipe.training.dead_taps import TrimmedKernels
-from mlpipe.training.memory import keep_freed_memory
+from mlpipe.training.cpu.dead_taps import TrimmedKernels
+from mlpipe.training.cpu.memory import keep_freed_memory
+from mlpipe.training.cpu.winograd import winograd_convolutions
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.network import choose_precision
-from mlpipe.training.winograd import winograd_convolutions
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)

@@ -25,14 +25,14 @@ from airflow.sdk import (
 from airflow.sdk.configuration import conf
 
 from mlpipe.config import RunConfig, RunParams
-from mlpipe.engine import evaluation_task, training_task
 from mlpipe.errors import ServiceUnavailableError, StoppedError, UserError
+from mlpipe.executors import evaluation_task, training_task
 from mlpipe.recipes import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mlpipe.tracking.runs import Origin
+    from mlpipe.tracking.runs import TaskContext
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,12 @@ def run_config() -> RunConfig:
     return resolve(RunParams.from_mapping(get_current_context()["params"]))
 
 
-def origin() -> Origin:
+def origin() -> TaskContext:
     """The task that runs, for the tags of its MLflow run."""
-    from mlpipe.tracking.runs import Origin
+    from mlpipe.tracking.runs import TaskContext
 
     ti = get_current_context()["ti"]
-    return Origin(dag_id=ti.dag_id, dag_run_id=ti.run_id, task_id=ti.task_id, try_number=ti.try_number)
+    return TaskContext(dag_id=ti.dag_id, dag_run_id=ti.run_id, task_id=ti.task_id, try_number=ti.try_number)
 
 
 def link_to_run(url: str) -> None:
@@ -96,13 +96,13 @@ def link_to_run(url: str) -> None:
 
 def close_runs(context: dict[str, Any]) -> None:
     """End the MLflow runs that a failed DAG run left open."""
-    from mlpipe.stages.runs import abandon
-    from mlpipe.tracking.runs import Origin
+    from mlpipe.tracking.dag_runs import abandon
+    from mlpipe.tracking.runs import TaskContext
 
     run = context["dag_run"]
     dataset = resolve(RunParams.from_mapping(run.conf or {})).data.name
     reason = f"the DAG run failed: {context.get('reason') or 'see its tasks'}"
-    abandon(dataset, Origin(dag_id=run.dag_id, dag_run_id=run.run_id, task_id=""), reason)
+    abandon(dataset, TaskContext(dag_id=run.dag_id, dag_run_id=run.run_id, task_id=""), reason)
 
 
 @dag(

@@ -33,9 +33,9 @@ class TaskInstance:
     state: str | None
     try_number: int
     seconds: float | None
-    """Duration of the last try."""
+    """Duration of the last attempt."""
     started: datetime | None
-    """When its process began, in the last try."""
+    """When its process began, in the last attempt."""
 
 
 class AirflowApi:
@@ -135,7 +135,7 @@ class AirflowApi:
         return None
 
     def log(self, dag_id: str, run_id: str, task: TaskInstance) -> list[dict[str, Any]]:
-        """Lines of the log of a task's last try, each with `timestamp`, `level`, `event` and more."""
+        """Lines of the log of a task's last attempt, each with `timestamp`, `level`, `event` and more."""
         path = (
             f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task.task_id)}/logs/{task.try_number}"
             f"?map_index={task.map_index}&full_content=true"

@@ -138,8 +138,8 @@ def _upload(path: Path, console: Console) -> str:
     """Hand a file to workers on other machines; its address there."""
     if path.is_dir():
         return _upload_folder(path, console)
-    from mlpipe.data.store import file_sha256
-    from mlpipe.data.uris import check_local
+    from mlpipe.data.storage.store import file_sha256
+    from mlpipe.data.storage.uris import check_local
 
     check_local(path, field="data_uri")
     if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -162,8 +162,8 @@ def _upload(path: Path, console: Console) -> str:
 
 
 def _upload_folder(folder: Path, console: Console) -> str:
-    from mlpipe.data.folders import pack_folder
-    from mlpipe.data.uris import MAX_BYTES
+    from mlpipe.data.archives.folders import pack_folder
+    from mlpipe.data.storage.uris import MAX_BYTES
 
     with tempfile.TemporaryDirectory(prefix="mlpipe-") as temporary:
         packed = Path(temporary) / f"{folder.name}.zip"

@@ -43,7 +43,7 @@ class StoppedDagRuns:
             dataset = resolve(RunParams.from_mapping(dag_run.conf or {})).data.name
         except UserError:  # then no task has opened an MLflow run
             return
-        command = [sys.executable, "-m", "mlpipe.stages.cancel", dataset, dag_run.dag_id, dag_run.run_id]
+        command = [sys.executable, "-m", "mlpipe.tracking.close_runs", dataset, dag_run.dag_id, dag_run.run_id]
         threading.Thread(target=_run, args=(command,), daemon=True).start()
 
 

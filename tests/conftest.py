@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.stack.temporary import running_object_store
 
 pytest_plugins = ["tests.stack_fixtures"]

@@ -45,18 +45,18 @@ class BatchLoader:
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = 0
-        self._rank, self._num_shares = 0, 1
-        self._bounds = _bounds(len(split), batch_size, num_shares=1)
+        self._rank, self._num_shards = 0, 1
+        self._bounds = _bounds(len(split), batch_size, num_shards=1)
 
-    def share(self, rank: int, num_shares: int) -> BatchLoader:
-        """A loader of every `num_shares`-th image of each batch, from the `rank`-th on.
+    def shard(self, rank: int, num_shards: int) -> BatchLoader:
+        """A loader of every `num_shards`-th image of each batch, from the `rank`-th on.
 
         The shares of a batch differ by one image at most and hold at least two images each where the split and the
         batch size allow it: too few images left over for that join the batch before them.
         """
         loader = copy.copy(self)
-        loader._rank, loader._num_shares = rank, num_shares
-        loader._bounds = _bounds(self.num_images, self.batch_size, num_shares)
+        loader._rank, loader._num_shards = rank, num_shards
+        loader._bounds = _bounds(self.num_images, self.batch_size, num_shards)
         return loader
 
     def keep_on(self, device: torch.device, max_bytes: int) -> None:
@@ -79,7 +79,7 @@ class BatchLoader:
         loss over all of the batch.
         """
         size = self._bounds[batch + 1] - self._bounds[batch]
-        return len(range(self._rank, size, self._num_shares)) * self._num_shares / size
+        return len(range(self._rank, size, self._num_shards)) * self._num_shards / size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration goes through."""
@@ -104,7 +104,7 @@ class BatchLoader:
         order = torch.from_numpy(self.order())
         there = order.to(self._labels.device)
         for start, stop in zip(self._bounds[:-1], self._bounds[1:], strict=True):
-            part = slice(start + self._rank, stop, self._num_shares)
+            part = slice(start + self._rank, stop, self._num_shards)
             if self._kept is None:
                 images = torch.from_numpy(self._split.images_u8.take(order[part].numpy()))
             else:
@@ -112,8 +112,8 @@ class BatchLoader:
             yield images, self._labels[there[part]]
 
 
-def _bounds(num_images: int, batch_size: int, num_shares: int) -> list[int]:
+def _bounds(num_images: int, batch_size: int, num_shards: int) -> list[int]:
     bounds = [*range(0, num_images, batch_size), num_images]
-    if num_images > batch_size and 0 < num_images % batch_size < 2 * num_shares:
+    if num_images > batch_size and 0 < num_images % batch_size < 2 * num_shards:
         del bounds[-2]
     return bounds

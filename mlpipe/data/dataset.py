@@ -14,7 +14,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from mlpipe.data.manifest import Manifest, load_manifest
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from mlpipe.config import DataConfig
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 
 FORMAT_VERSION = 3
 """Raised whenever the same source and settings would give other arrays or another manifest."""

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
-from mlpipe.data import cifar10
-from mlpipe.data.archive import open_archive
+from mlpipe.data.archives.archive import open_archive
+from mlpipe.data.archives.layout import resolve_layout
 from mlpipe.data.dataset import ImageRows
 from mlpipe.data.imageset import ArchivedImages, ArrayImages, Decoded, ImageSet, Run
-from mlpipe.data.layout import resolve_layout
 from mlpipe.data.manifest import (
     TEST_FILES,
     TRAIN_FILES,
@@ -36,10 +35,11 @@ from mlpipe.data.manifest import (
     manifest_key,
 )
 from mlpipe.data.near_duplicates import SIDE, cell_sums, group_numbers, near_duplicates, thumbnails
-from mlpipe.data.npy import NpyWriter, file_bytes
-from mlpipe.data.sources import SourceRef, check_classes, named_source, read_digits
+from mlpipe.data.sources import cifar10
+from mlpipe.data.sources.fetch import SourceRef, check_classes, named_source, read_digits
 from mlpipe.data.splits import Labelled, Splits, listed, plan_splits, without_small_classes
-from mlpipe.data.store import ObjectStore, Upload
+from mlpipe.data.storage.npy import NpyWriter, file_bytes
+from mlpipe.data.storage.store import ObjectStore, Upload
 from mlpipe.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.manifest import Manifest, load_manifest
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mlpipe.config import Variant
-from mlpipe.data.uris import check_local
+from mlpipe.data.storage.uris import check_local
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, portable
 from mlpipe.models.architectures import Architecture

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import ModelConfig, Variant
-from mlpipe.data.store import ObjectStore, file_sha256
-from mlpipe.data.uris import expected_sha256, fetch_uri
+from mlpipe.data.storage.store import ObjectStore, file_sha256
+from mlpipe.data.storage.uris import expected_sha256, fetch_uri
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, package
 from mlpipe.models.registry import build_network, outline_network

@@ -47,11 +47,11 @@ class Finding:
     """What to do when it is not well, or when it is but might be better."""
 
 
-class NotWellError(Exception):
+class CheckFailedError(Exception):
     """A check failed; its text says what was found."""
 
 
-class MightBeBetterError(NotWellError):
+class CheckWarningError(CheckFailedError):
     """A check found what works, though not as it should be."""
 
 
@@ -154,7 +154,7 @@ def versions(extras: Sequence[str] = ()) -> str:
     if sys.version_info[:2] != (3, 11):
         wrong.append(f"Python is {sys.version.split()[0]}, not 3.11")
     if wrong:
-        raise NotWellError("; ".join(wrong))
+        raise CheckFailedError("; ".join(wrong))
     return f"Python {sys.version.split()[0]}, {checked} packages as asked for; Docker is not needed"
 
 
@@ -163,7 +163,7 @@ def programs() -> str:
     try:
         return ", ".join(Path(program(name)).name for name in ("weed", "airflow"))
     except UserError as error:
-        raise NotWellError(str(error)) from None
+        raise CheckFailedError(str(error)) from None
 
 
 def disk_space(needed: int, *folders: Path) -> str:
@@ -172,7 +172,7 @@ def disk_space(needed: int, *folders: Path) -> str:
     free = {place: shutil.disk_usage(place).free for place in {place.stat().st_dev: place for place in places}.values()}
     text = ", ".join(f"{amount / 2**30:.1f} GiB free at {place}" for place, amount in free.items())
     if min(free.values()) < needed:
-        raise NotWellError(f"{text}; {needed / 2**30:.0f} are needed")
+        raise CheckFailedError(f"{text}; {needed / 2**30:.0f} are needed")
     return text
 
 
@@ -183,7 +183,7 @@ def gpus() -> str:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
     if result.returncode != 0:
-        raise NotWellError(f"nvidia-smi fails: {(result.stdout + result.stderr).strip()[:200]}")
+        raise CheckFailedError(f"nvidia-smi fails: {(result.stdout + result.stderr).strip()[:200]}")
     names = [line.strip() for line in result.stdout.splitlines() if line.strip()]
     if not names:
         return "none: CPU slots"
@@ -194,7 +194,7 @@ def gpus() -> str:
     found, *build = result.stdout.split() or ["0", "missing", "None"]
     # CUDA_VISIBLE_DEVICES may hide some from both this process and a training.
     if int(found) == 0 and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise NotWellError(
+        raise CheckFailedError(
             f"nvidia-smi lists {len(names)} × {names[0]}, but torch {build[0]} (CUDA {build[1]}) sees none"
         )
     return f"{len(names)} × {names[0]}; torch sees {found}"
@@ -203,7 +203,7 @@ def gpus() -> str:
 def executors(settings: StackSettings) -> str:
     """Resolve the alias `gpu` as the scheduler does, in a process of its own: this one never loads Airflow."""
     if "gpu:" not in executor(settings):
-        raise NotWellError("the alias gpu is not configured: plugins/gpu_executor.py is missing")
+        raise CheckFailedError("the alias gpu is not configured: plugins/gpu_executor.py is missing")
     script = (
         "from airflow.executors.executor_loader import ExecutorLoader as loader; "
         "print(loader.import_executor_cls(loader.lookup_executor_name_by_str('gpu'))[0].__name__)"
@@ -222,7 +222,7 @@ def executors(settings: StackSettings) -> str:
         )
     lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
     if result.returncode != 0:
-        raise NotWellError(f"the alias gpu cannot be resolved: {lines[-1] if lines else 'no output'}")
+        raise CheckFailedError(f"the alias gpu cannot be resolved: {lines[-1] if lines else 'no output'}")
     return f"{executor(settings)} ({lines[-1]})"
 
 
@@ -233,7 +233,7 @@ def airflow_health(url: str) -> str:
         answer.raise_for_status()
     parts = {name: part["status"] for name, part in answer.json().items() if part and part.get("status")}
     if ill := [f"{name} is {status}" for name, status in parts.items() if status != "healthy"]:
-        raise NotWellError("; ".join(ill))
+        raise CheckFailedError("; ".join(ill))
     return f"{', '.join(parts)} at {url}"
 
 
@@ -268,7 +268,7 @@ def s3_round_trip(environ: Mapping[str, str]) -> str:
         finally:
             client.delete_object(Bucket=bucket, Key=key)
         if back != content:
-            raise NotWellError(f"an object of {size} bytes came back as {len(back)} others")
+            raise CheckFailedError(f"an object of {size} bytes came back as {len(back)} others")
     return f"objects of {', '.join(f'{size:,}' for size in ROUND_TRIP_SIZES)} bytes came back byte for byte"
 
 
@@ -283,7 +283,7 @@ def mlflow_version(environ: Mapping[str, str]) -> str:
     answer.raise_for_status()
     there, here = answer.text.strip()[:40], importlib.metadata.version("mlflow")
     if there != here:
-        raise MightBeBetterError(f"{there} on the server, {here} here")
+        raise CheckWarningError(f"{there} on the server, {here} here")
     return f"{there} on both sides"
 
 
@@ -301,7 +301,7 @@ def artifact_round_trip(environ: Mapping[str, str]) -> str:
         finally:
             http.delete(url, timeout=COMMAND_SECONDS)
     if answer.content != content:
-        raise NotWellError(f"an artifact of {len(content)} bytes came back as {len(answer.content)} others")
+        raise CheckFailedError(f"an artifact of {len(content)} bytes came back as {len(answer.content)} others")
     return f"a file of {len(content):,} bytes came back byte for byte"
 
 
@@ -310,7 +310,7 @@ def secrets(settings: StackSettings) -> str:
     for path in (settings.credentials_path, settings.airflow_home / "passwords.json"):
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
-            raise NotWellError(f"{path} can be read by others (mode {mode:o})")
+            raise CheckFailedError(f"{path} can be read by others (mode {mode:o})")
     return "readable by their owner only"
 
 
@@ -328,16 +328,16 @@ def _direct() -> requests.Session:
 
 def _healthy(problem: str | None) -> str:
     if problem:
-        raise NotWellError(problem)
+        raise CheckFailedError(problem)
     return "healthy"
 
 
 def _finding(name: str, check: Callable[[], str], remedy: str) -> Finding:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    own = (NotWellError, UserError, OSError, subprocess.SubprocessError)
+    own = (CheckFailedError, UserError, OSError, subprocess.SubprocessError)
     try:
         return Finding(name=name, ok=True, detail=check())
     except (*own, requests.RequestException, BotoCoreError, ClientError) as error:
-        well = isinstance(error, MightBeBetterError)
+        well = isinstance(error, CheckWarningError)
         return Finding(name=name, ok=well, detail=" ".join(str(error).split()), remedy=remedy)

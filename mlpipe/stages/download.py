@@ -8,18 +8,18 @@ from typing import Any
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import RunConfig
-from mlpipe.data.sources import fetch_source
-from mlpipe.data.store import ObjectStore
-from mlpipe.data.uris import check_local
+from mlpipe.data.sources.fetch import fetch_source
+from mlpipe.data.storage.store import ObjectStore
+from mlpipe.data.storage.uris import check_local
 from mlpipe.environment import Environment
 from mlpipe.models import architectures
-from mlpipe.stages.runs import OnRun, parent_run
-from mlpipe.stages.services import services_named
-from mlpipe.tracking.runs import Origin, TrackedRun
+from mlpipe.services import services_named
+from mlpipe.tracking.dag_runs import OnRun, parent_run
+from mlpipe.tracking.runs import TaskContext, TrackedRun
 
 
 @services_named()
-def download(config: RunConfig, origin: Origin, *, on_run: OnRun) -> dict[str, Any]:
+def download(config: RunConfig, origin: TaskContext, *, on_run: OnRun) -> dict[str, Any]:
     """Bring the source's bytes into object storage and open the MLflow run of this DAG run.
 
     Returns:

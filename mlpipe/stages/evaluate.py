@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 
 from mlpipe.config import RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 from mlpipe.evaluation.comparison import Contender, compare
-from mlpipe.stages.runs import OnRun, parent_run
-from mlpipe.stages.services import services_named
+from mlpipe.services import services_named
 from mlpipe.tracking import registry, runs
+from mlpipe.tracking.dag_runs import OnRun, parent_run
 from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.evaluation_run import Result, log_comparison, log_evaluation, measure, promote
-from mlpipe.tracking.runs import Origin
+from mlpipe.tracking.runs import TaskContext
 
 logger = logging.getLogger(__name__)
 
 
 @services_named()
 def evaluate(
-    config: RunConfig, origin: Origin, trained: Sequence[Mapping[str, Any]], *, on_run: OnRun
+    config: RunConfig, origin: TaskContext, trained: Sequence[Mapping[str, Any]], *, on_run: OnRun
 ) -> dict[str, Any]:
     """Measure the trained models on the test images, compare them and decide on promotion.
 

@@ -11,21 +11,21 @@ from mlpipe.config import RunConfig
 from mlpipe.data.dataset import open_dataset
 from mlpipe.data.manifest import Manifest
 from mlpipe.data.prepare import prepare_dataset
-from mlpipe.data.sources import SourceRef
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.sources.fetch import SourceRef
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.data.versions import DatasetVersion, record_version
 from mlpipe.environment import Environment
-from mlpipe.stages.runs import OnRun, experiment, parent_run
-from mlpipe.stages.services import services_named
+from mlpipe.services import services_named
 from mlpipe.tracking import runs
+from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.data_run import log_data
-from mlpipe.tracking.runs import Origin
+from mlpipe.tracking.runs import TaskContext
 
 logger = logging.getLogger(__name__)
 
 
 @services_named()
-def preprocess(config: RunConfig, origin: Origin, source: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
+def preprocess(config: RunConfig, origin: TaskContext, source: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
     """Publish the images as arrays, and log what they look like.
 
     Returns:
@@ -71,7 +71,7 @@ def preprocess(config: RunConfig, origin: Origin, source: Mapping[str, Any], *, 
     }
 
 
-def _data_description(manifest: Manifest, version: DatasetVersion, origin: Origin) -> str:
+def _data_description(manifest: Manifest, version: DatasetVersion, origin: TaskContext) -> str:
     sentences = [*manifest.notes, *([version.change] if version.change else [])]
     notes = "\n".join(f"- {note}" for note in sentences)
     return (

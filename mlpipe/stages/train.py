@@ -15,17 +15,17 @@ from torch import nn
 from mlpipe.addresses import redact_uri
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
-from mlpipe.data.store import ObjectStore, file_sha256
-from mlpipe.data.uris import check_local
+from mlpipe.data.storage.store import ObjectStore, file_sha256
+from mlpipe.data.storage.uris import check_local
 from mlpipe.environment import Environment
 from mlpipe.models import architectures
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
 from mlpipe.models.weights import InitialWeights, initial_network
-from mlpipe.stages.runs import OnRun, experiment, parent_run
-from mlpipe.stages.services import services_named
+from mlpipe.services import services_named
 from mlpipe.tracking import registry, runs
+from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.data_input import log_input
-from mlpipe.tracking.runs import Origin, TrackedRun
+from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.protocol import TrainedModel
 
@@ -34,7 +34,9 @@ NUM_EXAMPLES = 8
 
 
 @services_named()
-def train(config: RunConfig, origin: Origin, name: str, data: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
+def train(
+    config: RunConfig, origin: TaskContext, name: str, data: Mapping[str, Any], *, on_run: OnRun
+) -> dict[str, Any]:
     """Train one model, log it, check that it loads elsewhere, and register it.
 
     Returns:
@@ -124,7 +126,7 @@ def _fit(
     checkpoints: CheckpointStore,
 ) -> TrainedModel:
     if start is None:
-        from mlpipe.stages.kept_fit import fit_once
+        from mlpipe.training.cached_fit import fit_once
 
         return fit_once(model, dataset, tracked, checkpoints)
     from mlpipe.training.network import train_network

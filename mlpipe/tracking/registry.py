@@ -37,7 +37,7 @@ def registered_name(dataset: str) -> str:
 
 
 def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str], description: str) -> RegisteredVersion:
-    """Make the model a version of `name`; a retry finds the version that the try before it made."""
+    """Make the model a version of `name`; a retry finds the version that the attempt before it made."""
     client = mlflow.MlflowClient()
     try:
         client.create_registered_model(
@@ -66,7 +66,7 @@ def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str],
 
 
 def find(name: str, run_id: str) -> RegisteredVersion | None:
-    """The version that a try before this one made of the run's model, or `None`."""
+    """The version that an earlier attempt made of the run's model, or `None`."""
     return next(iter(_versions(name, run_id)), None)
 
 
@@ -77,7 +77,7 @@ def _versions(name: str, run_id: str) -> list[RegisteredVersion]:
 
 
 def discard_logged_models(run: Run) -> None:
-    """Delete the models of a try that ended between logging and registering; nobody would ever find them."""
+    """Delete the models of an attempt that ended between logging and registering; nobody would ever find them."""
     client = mlflow.MlflowClient()
     of_the_run = f"source_run_id = '{run.info.run_id}'"
     for model in client.search_logged_models([run.info.experiment_id], filter_string=of_the_run):

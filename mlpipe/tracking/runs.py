@@ -48,7 +48,7 @@ SYSTEM_METRICS_INTERVAL = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class TaskContext:
     """Who asks for a stage: Airflow's ids of the task that runs it."""
 
     dag_id: str
@@ -135,7 +135,7 @@ def experiment_id(name: str) -> str:
 
 
 def find_run(experiment: str, key: str) -> Run | None:
-    """The run of that key, if a try before this one left it."""
+    """The run of that key, if an earlier attempt left it."""
     runs = mlflow.MlflowClient().search_runs([experiment], f"tags.run_key = '{key}'", max_results=1)
     return runs[0] if runs else None
 
@@ -195,13 +195,13 @@ class TrackedRun:
         return mlflow.MlflowClient()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
-        """Write metrics at one step (an epoch, from 1; or 0 for a result). What a try before this one wrote stays."""
+        """Write metrics at one step (an epoch, from 1; or 0 for a result). What an earlier attempt wrote stays."""
         fresh = {name: value for name, value in metrics.items() if step > self._last_step_before(name)}
         for part in batched(fresh.items(), MAX_METRICS_PER_BATCH):
             mlflow.log_metrics(dict(part), step=step, run_id=self.run_id, model_id=model_id, synchronous=True)
 
     def replace_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Write results that may differ from those of a try before this one, where they do."""
+        """Write results that may differ from those of an earlier attempt, where they do."""
         changed = {name: value for name, value in metrics.items() if self._run.data.metrics.get(name) != value}
         mlflow.log_metrics(changed, run_id=self.run_id, synchronous=True)
 
@@ -210,7 +210,7 @@ class TrackedRun:
         return max((entry.step for entry in self._client.get_metric_history(self.run_id, metric)), default=0)
 
     def _last_step_before(self, metric: str) -> int:
-        """The largest step that the metric had when this try opened the run; -1: none."""
+        """The largest step that the metric had when this attempt opened the run; -1: none."""
         if metric not in self._run.data.metrics:  # as they were then
             return -1
         if metric not in self._last_steps:
@@ -218,7 +218,7 @@ class TrackedRun:
         return self._last_steps[metric]
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Write parameters; those that a try before this one wrote stay as they are, being immutable."""
+        """Write parameters; those that an earlier attempt wrote stay as they are, being immutable."""
         known = self._client.get_run(self.run_id).data.params
         fresh = {name: str(value) for name, value in params.items() if name not in known}
         if fresh:
@@ -234,7 +234,7 @@ class TrackedRun:
         self._client.log_dict(self.run_id, dict(value), path)
 
     def log_table(self, columns: Mapping[str, Sequence[str]], path: str) -> None:
-        """Write a table that the run's page shows; nothing where a try before this one wrote it, for it would grow."""
+        """Write a table that the run's page shows; nothing where an earlier attempt wrote it, for it would grow."""
         if path not in {file.path for file in self._client.list_artifacts(self.run_id)}:
             self._client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
 
@@ -282,7 +282,7 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     """Make `run` the active one; end it as FINISHED, as FAILED on an error, as KILLED when stopped from outside.
 
     What stops a task from outside stops its DAG run as well, or is followed by a retry, which opens the parent again:
-    with a killed run its parent ends, too. While MLflow's server is away the run stays open, for the next try.
+    with a killed run its parent ends, too. While MLflow's server is away the run stays open, for the next attempt.
     """
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
@@ -308,7 +308,7 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     mlflow.end_run(RunStatus.to_string(RunStatus.FINISHED))
 
 
-def abandon(experiment_name: str, origin: Origin, reason: str, *, killed: bool = False) -> None:
+def abandon(experiment_name: str, origin: TaskContext, reason: str, *, killed: bool = False) -> None:
     """End all open runs of a DAG run as FAILED, or as KILLED where somebody stopped it."""
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(experiment_name)

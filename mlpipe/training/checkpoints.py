@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 
 logger = logging.getLogger(__name__)
 

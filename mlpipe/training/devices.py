@@ -25,7 +25,7 @@ import torch
 from torch import distributed
 
 from mlpipe.errors import UserError
-from mlpipe.training.epochs import EpochKeeper
+from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def check_devices(num_devices: int, *, batch_size: int, num_training: int, num_v
         )
 
 
-def fit_together(fit: Fit, keeper: EpochKeeper) -> None:
+def fit_together(fit: Fit, keeper: CheckpointCallback) -> None:
     """Train on `fit.num_devices` devices; this process is the first.
 
     Raises:
@@ -80,7 +80,7 @@ def fit_together(fit: Fit, keeper: EpochKeeper) -> None:
             torch.save(keeper.resumed, folder / RESUMED_FILE)
         followers = _Followers(folder, fit.num_devices)
         try:
-            store = meeting_point(folder, fit.num_devices)
+            store = rendezvous(folder, fit.num_devices)
             followers.wait_until_ready(store)
             with process_group(store, 0, fit.num_devices), followers.watched():
                 run_trainer(fit, keeper)
@@ -94,7 +94,7 @@ def fit_together(fit: Fit, keeper: EpochKeeper) -> None:
             followers.kill()
 
 
-def meeting_point(folder: Path, num_devices: int) -> distributed.Store:
+def rendezvous(folder: Path, num_devices: int) -> distributed.Store:
     """Where the processes find each other: a file, which nobody else can write to, unlike a port."""
     return distributed.FileStore(str(folder / "rendezvous"), num_devices)
 

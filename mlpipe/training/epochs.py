@@ -27,7 +27,7 @@ LOGGED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_
 """What of an epoch's record goes to the tracking; the durations are for the totals at the end."""
 
 
-class EpochFollower(Callback):
+class EpochCallback(Callback):
     """What every process of a training does around its epochs.
 
     All randomness of an epoch depends on the seed, the epoch's number and the process's rank alone. So a resumed
@@ -38,14 +38,14 @@ class EpochFollower(Callback):
         """
         Args:
             loader: the training batches, this process's share of them.
-            resumed: `weights`, `optimizers` and `schedules` as the last try left them; `None`: a new training.
+            resumed: `weights`, `optimizers` and `schedules` as the last attempt left them; `None`: a new training.
         """
         self.resumed = resumed
         self.loader = loader
         self._seed = seed
 
     def on_train_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
-        """Put the network, the optimizers and the schedules where the last try left them."""
+        """Put the network, the optimizers and the schedules where the last attempt left them."""
         if self.resumed is None:
             return
         pl_module.network.load_state_dict(self.resumed["weights"])
@@ -84,7 +84,7 @@ class EpochFollower(Callback):
         return False
 
 
-class EpochKeeper(EpochFollower):
+class CheckpointCallback(EpochCallback):
     """Keeps the state of a training at the end of each epoch and reports it; there is one in a training."""
 
     def __init__(

@@ -20,7 +20,7 @@ from mlpipe.data.dataset import Dataset, Split
 from mlpipe.errors import UserError
 from mlpipe.models import architectures
 from mlpipe.models.portable import ModelDescription, load_function, resize
-from mlpipe.training.processor import cpu_name
+from mlpipe.training.cpu.processor import cpu_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)

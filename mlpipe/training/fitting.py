@@ -15,10 +15,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from mlpipe.data.batches import BatchLoader
-from mlpipe.training.epochs import EpochFollower
-from mlpipe.training.memory import keep_freed_memory
+from mlpipe.training.cpu.memory import keep_freed_memory
+from mlpipe.training.cpu.winograd import winograd_convolutions
+from mlpipe.training.epochs import EpochCallback
 from mlpipe.training.module import ClassificationModule
-from mlpipe.training.winograd import winograd_convolutions
 
 SHARE_FOR_IMAGES = 0.25
 """Of a GPU's free memory, at most, for the images of each split."""
@@ -37,7 +37,7 @@ class Fit:
     """Of all processes together."""
     num_epochs: int
     epochs_done: int
-    """Epochs of the tries before this one."""
+    """Epochs of the attempts before this one."""
     precision: Literal["32-true", "bf16-mixed"]
     seed: int
     num_devices: int
@@ -45,7 +45,7 @@ class Fit:
     """Of each process."""
 
 
-def run_trainer(fit: Fit, epochs: EpochFollower, rank: int = 0) -> None:
+def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     """Train from epoch `epochs_done` on.
 
     Where there are several devices, each process calls it, in the process group of torch's that it has joined.
@@ -78,7 +78,7 @@ def run_trainer(fit: Fit, epochs: EpochFollower, rank: int = 0) -> None:
         trainer.fit_loop.epoch_progress.current.processed = fit.epochs_done  # type: ignore[attr-defined]
         if several:
             _send_no_signals(trainer)
-        validation = fit.validation.share(rank, fit.num_devices)
+        validation = fit.validation.shard(rank, fit.num_devices)
         if on_gpu:
             for loader in (epochs.loader, validation):
                 loader.keep_on(torch.device("cuda", rank), int(torch.cuda.mem_get_info(rank)[0] * SHARE_FOR_IMAGES))

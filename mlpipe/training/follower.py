@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from mlpipe.models.portable import load_function
-from mlpipe.training.devices import CODE_FILE, FIT_FILE, RESUMED_FILE, meeting_point, process_group, ready_key
-from mlpipe.training.epochs import EpochFollower
+from mlpipe.training.devices import CODE_FILE, FIT_FILE, RESUMED_FILE, process_group, ready_key, rendezvous
+from mlpipe.training.epochs import EpochCallback
 from mlpipe.training.fitting import Fit, run_trainer
 
 
@@ -27,12 +27,12 @@ def follow(folder: Path, rank: int) -> None:
     fit: Fit = torch.load(folder / FIT_FILE, weights_only=False)
     resumed = folder / RESUMED_FILE
     torch.set_num_threads(fit.num_threads)
-    epochs = EpochFollower(
-        fit.training.share(rank, fit.num_devices),
+    epochs = EpochCallback(
+        fit.training.shard(rank, fit.num_devices),
         seed=fit.seed,
         resumed=torch.load(resumed, map_location="cpu", weights_only=True) if resumed.exists() else None,
     )
-    store = meeting_point(folder, fit.num_devices)
+    store = rendezvous(folder, fit.num_devices)
     store.set(ready_key(rank), "1")
     with process_group(store, rank, fit.num_devices):
         run_trainer(fit, epochs, rank)

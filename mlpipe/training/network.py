@@ -19,17 +19,17 @@ from mlpipe.models import architectures
 from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, normalise
 from mlpipe.models.weights import Channels, InitialWeights
 from mlpipe.training.checkpoints import CheckpointStore
-from mlpipe.training.dead_taps import TrimmedKernels
+from mlpipe.training.cpu.dead_taps import TrimmedKernels
+from mlpipe.training.cpu.processor import cpu_computes_bfloat16, cpu_name
 from mlpipe.training.devices import check_devices, fit_together
-from mlpipe.training.epochs import EpochKeeper
+from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.module import ClassificationModule
-from mlpipe.training.processor import cpu_computes_bfloat16, cpu_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.whitening import MAX_IMAGES, whiten
 
 CHECKPOINT_FORMAT = 3
-"""Of what `EpochKeeper` saves."""
+"""Of what `CheckpointCallback` saves."""
 
 
 def train_network(
@@ -74,9 +74,9 @@ def train_network(
     if isinstance(whitened, nn.Conv2d) and initial.sha256 is None:
         _whiten(whitened, training, mean, std)
     trimmed = TrimmedKernels(network, side)
-    own_share = training.share(0, config.num_devices)
-    keeper = EpochKeeper(
-        own_share,
+    own_shard = training.shard(0, config.num_devices)
+    keeper = CheckpointCallback(
+        own_shard,
         tracking,
         checkpoints,
         fingerprint=_fingerprint(model, dataset, initial, network),
@@ -88,7 +88,7 @@ def train_network(
         config,
         channel_mean=mean,
         channel_std=std,
-        total_steps=config.num_epochs * len(own_share),
+        total_steps=config.num_epochs * len(own_shard),
         input_size=initial.input_size,
     )
     precision = choose_precision(config.precision)
@@ -144,7 +144,7 @@ def _whiten(convolution: nn.Conv2d, training: BatchLoader, mean: Channels, std: 
 
 
 def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:
-    """What a checkpoint must agree with to be gone on from; the shapes, since the code may change between two tries."""
+    """What a checkpoint must agree with so that training can resume; shapes, since the code may change meanwhile."""
     shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
     values = [CHECKPOINT_FORMAT, asdict(model), dataset.manifest.digest, initial.description, shapes]
     facts = json.dumps(values, sort_keys=True)

@@ -28,7 +28,7 @@ class TrainingLogger(Protocol):
         """Write facts that hold for the whole run; repeating them, as a retry does, is harmless."""
 
     def last_logged_step(self, metric: str) -> int:
-        """The largest step at which a try before this one wrote the metric; 0: never.
+        """The largest step at which an earlier attempt wrote the metric; 0: never.
 
         A resumed training logs each later epoch, and none of those up to this one again.
         """
@@ -45,7 +45,7 @@ class TrainedModel:
     metrics: Mapping[str, float]
     """val/accuracy and val/loss of these weights."""
     train_seconds: float
-    """Duration of all epochs with their validation, over all tries; of an estimator's fit."""
+    """Duration of all epochs with their validation, over all attempts; of an estimator's fit."""
     images_per_second: float
     """Training images over seconds of training proper."""
     epochs_run: int

@@ -23,11 +23,11 @@ from mlpipe.config import DataConfig
 from mlpipe.data.dataset import open_dataset
 from mlpipe.data.manifest import load_manifest
 from mlpipe.data.prepare import prepare_dataset
-from mlpipe.data.sources import fetch_source
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.sources.fetch import fetch_source
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import ServiceUnavailableError
+from mlpipe.services import services_named
 from mlpipe.stack.temporary import running_object_store
-from mlpipe.stages.services import services_named
 from mlpipe.training.checkpoints import CheckpointStore
 from tests.faults.lab import Table
 
@@ -58,7 +58,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallDisk]
     folder = tmp_path / "disk"
     folder.mkdir()
     # An answer that the disk is full is tried again as any other failure: this is about the disk, not about patience.
-    monkeypatch.setattr("mlpipe.data.store._CLIENT_RETRIES", {"mode": "standard", "max_attempts": 4})
+    monkeypatch.setattr("mlpipe.data.storage.store._CLIENT_RETRIES", {"mode": "standard", "max_attempts": 4})
 
     def enlarge() -> None:
         running = psutil.process_iter(["cmdline"])  # `None` for one that has just ended

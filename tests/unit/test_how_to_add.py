@@ -17,7 +17,7 @@ import pytest
 from torch import nn
 
 from mlpipe.config import NetworkSettings, RunParams
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, estimators, networks
 from mlpipe.models.architectures import Architecture
@@ -25,7 +25,7 @@ from mlpipe.recipes import resolve
 from mlpipe.stages.download import download
 from mlpipe.stages.preprocess import preprocess
 from mlpipe.stages.train import train
-from mlpipe.tracking.runs import Origin
+from mlpipe.tracking.runs import TaskContext
 from mlpipe.training import optimizers
 from mlpipe.training.optimizers import build_optimizers
 
@@ -83,8 +83,8 @@ def prepared(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     mlflow.set_registry_uri("")
 
 
-def _origin() -> Origin:
-    return Origin(dag_id="image_classification", dag_run_id=f"add__{next(RUN_NUMBERS)}", task_id="any")
+def _origin() -> TaskContext:
+    return TaskContext(dag_id="image_classification", dag_run_id=f"add__{next(RUN_NUMBERS)}", task_id="any")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 
 MIB = 1 << 20
 

@@ -11,12 +11,12 @@ import mlflow
 import pytest
 
 from mlpipe.config import RunParams
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.recipes import resolve
 from mlpipe.stages.download import download
 from mlpipe.stages.preprocess import preprocess
 from mlpipe.stages.train import train
-from mlpipe.tracking.runs import Origin
+from mlpipe.tracking.runs import TaskContext
 
 RUN_NUMBERS = itertools.count()
 
@@ -49,11 +49,11 @@ class Pipeline:
         }
 
     @staticmethod
-    def _asked(form: Mapping[str, Any]) -> tuple[Any, Origin]:
+    def _asked(form: Mapping[str, Any]) -> tuple[Any, TaskContext]:
         number = next(RUN_NUMBERS)
         own_name = {"name": f"case-{number}"} if form.get("dataset") == "images" else {}
         config = resolve(RunParams.from_mapping({**own_name, **form}))
-        return config, Origin(dag_id="image_classification", dag_run_id=f"bad__{number}", task_id="any")
+        return config, TaskContext(dag_id="image_classification", dag_run_id=f"bad__{number}", task_id="any")
 
 
 @pytest.fixture(scope="session")

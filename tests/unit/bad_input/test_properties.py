@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlpipe.config import RunConfig, RunParams
-from mlpipe.data.archive import open_archive
-from mlpipe.data.layout import resolve_layout
+from mlpipe.data.archives.archive import open_archive
+from mlpipe.data.archives.layout import resolve_layout
 from mlpipe.errors import UserError
 from mlpipe.recipes import resolve
 from tests.unit.data.conftest import pack_tar, pack_zip

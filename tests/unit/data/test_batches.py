@@ -53,8 +53,8 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
 
-@pytest.mark.parametrize("num_shares", [1, 2])
-def test_batches_gathered_on_a_device_are_the_same(monkeypatch: pytest.MonkeyPatch, num_shares: int) -> None:
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_batches_gathered_on_a_device_are_the_same(monkeypatch: pytest.MonkeyPatch, num_shards: int) -> None:
     """With the CPU as the device."""
     monkeypatch.setattr("mlpipe.data.batches.BYTES_PER_COPY", 7 * 4 * 4 * 3)
     plain, kept, large = (BatchLoader(split_of(50), 16, seed=0, shuffle=True) for _ in range(3))
@@ -62,8 +62,8 @@ def test_batches_gathered_on_a_device_are_the_same(monkeypatch: pytest.MonkeyPat
     large.keep_on(torch.device("cpu"), max_bytes=50 * 4 * 4 * 3 - 1)
     assert kept._kept is not None
     assert large._kept is None
-    for rank in range(num_shares):
-        shares = [list(loader.share(rank, num_shares)) for loader in (plain, kept, large)]
+    for rank in range(num_shards):
+        shares = [list(loader.shard(rank, num_shards)) for loader in (plain, kept, large)]
         for batch, *others in zip(*shares, strict=True):
             for other in others:
                 assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch, other, strict=True))
@@ -85,10 +85,10 @@ def test_no_image_is_left_alone(count: int, batch_size: int, sizes: list[int]) -
     assert len(loader) == len(sizes)
 
 
-@pytest.mark.parametrize(("count", "batch_size", "num_shares"), [(50, 16, 2), (53, 16, 3), (21, 8, 4), (9, 64, 2)])
-def test_shares_divide_each_batch_evenly(count: int, batch_size: int, num_shares: int) -> None:
+@pytest.mark.parametrize(("count", "batch_size", "num_shards"), [(50, 16, 2), (53, 16, 3), (21, 8, 4), (9, 64, 2)])
+def test_shares_divide_each_batch_evenly(count: int, batch_size: int, num_shards: int) -> None:
     whole = BatchLoader(split_of(count), batch_size, seed=0, shuffle=True)
-    shares = [whole.share(rank, num_shares) for rank in range(num_shares)]
+    shares = [whole.shard(rank, num_shards) for rank in range(num_shards)]
     for loader in (whole, *shares):
         loader.set_epoch(2)
     assert len({len(loader) for loader in shares}) == 1

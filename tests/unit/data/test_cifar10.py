@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from mlpipe.config import DataConfig
-from mlpipe.data import cifar10
-from mlpipe.data.cifar10 import OfficialArchive, file_md5, is_python_archive, read_python_archive
 from mlpipe.data.dataset import open_dataset
 from mlpipe.data.prepare import prepare_dataset
-from mlpipe.data.sources import fetch_source
-from mlpipe.data.store import ObjectStore, file_sha256
+from mlpipe.data.sources import cifar10
+from mlpipe.data.sources.cifar10 import OfficialArchive, file_md5, is_python_archive, read_python_archive
+from mlpipe.data.sources.fetch import fetch_source
+from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.errors import UserError
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -83,7 +83,7 @@ def test_own_source_is_downloaded_once(make: SimpleNamespace, archive: Path, sto
 def test_own_source_out_of_reach(archive: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     from tenacity import stop_after_attempt, wait_none
 
-    monkeypatch.setattr("mlpipe.data.uris._RETRIES", {"stop": stop_after_attempt(1), "wait": wait_none()})
+    monkeypatch.setattr("mlpipe.data.storage.uris._RETRIES", {"stop": stop_after_attempt(1), "wait": wait_none()})
     with pytest.raises(UserError, match="data_uri: .*or give the address of a copy"):
         fetch_source(DataConfig(dataset="cifar10"), store, official=official_of(archive))
 

@@ -11,10 +11,10 @@ import pytest
 from mlpipe.config import DataConfig
 from mlpipe.data.dataset import Dataset, ImageRows, open_dataset
 from mlpipe.data.manifest import Manifest
-from mlpipe.data.npy import file_bytes, header
 from mlpipe.data.prepare import prepare_dataset
-from mlpipe.data.sources import fetch_source
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.sources.fetch import fetch_source
+from mlpipe.data.storage.npy import file_bytes, header
+from mlpipe.data.storage.store import ObjectStore
 
 DIGITS = DataConfig(dataset="digits", image_size=8)
 

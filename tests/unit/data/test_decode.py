@@ -11,8 +11,8 @@ import pillow_heif
 import pytest
 from PIL import Image
 
-from mlpipe.data import decode
-from mlpipe.data.decode import BadImageError, decode_image
+from mlpipe.data.archives import decode
+from mlpipe.data.archives.decode import BadImageError, decode_image
 from tests.unit.bad_input.images import png_header
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlpipe.data.archive import open_archive
-from mlpipe.data.cifar10 import CLASSES
-from mlpipe.data.layout import Layout, resolve_layout
+from mlpipe.data.archives.archive import open_archive
+from mlpipe.data.archives.layout import Layout, resolve_layout
+from mlpipe.data.sources.cifar10 import CLASSES
 from mlpipe.errors import UserError
 
 

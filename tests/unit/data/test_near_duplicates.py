@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlpipe.data.decode import resize_pixels
+from mlpipe.data.archives.decode import resize_pixels
 from mlpipe.data.near_duplicates import cell_sums, group_numbers, near_duplicates, thumbnails
 
 

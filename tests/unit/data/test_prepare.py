@@ -14,12 +14,12 @@ import pytest
 
 from mlpipe.config import DataConfig
 from mlpipe.data import imageset, prepare
+from mlpipe.data.archives.decode import resize_pixels
 from mlpipe.data.dataset import Dataset, open_dataset
-from mlpipe.data.decode import resize_pixels
 from mlpipe.data.manifest import Manifest, load_manifest, manifest_key
 from mlpipe.data.prepare import prepare_dataset
-from mlpipe.data.sources import fetch_source
-from mlpipe.data.store import ObjectStore, Upload
+from mlpipe.data.sources.fetch import fetch_source
+from mlpipe.data.storage.store import ObjectStore, Upload
 from mlpipe.data.versions import record_version
 from mlpipe.errors import UserError
 
@@ -339,7 +339,7 @@ def test_shared_and_repeated_images_are_reported(
 
 
 def test_digits(published) -> None:
-    from mlpipe.data.sources import digits_bytes, read_digits
+    from mlpipe.data.sources.fetch import digits_bytes, read_digits
 
     dataset = published(DataConfig(dataset="digits"))
     manifest = dataset.manifest

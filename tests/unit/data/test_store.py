@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mlpipe.data import store as store_module
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage import store as store_module
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from tenacity import stop_after_attempt, wait_none
 
-from mlpipe.data import uris
-from mlpipe.data.store import ObjectStore
-from mlpipe.data.uris import fetch_uri, version_of
+from mlpipe.data.storage import uris
+from mlpipe.data.storage.store import ObjectStore
+from mlpipe.data.storage.uris import fetch_uri, version_of
 from mlpipe.errors import UserError
 
 
@@ -183,7 +183,7 @@ def test_s3_server_away_may_heal(target: Path, monkeypatch: pytest.MonkeyPatch) 
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{closed.getsockname()[1]}")
-    monkeypatch.setattr("mlpipe.data.store._CLIENT_RETRIES", {"mode": "standard", "max_attempts": 1})
+    monkeypatch.setattr("mlpipe.data.storage.store._CLIENT_RETRIES", {"mode": "standard", "max_attempts": 1})
     with pytest.raises(ConnectionError):
         fetch_uri("s3://some-bucket/a.zip", target, field="data_uri")
 

@@ -20,7 +20,7 @@ CLASSES = ("cat", "dog", "größe 3")
 
 
 class FolderStore:
-    """As `mlpipe.data.store.ObjectStore`, in a folder."""
+    """As `mlpipe.data.storage.store.ObjectStore`, in a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpipe.data.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.stack import doctor
 from mlpipe.stack.doctor import Finding, connections, diagnose
 
@@ -175,7 +175,7 @@ def test_a_gpu_that_cannot_be_used(script: str, detail: str, tmp_path: Path, mon
         "class version: cuda = None\nclass cuda: device_count = staticmethod(lambda: 0)\n__version__ = '2+cpu'\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(torch.parent))
-    with pytest.raises(doctor.NotWellError, match=detail):
+    with pytest.raises(doctor.CheckFailedError, match=detail):
         doctor.gpus()
 
 
@@ -216,7 +216,7 @@ def test_a_client_is_asked_for_no_package_of_the_stack(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert "packages as asked for" in doctor.versions()
-    with pytest.raises(doctor.NotWellError, match="torch is missing"):
+    with pytest.raises(doctor.CheckFailedError, match="torch is missing"):
         doctor.versions(doctor.STACK_EXTRAS)
 
 

@@ -12,7 +12,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from mlpipe.errors import ServiceUnavailableError, UserError
-from mlpipe.stages.services import services_named
+from mlpipe.services import services_named
 
 
 def server_error(status: int) -> ClientError:

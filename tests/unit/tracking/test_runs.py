@@ -11,9 +11,9 @@ import pytest
 from mlflow.entities import Run
 
 from mlpipe.errors import ServiceUnavailableError
-from mlpipe.stages.services import services_named
+from mlpipe.services import services_named
 from mlpipe.tracking import registry, runs
-from mlpipe.tracking.runs import Origin
+from mlpipe.tracking.runs import TaskContext
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def experiment(_store: None, request: pytest.FixtureRequest, tmp_path: Path, mon
     return runs.experiment_id(request.node.name)
 
 
-def origin(run_id: str = "manual__1", task_id: str = "train", try_number: int = 1) -> Origin:
-    return Origin(dag_id="image_classification", dag_run_id=run_id, task_id=task_id, try_number=try_number)
+def origin(run_id: str = "manual__1", task_id: str = "train", try_number: int = 1) -> TaskContext:
+    return TaskContext(dag_id="image_classification", dag_run_id=run_id, task_id=task_id, try_number=try_number)
 
 
-def opened(experiment: str, who: Origin, part: str = "resnet18") -> Run:
+def opened(experiment: str, who: TaskContext, part: str = "resnet18") -> Run:
     return runs.open_run(experiment, who.key(part), name=part, tags=who.tags(), description="d")
 
 

@@ -80,7 +80,7 @@ class RecordingLogger:
 
 
 class FolderStore:
-    """As `mlpipe.data.store.ObjectStore`, in a folder."""
+    """As `mlpipe.data.storage.store.ObjectStore`, in a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

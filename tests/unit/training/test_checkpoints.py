@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mlpipe.errors import ServiceUnavailableError
-from mlpipe.stages.services import services_named
+from mlpipe.services import services_named
 from mlpipe.training.checkpoints import CheckpointStore
 
 STATE = {"weights": torch.zeros(2**18), "history": [1.0]}

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from mlpipe.training.dead_taps import TrimmedKernels
+from mlpipe.training.cpu.dead_taps import TrimmedKernels
 
 
 def resnet18(seed: int = 0) -> nn.Module:

@@ -18,8 +18,8 @@ from mlpipe.errors import UserError
 from mlpipe.models.portable import normalise
 from mlpipe.models.registry import build_network
 from mlpipe.models.weights import InitialWeights
-from mlpipe.training import winograd
 from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.cpu import winograd
 from mlpipe.training.network import choose_precision
 
 RANDOM = InitialWeights(description="random", replaced_head=False, sha256=None)

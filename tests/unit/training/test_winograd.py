@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlpipe.training import winograd
-from mlpipe.training.winograd import convolve, winograd_convolutions
+from mlpipe.training.cpu import winograd
+from mlpipe.training.cpu.winograd import convolve, winograd_convolutions
 
 
 def results(images: Tensor, kernels: Tensor, *, fast: bool) -> tuple[Tensor, ...]:

@@ -21,8 +21,8 @@ from typing import BinaryIO
 import inflate64
 import numpy as np
 
-from mlpipe.data.listing import ArchiveLimits, ImageArchive, Listing, Packed, copy_bounded, why
-from mlpipe.data.names import MAGIC_BYTES
+from mlpipe.data.archives.listing import ArchiveLimits, ImageArchive, Listing, Packed, copy_bounded, why
+from mlpipe.data.archives.names import MAGIC_BYTES
 from mlpipe.errors import UserError
 
 _END = struct.Struct("<4s4H2LH")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from mlpipe.data.listing import DAMAGED, ArchiveLimits, ImageArchive, Packed, why
-from mlpipe.data.tar_images import TarImages
-from mlpipe.data.zip_images import ZipImages
+from mlpipe.data.archives.listing import DAMAGED, ArchiveLimits, ImageArchive, Packed, why
+from mlpipe.data.archives.tar_images import TarImages
+from mlpipe.data.archives.zip_images import ZipImages
 from mlpipe.errors import UserError
 
 __all__ = ["DAMAGED", "ArchiveLimits", "ImageArchive", "Packed", "open_archive"]

@@ -13,10 +13,10 @@ import pytest
 from mlpipe.config import DataConfig, LinearSettings, ModelConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.prepare import prepare_dataset
-from mlpipe.data.sources import fetch_source
-from mlpipe.data.store import ObjectStore
-from mlpipe.stages import kept_fit
-from mlpipe.stages.kept_fit import fit_once
+from mlpipe.data.sources.fetch import fetch_source
+from mlpipe.data.storage.store import ObjectStore
+from mlpipe.training import cached_fit as kept_fit
+from mlpipe.training.cached_fit import fit_once
 from mlpipe.training.checkpoints import CheckpointStore
 
 

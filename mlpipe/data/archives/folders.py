@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from mlpipe.data.names import is_hidden
-from mlpipe.data.uris import list_s3_folder, open_s3
+from mlpipe.data.archives.names import is_hidden
+from mlpipe.data.storage.uris import list_s3_folder, open_s3
 from mlpipe.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ class _HeldBack:
 def fit_once(
     model: ModelConfig, dataset: Dataset, tracking: TrainingLogger, checkpoints: CheckpointStore
 ) -> TrainedModel:
-    """`train_estimator`, or its result of the try before this one; then write its metrics."""
+    """`train_estimator`, or its result of the attempt before; then write its metrics."""
     fingerprint = json.dumps([asdict(model), dataset.manifest.digest], sort_keys=True)
     kept = checkpoints.load()
     if kept is None or kept["fingerprint"] != fingerprint:
@@ -53,7 +53,7 @@ def fit_once(
         kept = _packed(trained, held) | {"fingerprint": fingerprint}
         checkpoints.save(kept)
     else:
-        logger.info("the fit of the try before this one is used")
+        logger.info("the fit of the attempt before is used")
         trained = _unpacked(kept)
     tracking.log_params(kept["params"])
     for metrics, step in kept["logged"]:

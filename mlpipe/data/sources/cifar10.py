@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.data.archive import DAMAGED, ArchiveLimits
-from mlpipe.data.tar_images import open_tar
+from mlpipe.data.archives.archive import DAMAGED, ArchiveLimits
+from mlpipe.data.archives.tar_images import open_tar
 from mlpipe.errors import UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

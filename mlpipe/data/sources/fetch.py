@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
-from mlpipe.data import cifar10
-from mlpipe.data.archive import open_archive
-from mlpipe.data.cifar10 import OFFICIAL, OfficialArchive
-from mlpipe.data.folders import pack_folder, pack_s3_folder, s3_folder_version
-from mlpipe.data.layout import Layout, resolve_layout
-from mlpipe.data.store import ObjectStore, file_sha256
-from mlpipe.data.uris import (
+from mlpipe.data.archives.archive import open_archive
+from mlpipe.data.archives.folders import pack_folder, pack_s3_folder, s3_folder_version
+from mlpipe.data.archives.layout import Layout, resolve_layout
+from mlpipe.data.sources import cifar10
+from mlpipe.data.sources.cifar10 import OFFICIAL, OfficialArchive
+from mlpipe.data.storage.store import ObjectStore, file_sha256
+from mlpipe.data.storage.uris import (
     MAX_BYTES,
     check_local,
     expected_sha256,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlpipe.engine import evaluation_task, training_task
 from mlpipe.errors import UserError
+from mlpipe.executors import evaluation_task, training_task
 
 POD = {"image": "registry.example/mlpipe-training:0.1.0"}
 

@@ -29,7 +29,7 @@ from botocore.exceptions import (
 from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from mlpipe.addresses import redact_uri
-from mlpipe.data.store import s3_client
+from mlpipe.data.storage.store import s3_client
 from mlpipe.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlpipe.data.listing import DAMAGED, ArchiveLimits, ImageArchive, Listing, Packed, copy_bounded, why
-from mlpipe.data.names import MAGIC_BYTES
+from mlpipe.data.archives.listing import DAMAGED, ArchiveLimits, ImageArchive, Listing, Packed, copy_bounded, why
+from mlpipe.data.archives.names import MAGIC_BYTES
 from mlpipe.errors import UserError
 
 

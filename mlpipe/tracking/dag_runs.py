@@ -8,7 +8,7 @@ from mlflow.entities import Run
 
 from mlpipe.config import RunConfig
 from mlpipe.tracking import runs
-from mlpipe.tracking.runs import Origin
+from mlpipe.tracking.runs import TaskContext
 
 OnRun = Callable[[str], None]
 """Told the address of the MLflow run as soon as there is one."""
@@ -24,7 +24,7 @@ def experiment(config: RunConfig) -> str:
     return runs.experiment_id(experiment_name(config.data.name))
 
 
-def parent_run(config: RunConfig, origin: Origin) -> Run:
+def parent_run(config: RunConfig, origin: TaskContext) -> Run:
     """The MLflow run of the whole DAG run."""
     names = ", ".join(model.name for model in config.models)
     return runs.open_run(
@@ -36,6 +36,6 @@ def parent_run(config: RunConfig, origin: Origin) -> Run:
     )
 
 
-def abandon(dataset: str, origin: Origin, reason: str, *, killed: bool = False) -> None:
+def abandon(dataset: str, origin: TaskContext, reason: str, *, killed: bool = False) -> None:
     """End the MLflow runs that a DAG run left open: they become FAILED or KILLED, with the reason."""
     runs.abandon(experiment_name(dataset), origin, reason, killed=killed)

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.data.archive import ImageArchive
+from mlpipe.data.archives.archive import ImageArchive
 from mlpipe.errors import UserError
 
 LAYOUTS = (

@@ -19,7 +19,7 @@ from typing import IO, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.data.names import begins_as_image, is_hidden, role_of, safe_parts
+from mlpipe.data.archives.names import begins_as_image, is_hidden, role_of, safe_parts
 from mlpipe.errors import UserError
 
 DAMAGED = (

@@ -1,0 +1,1 @@
+"""Where a data set's bytes come from."""

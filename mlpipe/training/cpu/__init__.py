@@ -1,0 +1,1 @@
+"""What training on processors needs, and on GPUs does not."""
