@@ -174,13 +174,12 @@ def corrupt_zip(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--models", "resnet99"], "models: 'resnet99' is unknown"),
         (["--dataset", "images", "--data-uri", "{corrupt}"], "corrupt.zip"),
         (["--dataset", "images", "--data-uri", "{one_class}"], "class"),
         (["--dataset", "images", "--data-uri", "http://127.0.0.1:9/x.zip"], "127.0.0.1:9"),
         (["--models", "resnet18=imagenet"], "resnet18"),
     ],
-    ids=["unknown model", "corrupt archive", "one class", "unreachable address", "unreachable weights"],
+    ids=["corrupt archive", "one class", "unreachable address", "unreachable weights"],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
     arguments: list[str],
@@ -213,10 +212,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         assert run.info.status == "FAILED"
 
 
-def test_a_bad_option_is_refused_before_anything_is_triggered(environment: dict[str, str]) -> None:
-    done = mlpipe(environment, "run", "--epochs", "0")
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--epochs", "0", "epochs: 0 is not allowed; give a whole number from 1 to 1000, or nothing"),
+        ("--models", "resnet99", "models: 'resnet99' is unknown; did you mean"),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_is_triggered(
+    environment: dict[str, str], option: str, value: str, complaint: str
+) -> None:
+    done = mlpipe(environment, "run", option, value)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "epochs: 0 is not allowed; give a whole number from 1 to 1000, or nothing" in done.stderr
+    assert complaint in done.stderr
 
 
 def test_the_same_data_is_prepared_once(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
@@ -229,3 +237,30 @@ def test_the_same_data_is_prepared_once(demo: dict[str, Any], environment: dict[
     assert again["parent_run_id"] != demo["parent_run_id"]
     first = next(model for model in demo["models"] if model["name"] == "logistic_regression")
     assert again["models"][0]["metrics"]["test/accuracy"] == first["metrics"]["test/accuracy"]
+
+
+def test_a_folder_of_ones_own_has_its_name_its_champion_and_one_damaged_image(
+    environment: dict[str, str], client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "Pets" / name).mkdir(parents=True)
+        for number in range(60):
+            pixels = rng.integers(0, 200, (16, 16, 3), np.uint8)
+            pixels[..., label] = 250
+            Image.fromarray(pixels).save(tmp_path / "Pets" / name / f"{number}.png")
+    (tmp_path / "Pets" / "dog" / "empty.png").touch()
+    file = tmp_path / "result.json"
+    words = ["--dataset", "images", "--data-uri", str(tmp_path / "Pets"), "--models", "logistic_regression"]
+    done = mlpipe(environment, "run", *words, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(file.read_text())
+    assert result["dataset"]["name"] == "pets"
+    assert result["champion"]["name"] == "pets-classifier"
+    experiment = client.get_experiment_by_name("image-classification-pets")
+    (data_run,) = client.search_runs([experiment.experiment_id], "tags.stage = 'data'")
+    assert data_run.data.metrics["data/num_left_out"] == 1
+    left_out = json.loads(Path(client.download_artifacts(data_run.info.run_id, "left_out.json")).read_text())
+    assert left_out["data"] == [["dog/empty.png", "is empty (0 bytes)"]]
