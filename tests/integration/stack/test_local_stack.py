@@ -130,7 +130,7 @@ def test_pages_of_other_sites_cannot_write_to_mlflow(stack):
     http.trust_env = False
     url = f"{stack.mlflow_url}/api/2.0/mlflow/experiments/create"
 
-    for headers in ({"TaskContext": "http://elsewhere.example"}, {"Host": "elsewhere.example"}):
+    for headers in ({"Origin": "http://elsewhere.example"}, {"Host": "elsewhere.example"}):
         answer = http.post(url, json={"name": "theirs"}, headers=headers, timeout=10)
         assert answer.status_code == 403, headers
 
