@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import permutation_test
+from scipy.stats import binomtest, permutation_test, random_table
 
 from mlpipe.config import PromotionConfig, PromotionMetric
 from mlpipe.evaluation.comparison import exact_mcnemar
@@ -16,6 +16,7 @@ from mlpipe.evaluation.comparison import exact_mcnemar
 _ROUNDING = 1e-9
 """Far below one image's share; keeps 0.3 - 0.2 from exceeding 0.1."""
 NUM_PERMUTATIONS = 9_999
+_CELLS_AT_ONCE = 4_000_000  # of confusion matrices: 32 MB
 BY_HAND = "Remove the alias, or move it by hand, if this model is to take its place."
 
 
@@ -33,8 +34,8 @@ class Measured:
     """(N,) true classes of the test images."""
     correct: NDArray[np.bool_] | None = None
     """(N,) which of them it got right; `None`: it was not measured."""
-    intervals: Mapping[str, tuple[float, float]] | None = None
-    """95 % confidence intervals of its accuracy and balanced_accuracy."""
+    confusion: NDArray[np.int64] | None = None
+    """(K, K) test images; rows are the true classes, columns the predicted ones."""
     problem: str | None = None
     """Why it could not be measured on these images."""
 
@@ -59,13 +60,16 @@ def decide(
     on these images, or that knows other classes, is never replaced: whether its users want that is theirs to say.
 
     Args:
-        unseen: (N,) the test images that the champion was not trained on; `None`: it was trained on none of them.
+        unseen: (N,) the test images that the champion was not trained on; `None`: that is not known.
     """
     if champion is not None and champion.version == candidate.version:
         return Decision(False, (f"{candidate} is the champion already.",))
-    if candidate.correct is None or candidate.labels is None:
+    if candidate.correct is None or candidate.labels is None or candidate.confusion is None:
         return Decision(False, (f"{candidate} was not measured: {candidate.problem or 'it has no predictions'}.",))
-    checks = [_above_chance(candidate, candidate.labels, rules), _beats(candidate, champion, rules, unseen)]
+    checks = [
+        _above_chance(candidate.labels, candidate.correct, candidate.confusion, rules),
+        _beats(candidate, champion, rules, unseen),
+    ]
     return Decision(all(passed for passed, _ in checks), tuple(reason for _, reason in checks))
 
 
@@ -88,9 +92,11 @@ def chance(metric: PromotionMetric, labels: NDArray[np.int64]) -> float:
     return float(counts.max() / len(labels)) if metric == "accuracy" else 1 / np.count_nonzero(counts)
 
 
-def _above_chance(candidate: Measured, labels: NDArray[np.int64], rules: PromotionConfig) -> tuple[bool, str]:
+def _above_chance(
+    labels: NDArray[np.int64], correct: NDArray[np.bool_], confusion: NDArray[np.int64], rules: PromotionConfig
+) -> tuple[bool, str]:
     metric, named = rules.metric, rules.metric.replace("_", " ")
-    found = score(metric, labels, candidate.correct)  # type: ignore[arg-type]
+    found = score(metric, labels, correct)
     least = chance(metric, labels)
     needed = least + rules.min_accuracy_over_chance
     what = "the share of the largest class" if metric == "accuracy" else "what one answer for all images would give"
@@ -99,13 +105,37 @@ def _above_chance(candidate: Measured, labels: NDArray[np.int64], rules: Promoti
             f"Its {named} of {found:.4f} is below {needed:.4f}: {least:.4f} is {what}, and the margin is "
             f"{rules.min_accuracy_over_chance:g}."
         )
-    low = (candidate.intervals or {}).get(metric, (found, found))[0]
-    if rules.significance < 1 and low <= least:
+    p_value = chance_p_value(metric, confusion)
+    if rules.significance < 1 and p_value >= rules.significance:
+        test = "exact binomial" if metric == "accuracy" else "permutation"
         return False, (
-            f"Its {named} of {found:.4f} may be chance: its 95 % interval begins at {low:.4f}, and {least:.4f} is "
-            f"{what}. More test images would tell."
+            f"Its {named} of {found:.4f} may be chance, for {least:.4f} is {what} ({test} test: p = {p_value:.3g}, "
+            f"{rules.significance:g} is the limit). More test images would tell."
         )
     return True, f"Its {named} of {found:.4f} reaches {needed:.4f}, which is {what} and a margin."
+
+
+def chance_p_value(metric: PromotionMetric, confusion: NDArray[np.int64]) -> float:
+    """One-sided: is the score more than that of a model which does not look at the images?
+
+    Accuracy: exact binomial test against the share of the largest class. Balanced accuracy: permutation test, over
+    confusion matrices of the same numbers of true and of predicted images of each class.
+    """
+    supports, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    total = int(supports.sum())
+    if metric == "accuracy":
+        right, largest = int(np.trace(confusion)), int(supports.max())
+        return float(binomtest(right, total, largest / total, alternative="greater").pvalue)
+    weights = np.divide(1.0, supports, out=np.zeros(len(supports)), where=supports > 0)
+    observed = float(weights @ np.diagonal(confusion))
+    rng, drawn, as_good = np.random.default_rng(0), 0, 0
+    while drawn < NUM_PERMUTATIONS:
+        size = min(NUM_PERMUTATIONS - drawn, max(1, _CELLS_AT_ONCE // confusion.size))
+        tables = random_table.rvs(supports, predicted, size=size, random_state=rng)
+        scores = np.diagonal(tables, axis1=-2, axis2=-1).reshape(size, -1) @ weights
+        as_good += int((scores >= observed - _ROUNDING).sum())
+        drawn += size
+    return (1 + as_good) / (1 + NUM_PERMUTATIONS)
 
 
 def _beats(
@@ -133,7 +163,10 @@ def _beats(
     verdict = f"is {'' if larger else 'not '}above {rules.min_improvement:g}"
     if larger and not sure:
         verdict = f"may be chance, and a champion is replaced where p is below {rules.significance:g}"
-    left_out = "" if used.all() else f" ({int((~used).sum()):,} that it was trained on were left out)"
+    if unseen is None:
+        left_out = " (which of them it was trained on is not known)"
+    else:
+        left_out = "" if used.all() else f" ({int((~used).sum()):,} that it was trained on were left out)"
     return larger and sure, (
         f"On the same {len(labels):,} images{left_out} the champion, {champion}, has {_article(rules.metric)} of "
         f"{scores[1]:.4f}: the difference of {difference:+.4f} {verdict} "

@@ -68,7 +68,7 @@ def evaluate(
                     raise
                 failed[name] = (
                     f"{model['model_uri']} cannot be loaded ({str(error).splitlines()[0][:200]}); "
-                    f"was its version deleted? Clear the task train [{name}] to register it again"
+                    f"was it deleted, or its registered model renamed? Clear train [{name}] to register it again"
                 )
                 continue
             log_evaluation(model, results[name], test)
@@ -113,7 +113,6 @@ def _unseen_by(
     try:
         seen = open_dataset(digest, store, cache_dir).trained_on_hashes()
     except (FileNotFoundError, KeyError, TypeError):
-        logger.warning("%s: the images that it was trained on are gone; it is measured on all test images", holder.uri)
         return None
     return ~np.isin(dataset.test_hashes(), seen)
 

@@ -125,6 +125,7 @@ def promote(
         holder = registry.by_alias(name, alias)
         if holder and holder.version not in known:
             known[holder.version] = _remeasured(holder, remeasure, labels)
+        if holder and holder.version not in unseen:
             unseen[holder.version] = unseen_by(holder)
         decision = decide(
             known[model["version"]],
@@ -155,10 +156,6 @@ def promote(
 
 def _measured(name: str, version: str, result: Result, labels: NDArray[np.int64]) -> Measured:
     evaluation = result.evaluation
-    intervals = {
-        "accuracy": evaluation.intervals["accuracy"],
-        "balanced_accuracy": evaluation.intervals["recall_macro"],
-    }
     problem = finite(evaluation.as_metrics())
     return Measured(
         name=name,
@@ -166,7 +163,7 @@ def _measured(name: str, version: str, result: Result, labels: NDArray[np.int64]
         classes=evaluation.classes,
         labels=labels,
         correct=None if problem else result.correct,
-        intervals=intervals,
+        confusion=evaluation.confusion,
         problem=problem,
     )
 

@@ -29,7 +29,7 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
@@ -124,7 +124,11 @@ def experiment_id(name: str) -> str:
     if known := client.get_experiment_by_name(name):
         if known.lifecycle_stage == LifecycleStage.DELETED:
             logger.warning("the MLflow experiment %s had been deleted; it is restored", name)
-            client.restore_experiment(known.experiment_id)
+            try:
+                client.restore_experiment(known.experiment_id)
+            except MlflowException as error:  # another task has restored it meanwhile
+                if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                    raise
         return known.experiment_id
     try:
         return client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"})

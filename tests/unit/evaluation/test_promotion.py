@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 
 from mlpipe.config import PromotionConfig
-from mlpipe.evaluation.promotion import Measured, chance, decide, score
+from mlpipe.evaluation.promotion import Measured, chance, chance_p_value, decide, score
 
 TEN = tuple("0123456789")
 BALANCED = np.arange(100) % 10
@@ -13,26 +13,33 @@ BALANCED = np.arange(100) % 10
 SKEWED = np.repeat([0, 1], [95, 5])
 
 
-def measured(accuracy, *, version="2", classes=TEN, labels=BALANCED, width=0.02, **changes):
-    """A model that is right on the first images; its intervals reach `width` to both sides."""
-    correct = None if accuracy is None else np.arange(len(labels)) < round(accuracy * len(labels))
-    found = {} if accuracy is None else {m: score(m, labels, correct) for m in ("accuracy", "balanced_accuracy")}
+def model(version, labels, correct, classes, **changes):
+    """A model that says the next class where it is wrong."""
+    predictions = np.where(correct, labels, (labels + 1) % len(classes))
+    confusion = confusion_matrix(labels, predictions, labels=range(len(classes)))
     return Measured(
         name="custom_cnn",
         version=version,
         classes=classes,
         labels=labels,
         correct=correct,
-        intervals={metric: (value - width, value + width) for metric, value in found.items()},
+        confusion=confusion,
         **changes,
     )
+
+
+def measured(accuracy, *, version="2", classes=TEN, labels=BALANCED, **changes):
+    """A model that is right on the first images."""
+    if accuracy is None:
+        return Measured(name="custom_cnn", version=version, classes=classes, **changes)
+    return model(version, labels, np.arange(len(labels)) < round(accuracy * len(labels)), classes, **changes)
 
 
 @pytest.mark.parametrize(
     ("candidate", "champion", "rules", "promote", "words"),
     [
         pytest.param(measured(0.9), None, {}, True, "first champion", id="first"),
-        pytest.param(measured(0.15), None, {}, True, "reaches 0.1500", id="exactly chance and margin"),
+        pytest.param(measured(0.15), None, {"significance": 1}, True, "reaches 0.1500", id="exactly chance and margin"),
         pytest.param(measured(0.14), None, {}, False, "is below 0.1500", id="near chance"),
         pytest.param(
             measured(0.95, labels=SKEWED, classes=("a", "b")),
@@ -50,10 +57,9 @@ def measured(accuracy, *, version="2", classes=TEN, labels=BALANCED, width=0.02,
             "balanced accuracy of 0.5000 is below 0.5500",
             id="always the largest class, balanced",
         ),
-        pytest.param(
-            measured(0.2, width=0.15), None, {}, False, "may be chance: its 95 % interval begins at 0.0500", id="few"
-        ),
-        pytest.param(measured(0.2, width=0.15), None, {"significance": 1}, True, "reaches", id="few, not asked"),
+        pytest.param(measured(0.15), None, {}, False, "may be chance, for 0.1000 is the share", id="may be chance"),
+        pytest.param(measured(0.2), None, {}, True, "first champion", id="beyond chance"),
+        pytest.param(measured(0.2), None, {"significance": 0.001}, False, "0.001 is the limit", id="a stricter limit"),
         pytest.param(
             measured(0.9), None, {"min_accuracy_over_chance": 0.85}, False, "is below 0.9500", id="a wider margin"
         ),
@@ -153,15 +159,35 @@ def test_balanced_accuracy_weighs_rare_classes():
     finds_rare = np.concatenate([np.arange(180) < 150, np.ones(20, bool)])  # 170 of 200 right
     ignores_rare = np.concatenate([np.ones(180, bool), np.zeros(20, bool)])  # 180 of 200 right
 
-    def model(version, correct):
-        intervals = dict.fromkeys(("accuracy", "balanced_accuracy"), (0.8, 1.0))
-        return Measured(
-            name="m", version=version, classes=("a", "b"), labels=labels, correct=correct, intervals=intervals
-        )
-
-    new, old = model("2", finds_rare), model("1", ignores_rare)
-    loose = {"min_accuracy_over_chance": -1.0}
-    assert not decide(new, old, PromotionConfig(**loose)).promote
-    decision = decide(new, old, PromotionConfig(metric="balanced_accuracy", **loose))
+    new, old = model("2", labels, finds_rare, ("a", "b")), model("1", labels, ignores_rare, ("a", "b"))
+    assert not decide(new, old, PromotionConfig(min_accuracy_over_chance=-1.0)).promote
+    decision = decide(new, old, PromotionConfig(metric="balanced_accuracy"))
     assert decision.promote
     assert "a balanced accuracy of 0.5000: the difference of +0.4167" in decision.reasons[-1]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
+@pytest.mark.parametrize("labels", [[0, 1], [0, 0, 1, 1], [0, 0, 0, 0, 1]])
+def test_a_few_test_images_make_no_champion_even_if_all_are_right(metric, labels):
+    perfect = model("1", np.array(labels), np.ones(len(labels), bool), ("a", "b"))
+    assert not decide(perfect, None, PromotionConfig(metric=metric)).promote
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
+def test_many_right_answers_are_beyond_chance(metric):
+    perfect = model("1", np.repeat([0, 1], [90, 10]), np.ones(100, bool), ("a", "b"))
+    assert decide(perfect, None, PromotionConfig(metric=metric)).promote
+
+
+def test_the_permutation_test_is_the_exact_one_where_that_is_known():
+    # Of the pairings of two and two images, one in six has all right.
+    assert chance_p_value("balanced_accuracy", np.diag([2, 2])) == pytest.approx(1 / 6, abs=0.02)
+    constant = np.array([[9, 0], [3, 0]])
+    assert chance_p_value("balanced_accuracy", constant) == 1.0
+
+
+def test_what_the_champion_was_trained_on_is_said_where_it_is_not_known():
+    candidate, champion = measured(0.9), measured(0.7, version="1")
+    unknown, known = (decide(candidate, champion, PromotionConfig(), u) for u in (None, np.ones(100, bool)))
+    assert "which of them it was trained on is not known" in unknown.reasons[-1]
+    assert "not known" not in known.reasons[-1]
