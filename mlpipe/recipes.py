@@ -23,6 +23,7 @@ from mlpipe.config import (
 )
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE, RESNETS, Architecture, find
+from mlpipe.training.optimizers import check_optimizer
 
 MAX_SMALL_IMAGE = 64
 """Height and width up to which images are small, pixels."""
@@ -190,7 +191,11 @@ def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
 def _settings(
     params: RunParams, recipe: Recipe, architecture: Architecture, *, pretrained: bool
 ) -> NetworkSettings | LinearSettings:
-    """The recipe's settings, and over them the form's."""
+    """The recipe's settings, and over them the form's.
+
+    Raises:
+        ValueError: the recipe names an optimizer that there is not.
+    """
     if architecture.kind == "estimator":
         return replace(recipe.linear, seed=params.seed)
     form = {
@@ -203,7 +208,9 @@ def _settings(
     }
     chosen = {name: value for name, value in form.items() if value is not None}
     own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
-    return replace(recipe.network, **{**own, **chosen})
+    settings = replace(recipe.network, **{**own, **chosen})
+    check_optimizer(settings.optimizer)
+    return settings
 
 
 def _check_devices(num_devices: int, models: Sequence[ModelConfig]) -> None:

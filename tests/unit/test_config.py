@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -166,3 +167,12 @@ def test_digits_are_never_mirrored() -> None:
             assert (model.train.augmentation, model.train.test_time_averaging) == ("crop", "none")
         else:
             assert model.train.augmentation == "none"
+
+
+def test_a_recipe_with_an_unknown_optimizer_is_refused_before_anything_is_triggered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick = RECIPES["quick"]
+    monkeypatch.setitem(RECIPES, "quick", replace(quick, network=replace(quick.network, optimizer="sdg")))
+    with pytest.raises(ValueError, match="optimizer: 'sdg' is unknown; known are adam, muon, sgd"):
+        resolved(models="resnet18")

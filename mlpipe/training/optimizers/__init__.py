@@ -1,14 +1,20 @@
-"""Update rules by name. To add one, write a file that builds it and one line in `OPTIMIZERS`."""
+"""Update rules by name. To add one, write a file that builds it and one line in `OPTIMIZERS`.
+
+Only the standard library is loaded: a run's optimizers are checked before anything is triggered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from torch import nn
-from torch.optim import Optimizer
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
-from mlpipe.config import NetworkSettings
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from mlpipe.config import NetworkSettings
 
 OPTIMIZERS = {
     "adam": "mlpipe.training.optimizers.adam:build",
@@ -18,14 +24,22 @@ OPTIMIZERS = {
 """`module:function` that takes the trained parameters and the settings, and returns the optimizers of a training."""
 
 
+def check_optimizer(name: str) -> None:
+    """
+    Raises:
+        ValueError: there is no optimizer of that name.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: {name!r} is unknown; known are {', '.join(OPTIMIZERS)}")
+
+
 def build_optimizers(parameters: Sequence[nn.Parameter], settings: NetworkSettings) -> list[Optimizer]:
     """The optimizers of `settings.optimizer`; each parameter is trained by one of them.
 
     Raises:
         ValueError: there is no such optimizer.
     """
-    if settings.optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer: {settings.optimizer!r} is unknown; known are {', '.join(OPTIMIZERS)}")
+    check_optimizer(settings.optimizer)
     module, _, name = OPTIMIZERS[settings.optimizer].partition(":")
     build: Callable[[Sequence[nn.Parameter], NetworkSettings], list[Optimizer]] = getattr(import_module(module), name)
     return build(parameters, settings)
