@@ -37,7 +37,7 @@ from mlpipe.data.manifest import (
 from mlpipe.data.near_duplicates import SIDE, cell_sums, group_numbers, near_duplicates, thumbnails
 from mlpipe.data.sources import cifar10
 from mlpipe.data.sources.fetch import SourceRef, check_classes, named_source, read_digits
-from mlpipe.data.splits import Labelled, Splits, listed, plan_splits, without_small_classes
+from mlpipe.data.splits import DecodedImages, Labelled, Splits, listed, plan_splits, without_small_classes
 from mlpipe.data.storage.npy import NpyWriter, file_bytes
 from mlpipe.data.storage.store import ObjectStore, Upload
 from mlpipe.errors import UserError
@@ -117,8 +117,7 @@ def _write(
 ) -> Manifest:
     """Send all arrays to the store."""
     size, used = data.image_size, images.labels >= 0
-    nothing = np.zeros(len(used), np.int64)
-    known = Labelled(images.classes, images.labels, nothing.view(np.uint64), nothing, images.is_test, images.is_val)
+    known = Labelled(classes=images.classes, labels=images.labels, is_test=images.is_test, is_val=images.is_val)
     without_small_classes(known, data)  # refused before anything is decoded
     scan = _Scan(images, size, data.max_damaged)
     if images.is_test is None:
@@ -179,7 +178,14 @@ def _split(images: ImageSet, findings: _Findings, data: DataConfig) -> tuple[Spl
     used = np.flatnonzero(labels >= 0)
     pairs = used[near_duplicates(findings.thumbnails_u8[used])]
     groups = group_numbers(pairs, len(labels))
-    known = Labelled(images.classes, labels, findings.hashes, groups, images.is_test, images.is_val)
+    known = DecodedImages(
+        classes=images.classes,
+        labels=labels,
+        is_test=images.is_test,
+        is_val=images.is_val,
+        hashes=findings.hashes,
+        groups=groups,
+    )
     return plan_splits(known, data), pairs
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +19,30 @@ MIN_TRAINING_IMAGES = 5
 _GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64, S. Vigna, https://prng.di.unimi.it/splitmix64.c
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """What is known of a source's N images before they are split."""
+    """What is known of a source's N images before they are decoded."""
 
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
     """(N,) positions in `classes`; -1: the image is not used."""
-    hashes: NDArray[np.uint64]
-    """(N,) of the image files' bytes."""
-    groups: NDArray[np.int64]
-    """(N,) images with the same number are near-duplicates and stay on one side."""
     is_test: NDArray[np.bool_] | None = None
     """(N,) the source's own test images; `None`: it has none."""
     is_val: NDArray[np.bool_] | None = None
     """(N,) the source's own validation images; `None`: it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedImages(Labelled):
+    """The same, and what decoding them has shown."""
+
+    hashes: NDArray[np.uint64]
+    """(N,) of the image files' bytes."""
+    groups: NDArray[np.int64]
+    """(N,) images with the same number are near-duplicates and stay on one side."""
+
+
+AnyImages = TypeVar("AnyImages", bound=Labelled)
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Splits:
     """What a reader has to know of the splits, a sentence each."""
 
 
-def plan_splits(images: Labelled, data: DataConfig) -> Splits:
+def plan_splits(images: DecodedImages, data: DataConfig) -> Splits:
     """Keep the source's own splits, and make those that it lacks.
 
     An image's hash, mixed with `data.split_seed`, is a number from 0 to 1. The lowest `data.test_fraction` are test
@@ -58,9 +68,17 @@ def plan_splits(images: Labelled, data: DataConfig) -> Splits:
     no test or validation image gets the one of lowest number. Near-duplicates go by the highest number among them.
 
     Raises:
-        UserError: a class has too few images, or is missing in train or test; says which and how many.
+        UserError: a class has too few images, or none for one of the splits; says which and how many.
     """
     images, notes = without_small_classes(images, data)
+    splits = _split(images, data)
+    if missing := _missing(images, splits):
+        images, more = _without(images, missing, data)
+        splits, notes = _split(images, data), (*notes, *more)
+    return replace(splits, notes=notes)
+
+
+def _split(images: DecodedImages, data: DataConfig) -> Splits:
     used = images.labels >= 0
     number = _numbers(images, data.split_seed)
     if images.is_test is None:
@@ -75,10 +93,28 @@ def plan_splits(images: Labelled, data: DataConfig) -> Splits:
         _give_each_class_one(is_val, training, number, images)
     else:
         is_val = training & images.is_val
-    return Splits(images.classes, images.labels, training & ~is_val, is_val, is_test, notes)
+    return Splits(images.classes, images.labels, training & ~is_val, is_val, is_test)
 
 
-def _numbers(images: Labelled, seed: int) -> NDArray[np.float64]:
+def _missing(images: DecodedImages, splits: Splits) -> dict[int, str]:
+    """Why a class has no image in one of the splits, by its position.
+
+    Its images may be near-duplicates of each other, or so few that chance has put all of them elsewhere.
+    """
+    found: dict[int, str] = {}
+    for purpose, chosen in (("training", splits.is_train), ("validation", splits.is_val), ("testing", splits.is_test)):
+        for position in np.setdiff1d(np.arange(len(images.classes)), images.labels[chosen]):
+            members = images.labels == position
+            different = len(np.unique(images.groups[members]))
+            reason = (
+                f"class {images.classes[position]!r} has {_number(members.sum())} of {different} different "
+                f"{'picture' if different == 1 else 'pictures'}, and none is left for {purpose}"
+            )
+            found.setdefault(int(position), reason)
+    return found
+
+
+def _numbers(images: DecodedImages, seed: int) -> NDArray[np.float64]:
     """(N,) a number from 0 to 1 for each image, the same for near-duplicates."""
     mixed = images.hashes + np.uint64((seed + 1) * _GOLDEN % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -90,7 +126,7 @@ def _numbers(images: Labelled, seed: int) -> NDArray[np.float64]:
 
 
 def _give_each_class_one(
-    chosen: NDArray[np.bool_], among: NDArray[np.bool_], number: NDArray[np.float64], images: Labelled
+    chosen: NDArray[np.bool_], among: NDArray[np.bool_], number: NDArray[np.float64], images: DecodedImages
 ) -> None:
     """Add, to `chosen`, the images of lowest number of each class that has none there."""
     lacking = np.setdiff1d(images.labels[among], images.labels[chosen])
@@ -100,15 +136,18 @@ def _give_each_class_one(
         chosen |= among & (images.groups == first)
 
 
-def without_small_classes(images: Labelled, data: DataConfig) -> tuple[Labelled, tuple[str, ...]]:
+def without_small_classes(images: AnyImages, data: DataConfig) -> tuple[AnyImages, tuple[str, ...]]:
     """The images without classes that cannot be trained on or tested, if they are to be left out.
 
     Raises:
         UserError: there are such classes, and they are to be refused; or fewer than two are left.
     """
     short = _shortages(images, data)
-    if not short:
-        return images, ()
+    return _without(images, short, data) if short else (images, ())
+
+
+def _without(images: AnyImages, short: Mapping[int, str], data: DataConfig) -> tuple[AnyImages, tuple[str, ...]]:
+    """The images without those classes, if they are to be left out; `short` says why, by a class's position."""
     some = "; ".join(reason for _, reason in sorted(short.items())[:5]) + ("; …" if len(short) > 5 else "")
     if data.small_classes == "refuse":
         raise UserError(

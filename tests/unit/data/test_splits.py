@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpipe.config import DataConfig
-from mlpipe.data.splits import Labelled, plan_splits
+from mlpipe.data.splits import DecodedImages, plan_splits
 from mlpipe.errors import UserError
 
 DATA = DataConfig(dataset="images")
 
 
-def images_of(*counts: int, seed: int = 0) -> Labelled:
+def images_of(*counts: int, seed: int = 0) -> DecodedImages:
     """Images with random contents, class by class; they are called a, b, c, …"""
     total = sum(counts)
-    return Labelled(
+    return DecodedImages(
         classes=tuple("abcdefghijklmnop"[: len(counts)]),
         labels=np.repeat(np.arange(len(counts)), counts),
         hashes=np.random.default_rng(seed).integers(0, 2**64, total, np.uint64),
@@ -25,9 +25,9 @@ def images_of(*counts: int, seed: int = 0) -> Labelled:
     )
 
 
-def joined(first: Labelled, second: Labelled) -> Labelled:
+def joined(first: DecodedImages, second: DecodedImages) -> DecodedImages:
     parts = [np.concatenate([getattr(first, name), getattr(second, name)]) for name in ("labels", "hashes")]
-    return Labelled(first.classes, parts[0], parts[1], np.arange(len(parts[0])))
+    return DecodedImages(classes=first.classes, labels=parts[0], hashes=parts[1], groups=np.arange(len(parts[0])))
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,7 +114,7 @@ def test_images_left_aside_are_in_no_split() -> None:
     ],
     ids=["too few", "too few in train", "none in test"],
 )
-def test_small_classes_are_refused_or_left_out(images: Labelled, reason: str) -> None:
+def test_small_classes_are_refused_or_left_out(images: DecodedImages, reason: str) -> None:
     with pytest.raises(UserError, match=f"^data_uri: {reason}.*. Add images, or set small_classes to leave_out"):
         plan_splits(images, DATA)
     with pytest.raises(UserError, match="Without such classes fewer than 2 are left"):
@@ -126,3 +126,19 @@ def test_a_small_class_is_left_out_and_the_others_keep_their_names() -> None:
     assert splits.classes == ("a", "c")
     assert np.bincount(splits.labels[splits.labels >= 0]).tolist() == [20, 30]
     assert splits.notes == ("1 of 3 classes (2 images) were left out: class 'b' has 2 images, 6 needed",)
+
+
+def test_a_class_of_one_picture_cannot_be_split() -> None:
+    images = images_of(40, 20, 40)
+    images = replace(images, groups=np.concatenate([np.arange(40), np.full(20, 40), np.arange(41, 81)]))
+    with pytest.raises(
+        UserError, match="class 'b' has 20 images of 1 different picture, and none is left for training"
+    ):
+        plan_splits(images, DATA)
+    splits = plan_splits(images, replace(DATA, small_classes="leave_out"))
+    assert splits.classes == ("a", "c")
+    assert splits.notes[0].startswith(
+        "1 of 3 classes (20 images) were left out: class 'b' has 20 images of 1 different"
+    )
+    for chosen in (splits.is_train, splits.is_val, splits.is_test):
+        assert set(splits.labels[chosen]) == {0, 1}
