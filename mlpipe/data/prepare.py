@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -126,15 +126,15 @@ def _write(
         for part, images_u8 in scan:
             spool[part] = images_u8
         splits, pairs = _split(images, scan.findings, data)
-        on_test_side = splits.is_test
         parts = ((part, spool[part]) for part in ImageRows(spool).slices(BYTES_PER_COPY))
-        files = _write_images(parts, used & ~on_test_side, on_test_side, size, digest, store)
+        sides = {"train": used & ~splits.is_test, "test": splits.is_test}
+        files = _write_images(parts, sides, size, digest, store)
     else:
-        on_test_side = used & images.is_test
-        files = _write_images(iter(scan), used & ~on_test_side, on_test_side, size, digest, store)
+        sides = {"train": used & ~images.is_test, "test": used & images.is_test}
+        files = _write_images(iter(scan), sides, size, digest, store)
         splits, pairs = _split(images, scan.findings, data)
     findings = scan.findings
-    rows = {"train": np.flatnonzero(used & ~on_test_side), "test": np.flatnonzero(on_test_side)}
+    rows = {side: np.flatnonzero(is_on) for side, is_on in sides.items()}
     small: dict[str, NDArray[Any]] = {f"{side}_labels.npy": splits.labels[rows[side]] for side in rows}
     small |= {f"{side}_hashes.npy": findings.hashes[rows[side]] for side in rows}
     chosen = {"train": splits.is_train, "val": splits.is_val, "test": splits.is_test}
@@ -311,14 +311,13 @@ class _Scan:
 
 def _write_images(
     parts: Iterator[tuple[slice, NDArray[np.uint8]]],
-    on_training_side: NDArray[np.bool_],
-    on_test_side: NDArray[np.bool_],
+    sides: Mapping[str, NDArray[np.bool_]],
     size: int,
     digest: str,
     store: ObjectStore,
 ) -> dict[str, StoredFile]:
-    """Write `train_images.npy` and `test_images.npy`; the two files by name."""
-    sides = {"train_images.npy": on_training_side, "test_images.npy": on_test_side}
+    """Write an array for each side: `train_images.npy` and `test_images.npy`; the two files by name."""
+    sides = {f"{side}_images.npy": is_on for side, is_on in sides.items()}
     with contextlib.ExitStack() as stack:
         arrays = {
             name: stack.enter_context(_array(store, array_key(digest, name), (int(is_on.sum()), size, size, 3), "u1"))

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.manifest import Manifest, load_manifest
+from mlpipe.data.splits import listed
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 
@@ -53,7 +54,7 @@ def _check_classes(before: Manifest, after: Manifest) -> None:
     if old == new:
         return
     parts = [
-        f"{what} {', '.join(map(repr, sorted(names)[:5]))}{', …' * (len(names) > 5)}"
+        f"{what} {listed([*map(repr, sorted(names))], 5)}"
         for what, names in (("adds", new - old), ("lacks", old - new))
         if names
     ]

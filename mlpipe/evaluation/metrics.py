@@ -282,10 +282,10 @@ def _notes(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[str, .
     notes = []
     never = [name for name, support, count in zip(classes, supports, predicted, strict=True) if support and not count]
     if never:
-        notes.append(f"Never predicted, so that precision and F1 count as 0: {_listed(never)}.")
+        notes.append(f"Never predicted, so that precision and F1 count as 0: {listed(never)}.")
     absent = [name for name, support in zip(classes, supports, strict=True) if not support]
     if absent:
-        notes.append(f"Without test images and left out of the macro averages: {_listed(absent)}.")
+        notes.append(f"Without test images and left out of the macro averages: {listed(absent)}.")
     if np.trace(confusion) in {0, total}:
         share = "all" if np.trace(confusion) else "none"
         notes.append(
@@ -295,6 +295,7 @@ def _notes(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[str, .
     return tuple(notes)
 
 
-def _listed(names: Sequence[str], limit: int = 10) -> str:
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """The first names, and how many more there are."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

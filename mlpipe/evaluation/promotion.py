@@ -12,6 +12,7 @@ from scipy.stats import binomtest, permutation_test, random_table
 
 from mlpipe.config import PromotionConfig, PromotionMetric
 from mlpipe.evaluation.comparison import exact_mcnemar
+from mlpipe.evaluation.metrics import listed
 
 _ROUNDING = 1e-9
 """Far below one image's share; keeps 0.3 - 0.2 from exceeding 0.1."""
@@ -105,8 +106,7 @@ def _above_chance(
             f"Its {named} of {found:.4f} is below {needed:.4f}: {least:.4f} is {what}, and the margin is "
             f"{rules.min_accuracy_over_chance:g}."
         )
-    p_value = chance_p_value(metric, confusion)
-    if rules.significance < 1 and p_value >= rules.significance:
+    if rules.significance < 1 and (p_value := chance_p_value(metric, confusion)) >= rules.significance:
         test = "exact binomial" if metric == "accuracy" else "permutation"
         return False, (
             f"Its {named} of {found:.4f} may be chance, for {least:.4f} is {what} ({test} test: p = {p_value:.3g}, "
@@ -156,10 +156,8 @@ def _beats(
     labels, new, old = candidate.labels[used], candidate.correct[used], champion.correct[used]
     scores = [score(rules.metric, labels, each) for each in (new, old)]
     difference, p_value = scores[0] - scores[1], _p_value(rules.metric, labels, new, old)
-    larger, sure = (
-        difference > rules.min_improvement + _ROUNDING,
-        p_value < rules.significance or rules.significance >= 1,
-    )
+    larger = difference > rules.min_improvement + _ROUNDING
+    sure = p_value < rules.significance or rules.significance >= 1
     verdict = f"is {'' if larger else 'not '}above {rules.min_improvement:g}"
     if larger and not sure:
         verdict = f"may be chance, and a champion is replaced where p is below {rules.significance:g}"
@@ -204,14 +202,12 @@ def _other_classes(champion: Sequence[str], candidate: Sequence[str]) -> str:
     new, gone = sorted(set(candidate) - set(champion)), sorted(set(champion) - set(candidate))
     parts = []
     if new:
-        parts.append(f"does not know {_listed(new)}")
+        parts.append(f"does not know {listed([*map(repr, new)], 3)}")
     if gone:
-        parts.append(f"knows {_listed(gone)}, which {'is no class' if len(gone) == 1 else 'are no classes'} here")
+        parts.append(
+            f"knows {listed([*map(repr, gone)], 3)}, which {'is no class' if len(gone) == 1 else 'are no classes'} here"
+        )
     return " and ".join(parts)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def finite(values: Mapping[str, float]) -> str | None:

@@ -131,7 +131,7 @@ def promote(
             known[model["version"]],
             known[holder.version] if holder else None,
             rules,
-            unseen.get(holder.version) if holder else None,
+            unseen[holder.version] if holder else None,
         )
         moved = decision.promote and rules.mode == "enabled"
         if moved:

@@ -17,7 +17,6 @@ import pytest
 from torch import nn
 
 from mlpipe.config import NetworkSettings, RunParams
-from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, estimators, networks
 from mlpipe.models.architectures import Architecture
@@ -28,6 +27,7 @@ from mlpipe.stages.train import train
 from mlpipe.tracking.runs import TaskContext
 from mlpipe.training import optimizers
 from mlpipe.training.optimizers import build_optimizers
+from tests.stage_stores import stage_stores
 
 NETWORK = """
 from torch import nn
@@ -66,21 +66,9 @@ RUN_NUMBERS = itertools.count()
 @pytest.fixture(scope="module")
 def prepared(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:  # noqa: ARG001
     """Published digits of 8×8 pixels; an object store and an MLflow store of their own."""
-    folder = tmp_path_factory.mktemp("how-to-add")
-    store = ObjectStore("how-to-add")
-    store.create_bucket()
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow's default artifact folder is relative
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        patch.setenv("MLPIPE_S3_BUCKET", store.bucket)
-        patch.setenv("MLPIPE_CACHE_DIR", str(folder / "cache"))
-        mlflow.set_tracking_uri(None)
-        mlflow.set_registry_uri("")
+    with stage_stores(tmp_path_factory.mktemp("how-to-add"), "how-to-add"):
         config, origin = resolve(RunParams(image_size=8)), _origin()
         yield preprocess(config, origin, download(config, origin, on_run=lambda _: None), on_run=lambda _: None)
-    mlflow.set_tracking_uri(before)
-    mlflow.set_registry_uri("")
 
 
 def _origin() -> TaskContext:

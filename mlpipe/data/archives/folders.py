@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from mlpipe.addresses import redact_uri
 from mlpipe.data.archives.names import is_hidden
 from mlpipe.data.storage.uris import list_s3_folder, open_s3
 from mlpipe.errors import UserError
@@ -46,7 +47,7 @@ def pack_s3_folder(uri: str, target: Path, *, field: str, max_bytes: int) -> Non
         for address, size, _ in list_s3_folder(uri, field=field)
         if not any(map(is_hidden, address[prefix_length:].split("/")))
     )
-    _pack(members, target, f"{field}: {uri}", max_bytes)
+    _pack(members, target, f"{field}: {redact_uri(uri)}", max_bytes)
 
 
 def s3_folder_version(uri: str, *, field: str) -> str:

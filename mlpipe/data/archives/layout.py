@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -95,11 +96,13 @@ def _layout(
     labels: NDArray[np.int64],
     splits: NDArray[np.str_] | None,
     notes: Sequence[str],
+    table: str | None = None,
 ) -> Layout:
     """Decide what serves as test and validation images.
 
     Args:
         splits: (N,) `train`, `val` or `test`; `None`: the archive says nothing of splits.
+        table: name of the CSV file that the labels come from.
     """
     is_test = is_val = None
     also = []
@@ -118,9 +121,10 @@ def _layout(
         else:
             is_test = splits == "test"
             is_val = splits == "val" if "val" in there else None
-    if archive.num_others:
-        some = ", ".join(archive.others[:3]) + (", …" if archive.num_others > 3 else "")
-        also.append(f"{archive.num_others:,} files that are not images were left out: {some}")
+    others = [name for name in archive.others if name != table]
+    if num_others := archive.num_others - (table is not None):
+        some = ", ".join(others[:3]) + (", …" if num_others > 3 else "")
+        also.append(f"{num_others:,} files that are not images were left out: {some}")
     return Layout(classes, labels, is_test, is_val, (*notes, *also))
 
 
@@ -192,7 +196,7 @@ def _by_table(archive: ImageArchive, split_of: Sequence[str], class_of: Sequence
     """
     tables = {}
     for name, text in archive.tables():
-        rows = csv.DictReader(text.splitlines(), delimiter=_delimiter(text))
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
         columns = {(field or "").strip().lower(): field for field in rows.fieldnames or ()}
         image, label, split = (_column(columns, names) for names in (IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS))
         if image is not None and label is not None:
@@ -243,9 +247,7 @@ def _labelled(
     splits = np.array(split_of)[archive.folder_ids] if split_of else None
     if any(row and row[1] for row in found):
         splits = np.array([_split_value(row[1], table) if row else "train" for row in found])
-    if archive.num_others == 1:  # the table itself
-        archive.num_others = 0
-    return _layout(archive, classes, labels, splits, notes)
+    return _layout(archive, classes, labels, splits, notes, table)
 
 
 def _split_value(value: str | None, table: str) -> str:

@@ -8,10 +8,9 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -76,20 +75,14 @@ def fetch_source(
         return _fetch_official(store, official, max_bytes)
     local = local_path(data.uri)
     if local is not None and local.is_dir():
-        return _put_folder(partial(pack_folder, local), data, store, official, max_bytes)
+        with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
+            path = Path(folder) / "source"
+            pack_folder(local, path, field="data_uri", max_bytes=max_bytes)
+            return _put_archive(path, file_sha256(path), data, store, official)
     if local is not None and data.uri == str(local):
         check_local(local, field="data_uri")
         return _put_archive(local, file_sha256(local), data, store, official)
     return _fetch_remote(data, store, official, max_bytes)
-
-
-def _put_folder(
-    pack: Callable[..., None], data: DataConfig, store: ObjectStore, official: OfficialArchive, max_bytes: int
-) -> SourceRef:
-    with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
-        path = Path(folder) / "source"
-        pack(path, field="data_uri", max_bytes=max_bytes)
-        return _put_archive(path, file_sha256(path), data, store, official)
 
 
 def _put_digits(store: ObjectStore) -> SourceRef:

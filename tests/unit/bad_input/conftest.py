@@ -17,6 +17,7 @@ from mlpipe.stages.download import download
 from mlpipe.stages.preprocess import preprocess
 from mlpipe.stages.train import train
 from mlpipe.tracking.runs import TaskContext
+from tests.stage_stores import stage_stores
 
 RUN_NUMBERS = itertools.count()
 
@@ -59,20 +60,8 @@ class Pipeline:
 @pytest.fixture(scope="session")
 def pipeline(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:  # noqa: ARG001
     """One for all rows: each leaves it as it was, which is what they test."""
-    folder = tmp_path_factory.mktemp("bad-input")
-    store = ObjectStore("bad-input")
-    store.create_bucket()
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow's default artifact folder is relative
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        patch.setenv("MLPIPE_S3_BUCKET", store.bucket)
-        patch.setenv("MLPIPE_CACHE_DIR", str(folder / "cache"))
-        mlflow.set_tracking_uri(None)
-        mlflow.set_registry_uri("")
+    with stage_stores(tmp_path_factory.mktemp("bad-input"), "bad-input") as store:
         yield Pipeline(store)
-    mlflow.set_tracking_uri(before)
-    mlflow.set_registry_uri("")
 
 
 @pytest.fixture(scope="session")

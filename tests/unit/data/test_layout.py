@@ -141,6 +141,18 @@ def test_a_csv_of_something_else(table_of) -> None:
         table_of("path,noisy\n1.png,0\n", "1.png", "2.png")
 
 
+def test_a_csv_with_quoted_line_ends_beside_another_file(make: SimpleNamespace, tmp_path: Path) -> None:
+    table = b'image,label,caption\n1.png,x,"two\nlines"\n2.png,y,one\n'
+    files = {"1.png": b"", "2.png": b"", "labels.csv": table, "readme.txt": b"hi"}
+    with open_archive(make.pack_zip(tmp_path / "a.zip", files)) as archive:
+        layout = resolve_layout(archive)
+    assert layout.labels.tolist() == [0, 1]
+    assert layout.notes == (
+        "classes come from labels.csv",
+        "1 files that are not images were left out: readme.txt",
+    )
+
+
 def test_an_archive_in_an_archive(make: SimpleNamespace, tmp_path: Path) -> None:
     inner = make.pack_zip(tmp_path / "pets.zip", make.image_tree({"a": 2, "b": 1}))
     outer = make.pack_tar(tmp_path / "outer.tar.gz", {"x/pets.zip": inner.read_bytes(), "x/readme.txt": b"hi"})
