@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from mlpipe.addresses import redact_text
+from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
 
-DatasetName = Literal["digits", "cifar10", "images"]
 RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
 PromotionMetric = Literal["accuracy", "balanced_accuracy"]
@@ -38,11 +38,11 @@ def describe(default: Any, title: str, description: str, **limits: Any) -> Any:
 class RunParams:
     """What a user chooses when triggering a run. `None` means: as the recipe or the data set says."""
 
-    dataset: DatasetName = describe(
+    dataset: str = describe(
         "digits",
         "Data set",
-        "digits: the handwritten digits that scikit-learn ships (offline). cifar10: the official archive, "
-        "downloaded, or the one at the data URI. images: your own zip or tar at the data URI.",
+        " ".join(f"{source.name}: {source.description}." for source in catalog.KNOWN),
+        enum=[source.name for source in catalog.KNOWN],
     )
     data_uri: str | None = describe(
         None,
@@ -227,8 +227,8 @@ def _checked(key: str, value: Any, schema: Mapping[str, Any]) -> Any:
 class DataConfig:
     """Which images, and how they are prepared. With the bytes of the source, it decides a data set's digest."""
 
-    dataset: DatasetName
-    """Kind of source."""
+    dataset: str
+    """Kind of source, a name of `mlpipe.data.sources.catalog.KNOWN`."""
     name: str = ""
     """Name of the data set: of its MLflow experiment, registered model and asset; empty: that of the kind of source."""
     uri: str | None = None

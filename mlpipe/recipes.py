@@ -21,6 +21,7 @@ from mlpipe.config import (
     RunConfig,
     RunParams,
 )
+from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE, RESNETS, Architecture, find
 from mlpipe.training.optimizers import check_optimizer
@@ -116,11 +117,14 @@ def resolve(params: RunParams) -> RunConfig:
     Raises:
         UserError: the model list is malformed, or fields contradict each other.
     """
-    if params.dataset == "images" and params.data_uri is None:
-        raise UserError("data_uri: empty, but the data set 'images' needs the address of a zip, a tar or a folder")
-    if params.dataset == "digits" and params.data_uri is not None:
+    source = catalog.find(params.dataset)
+    if source.data_uri == "required" and params.data_uri is None:
         raise UserError(
-            f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set 'digits'; "
+            f"data_uri: empty, but the data set {source.name!r} needs the address of a zip, a tar or a folder"
+        )
+    if source.data_uri == "unused" and params.data_uri is not None:
+        raise UserError(
+            f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set {source.name!r}; "
             "leave it empty, or choose images"
         )
     image_size = params.image_size or 32
@@ -150,7 +154,7 @@ def dataset_name(dataset: str, data_uri: str | None) -> str:
     Raises:
         UserError: nothing of the address can be a name.
     """
-    if dataset != "images" or data_uri is None:
+    if catalog.find(dataset).data_uri != "required" or data_uri is None:
         return dataset
     last = re.split(r"[?#]", redact_uri(data_uri.strip()))[0].rstrip("/").rsplit("/", 1)[-1]
     name = re.sub(r"[^a-z0-9_]+", "-", ARCHIVE_SUFFIX.sub("", unquote(last)).lower()).strip("-_")[:MAX_NAME]
@@ -161,7 +165,7 @@ def dataset_name(dataset: str, data_uri: str | None) -> str:
 
 def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
     recipe = RECIPES[params.recipe]
-    if params.dataset == "digits":
+    if not catalog.find(params.dataset).mirror_images_keep_label:
         recipe = _without_flips(recipe)
     parsed = parse_models(params.models or recipe.models, recipe.default_weights)
     architectures = [architecture for _, architecture, _ in parsed]
@@ -223,7 +227,7 @@ def _check_devices(num_devices: int, models: Sequence[ModelConfig]) -> None:
 
 
 def _without_flips(recipe: Recipe) -> Recipe:
-    """Mirrored digits are other characters."""
+    """The recipe for images whose mirror images mean something else, as those of characters do."""
     shifted = recipe.network.augmentation in ("crop", "flip_crop")
     network = replace(recipe.network, augmentation="crop" if shifted else "none", test_time_averaging="none")
     return replace(recipe, network=network, linear=replace(recipe.linear, augmentation="none"))

@@ -116,15 +116,15 @@ class ArrayImages(ImageSet):
         is_test: NDArray[np.bool_] | None = None,
     ) -> None:
         super().__init__(classes, labels, is_test)
-        self._images_u8 = images_u8
+        self.images_u8 = images_u8
 
     def name(self, index: int) -> str:
         return f"image {index}"
 
     def runs(self, size: int) -> Iterator[Run]:
         length = _run_length(size)
-        for start in range(0, len(self._images_u8), length):
-            part = self._images_u8[start : start + length]
+        for start in range(0, len(self.images_u8), length):
+            part = self.images_u8[start : start + length]
             yield Run(start, len(part), lambda part=part: _resize_run(part, size))  # type: ignore[misc]
 
 

@@ -18,12 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
-from mlpipe.data.archives.archive import open_archive
-from mlpipe.data.archives.layout import resolve_layout
 from mlpipe.data.dataset import ImageRows
-from mlpipe.data.imageset import ArchivedImages, ArrayImages, Decoded, ImageSet, Run
+from mlpipe.data.imageset import Decoded, ImageSet, Run
 from mlpipe.data.manifest import (
     TEST_FILES,
     TRAIN_FILES,
@@ -35,8 +32,7 @@ from mlpipe.data.manifest import (
     manifest_key,
 )
 from mlpipe.data.near_duplicates import SIDE, cell_sums, group_numbers, near_duplicates, thumbnails
-from mlpipe.data.sources import cifar10
-from mlpipe.data.sources.fetch import SourceRef, check_classes, named_source, read_digits
+from mlpipe.data.sources.fetch import SourceRef, open_source
 from mlpipe.data.splits import DecodedImages, Labelled, Splits, listed, plan_splits, without_small_classes
 from mlpipe.data.storage.npy import NpyWriter, file_bytes
 from mlpipe.data.storage.store import ObjectStore, Upload
@@ -73,7 +69,7 @@ def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> 
     with tempfile.TemporaryDirectory(prefix="mlpipe-") as name:
         folder = Path(name)
         store.get_file(source.key, folder / "source", source.sha256)
-        with _opened(folder / "source", data, source) as images:
+        with open_source(folder / "source", data, source.kind) as images:
             manifest = _publish(_write(images, data, digest, source, store, folder), store)
     for note in manifest.notes:
         logger.warning("%s", note)
@@ -95,21 +91,6 @@ def _published(digest: str, store: ObjectStore) -> Manifest | None:
             store.delete(manifest_key(digest))
             return None
     return manifest
-
-
-@contextmanager
-def _opened(path: Path, data: DataConfig, source: SourceRef) -> Iterator[ImageSet]:
-    if source.kind == "digits":
-        images_u8, labels = read_digits(path.read_bytes())
-        yield ArrayImages(tuple(map(str, range(10))), images_u8, labels)
-    elif source.kind == "cifar10":
-        official = cifar10.read_python_archive(path)
-        yield ArrayImages(official.classes, official.images_u8, official.labels, official.is_test)
-    else:
-        with named_source(redact_uri(str(data.uri))), open_archive(path) as archive:
-            layout = resolve_layout(archive)
-            check_classes(layout, data)
-            yield ArchivedImages(archive, layout)
 
 
 def _write(

@@ -17,6 +17,9 @@ import pytest
 from torch import nn
 
 from mlpipe.config import NetworkSettings, RunParams
+from mlpipe.data import sources
+from mlpipe.data.sources import catalog
+from mlpipe.data.sources.catalog import DataSource
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, estimators, networks
 from mlpipe.models.architectures import Architecture
@@ -58,6 +61,28 @@ from torch.optim import RMSprop
 
 def build(parameters, settings):
     return [RMSprop(parameters, lr=settings.learning_rate)]
+"""
+
+SOURCE = """
+import hashlib
+from contextlib import contextmanager
+
+import numpy as np
+
+from mlpipe.data.imageset import ArrayImages
+from mlpipe.data.sources.fetch import SourceRef
+
+
+def fetch(data, store, *, max_bytes):
+    store.put_bytes("sources/seed", b"3")
+    return SourceRef(key="sources/seed", sha256=hashlib.sha256(b"3").hexdigest(), kind="")
+
+
+@contextmanager
+def open_images(path, data, kind):
+    labels = np.arange(60) % 2
+    noise = np.random.default_rng(int(path.read_bytes())).integers(0, 100, (60, 8, 8), np.uint8)
+    yield ArrayImages(("dark", "bright"), noise + (100 * labels).astype(np.uint8)[:, None, None], labels)
 """
 
 RUN_NUMBERS = itertools.count()
@@ -126,6 +151,19 @@ def test_an_estimator_is_one_file_and_one_entry(
     model = trained("naive_bayes")
     assert model["weights"] == "none"
     assert model["metrics"]["val/accuracy"] > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prepared")
+def test_a_data_source_is_one_file_and_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _add(sources, "brightness", SOURCE, tmp_path, monkeypatch)
+    entry = DataSource(name="brightness", description="dark and bright noise", module="mlpipe.data.sources.brightness")
+    monkeypatch.setattr(catalog, "KNOWN", (*catalog.KNOWN, entry))
+    form = RunParams(dataset="brightness", recipe="strong", models="logistic_regression", image_size=8)
+    config, origin = resolve(form), _origin()
+    data = preprocess(config, origin, download(config, origin, on_run=lambda _: None), on_run=lambda _: None)
+    assert (data["name"], data["classes"]) == ("brightness", ["dark", "bright"])
+    assert train(config, origin, "logistic_regression", data, on_run=lambda _: None)["version"]
 
 
 def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import pickle
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlpipe.addresses import redact_uri
+from mlpipe.config import DataConfig
 from mlpipe.data.archives.archive import DAMAGED, ArchiveLimits
 from mlpipe.data.archives.tar_images import open_tar
+from mlpipe.data.imageset import ArrayImages, ImageSet
+from mlpipe.data.sources import images
+from mlpipe.data.sources.fetch import SourceRef, fetch_at_uri
+from mlpipe.data.storage.store import ObjectStore
+from mlpipe.data.storage.uris import fetch_uri
 from mlpipe.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """In the order of the official labels, which is the alphabet's."""
@@ -50,6 +61,68 @@ OFFICIAL = OfficialArchive(
 )
 
 
+def fetch(data: DataConfig, store: ObjectStore, *, max_bytes: int, official: OfficialArchive = OFFICIAL) -> SourceRef:
+    """Download the official archive, or fetch what is at `data.uri`: a copy of that, or its images in class folders.
+
+    Args:
+        official: where the archive is and what it hashes to.
+    """
+    if data.uri is None:
+        return _download(store, official, max_bytes)
+    return fetch_at_uri(data, store, lambda path, data: _identify(path, data, official), max_bytes=max_bytes)
+
+
+@contextmanager
+def open_images(path: Path, data: DataConfig, kind: str) -> Iterator[ImageSet]:
+    """The images of the official archive (kind cifar10) or of an archive of image files (kind images).
+
+    Raises:
+        UserError: the archive cannot be used, or has other classes than CIFAR-10.
+    """
+    if kind == "cifar10":
+        yield read_python_archive(path)
+        return
+    with images.open_images(path, data) as opened:
+        if opened.classes != CLASSES:
+            raise UserError(
+                f"data_uri: {redact_uri(str(data.uri))}: the archive's classes are {', '.join(opened.classes[:12])} "
+                "and not those of cifar10; choose the data set images"
+            )
+        yield opened
+
+
+def _download(store: ObjectStore, official: OfficialArchive, max_bytes: int) -> SourceRef:
+    source = SourceRef(key=f"sources/{official.sha256}", sha256=official.sha256, kind="cifar10")
+    if store.exists(source.key):
+        return source
+    logger.info("downloading %s", official.url)
+    with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
+        path = Path(folder) / "source"
+        try:
+            fetch_uri(official.url, path, field="data_uri", max_bytes=max_bytes)
+        except UserError as error:
+            raise UserError(
+                f"{error}; or give the address of a copy, or of the images packed in class folders"
+            ) from error
+        found = file_md5(path)
+        if found != official.md5:
+            raise ConnectionError(f"{official.url} came with MD5 {found} instead of {official.md5}")
+        store.put_file(source.key, path, official.sha256)
+    return source
+
+
+def _identify(path: Path, data: DataConfig, official: OfficialArchive) -> str:
+    if not is_python_archive(path):
+        with open_images(path, data, "images"):
+            return "images"
+    if (found := file_md5(path)) != official.md5:
+        raise UserError(
+            f"data_uri: {redact_uri(str(data.uri))} has MD5 {found}, but CIFAR-10's archive has {official.md5}; "
+            "download it again"
+        )
+    return "cifar10"
+
+
 def file_md5(path: Path) -> str:
     """Hexadecimal MD5: a checksum here, not a protection."""
     with path.open("rb") as file:
@@ -70,21 +143,8 @@ def is_python_archive(path: Path) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class OfficialImages:
-    """All of the archive: the five training batches in their order, then the test batch."""
-
-    classes: tuple[str, ...]
-    images_u8: NDArray[np.uint8]
-    """(N, 32, 32, 3)"""
-    labels: NDArray[np.int64]
-    """(N,) positions in `classes`."""
-    is_test: NDArray[np.bool_]
-    """(N,)"""
-
-
-def read_python_archive(path: Path) -> OfficialImages:
-    """Read the official layout, of which there is one size (0.2 GB).
+def read_python_archive(path: Path) -> ArrayImages:
+    """Read the official layout: the training batches in their order, then the test batch; 0.2 GB of pixels.
 
     Raises:
         UserError: something is missing, damaged, or a pickle asks for more than arrays.
@@ -96,7 +156,7 @@ def read_python_archive(path: Path) -> OfficialImages:
     images_u8 = np.concatenate([images for images, _ in parts])
     is_test = np.zeros(len(images_u8), bool)
     is_test[len(images_u8) - len(parts[-1][1]) :] = True
-    return OfficialImages(classes, images_u8, np.concatenate([labels for _, labels in parts]), is_test)
+    return ArrayImages(classes, images_u8, np.concatenate([labels for _, labels in parts]), is_test)
 
 
 def _classes(names: Any) -> tuple[str, ...]:

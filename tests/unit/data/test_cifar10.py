@@ -15,6 +15,7 @@ from mlpipe.data.sources import cifar10
 from mlpipe.data.sources.cifar10 import OfficialArchive, file_md5, is_python_archive, read_python_archive
 from mlpipe.data.sources.fetch import fetch_source
 from mlpipe.data.storage.store import ObjectStore, file_sha256
+from mlpipe.data.storage.uris import MAX_BYTES
 from mlpipe.errors import UserError
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -60,7 +61,7 @@ def test_reads_the_official_layout(archive: Path) -> None:
 
 def test_through_to_a_published_data_set(archive: Path, store: ObjectStore, tmp_path: Path) -> None:
     data = DataConfig(dataset="cifar10", uri=str(archive))
-    source = fetch_source(data, store, official=official_of(archive))
+    source = cifar10.fetch(data, store, max_bytes=MAX_BYTES, official=official_of(archive))
     assert source.kind == "cifar10"
     dataset = open_dataset(prepare_dataset(data, source, store).digest, store, tmp_path / "cache")
     assert dataset.manifest.classes == cifar10.CLASSES
@@ -73,8 +74,8 @@ def test_own_source_is_downloaded_once(make: SimpleNamespace, archive: Path, sto
     data = DataConfig(dataset="cifar10")
     with make.web_server((200, {}, archive.read_bytes())) as (address, requests):
         official = official_of(archive, f"{address}/cifar-10-python.tar.gz")
-        first = fetch_source(data, store, official=official)
-        assert fetch_source(data, store, official=official) == first
+        first = cifar10.fetch(data, store, max_bytes=MAX_BYTES, official=official)
+        assert cifar10.fetch(data, store, max_bytes=MAX_BYTES, official=official) == first
     assert requests == ["GET /cifar-10-python.tar.gz"]
     assert first.sha256 == official.sha256
     assert first.kind == "cifar10"
@@ -85,13 +86,13 @@ def test_own_source_out_of_reach(archive: Path, store: ObjectStore, monkeypatch:
 
     monkeypatch.setattr("mlpipe.data.storage.uris._RETRIES", {"stop": stop_after_attempt(1), "wait": wait_none()})
     with pytest.raises(UserError, match="data_uri: .*or give the address of a copy"):
-        fetch_source(DataConfig(dataset="cifar10"), store, official=official_of(archive))
+        cifar10.fetch(DataConfig(dataset="cifar10"), store, max_bytes=MAX_BYTES, official=official_of(archive))
 
 
 def test_another_checksum_is_refused(archive: Path, store: ObjectStore) -> None:
     official = OfficialArchive(url="", md5="0" * 32, sha256="0" * 64)
     with pytest.raises(UserError, match="data_uri: .* has MD5 .*, but CIFAR-10's archive has 0000.*download it again"):
-        fetch_source(DataConfig(dataset="cifar10", uri=str(archive)), store, official=official)
+        cifar10.fetch(DataConfig(dataset="cifar10", uri=str(archive)), store, max_bytes=MAX_BYTES, official=official)
     assert store.list("sources") == []
 
 

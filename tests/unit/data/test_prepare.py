@@ -339,7 +339,7 @@ def test_shared_and_repeated_images_are_reported(
 
 
 def test_digits(published) -> None:
-    from mlpipe.data.sources.fetch import digits_bytes, read_digits
+    from mlpipe.data.sources.digits import digits_bytes, read_digits
 
     dataset = published(DataConfig(dataset="digits"))
     manifest = dataset.manifest

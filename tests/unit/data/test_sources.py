@@ -10,7 +10,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from mlpipe.config import DataConfig
-from mlpipe.data.sources.fetch import SourceRef, digits_bytes, fetch_source, read_digits
+from mlpipe.data.sources.digits import digits_bytes, read_digits
+from mlpipe.data.sources.fetch import SourceRef, fetch_source
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 
