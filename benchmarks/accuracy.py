@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,9 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 from mlpipe.config import ModelConfig, RunParams
-from mlpipe.data.dataset import Split
-from mlpipe.models.registry import build_network
-from mlpipe.models.weights import InitialWeights
+from mlpipe.data.dataset import Dataset
+from mlpipe.models.registry import describe
+from mlpipe.models.weights import initial_network
 from mlpipe.recipes import resolve
 from mlpipe.training.network import train_network
 from mlpipe.training.protocol import TrainedModel
@@ -36,39 +35,21 @@ NUM_VALIDATION = 5_000
 BATCH_SIZE = 500
 
 
-def dataset(path: Path) -> Any:
+def dataset(path: Path) -> Dataset:
     """The training images of a zip, a stratified tenth of them held out."""
     images_u8, labels = read_images(path, "train")
     train, val = train_test_split(np.arange(len(labels)), test_size=NUM_VALIDATION, stratify=labels, random_state=0)
-    channels = images_u8[train].reshape(-1, 3) / np.float32(255)
-    manifest = SimpleNamespace(
-        digest="0",
-        classes=tuple("abcdefghij"),
-        image_size=images_u8.shape[1],
-        channel_mean=tuple(map(float, channels.mean(0, dtype=np.float64))),
-        channel_std=tuple(map(float, channels.std(0, dtype=np.float64))),
-    )
-    return SimpleNamespace(
-        manifest=manifest,
-        train_split=lambda: Split.of(images_u8[train], labels[train]),
-        val_split=lambda: Split.of(images_u8[val], labels[val]),
-    )
+    training, validation = ((images_u8[rows], labels[rows]) for rows in (train, val))
+    return Dataset.in_memory(tuple("abcdefghij"), training, validation)
 
 
 def by_recipe(architecture: str, seed: int = 0) -> ModelConfig:
     return resolve(RunParams(dataset="cifar10", recipe="strong", models=architecture, seed=seed)).models[0]
 
 
-def trained(data: Any, model: ModelConfig, logged: Logged | None = None) -> TrainedModel:
-    network = build_network(
-        model.architecture,
-        num_classes=10,
-        image_size=data.manifest.image_size,
-        seed=model.train.seed,
-        variant=model.variant,
-    )
-    initial = InitialWeights(description="random", replaced_head=False, sha256=None, variant=model.variant)
-    return train_network(model, data, logged or Logged(), network=network, initial=initial)
+def trained(data: Dataset, model: ModelConfig, logged: Logged | None = None) -> TrainedModel:
+    start = initial_network(model, describe(model, data.manifest), store=None)  # type: ignore[arg-type]  # random weights
+    return train_network(model, data, logged or Logged(), start=start)
 
 
 def hits(model: TrainedModel, images_u8: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -14,7 +14,6 @@ import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -24,10 +23,10 @@ from accuracy import trained
 from common import Logged, conditions, paired, read_images, spread, table
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from training import MEAN, STD, Contestant, PerImage, Reference, usual_network
+from training import Contestant, PerImage, Reference, usual_network
 
 from mlpipe.config import RecipeName, RunParams
-from mlpipe.data.dataset import Split
+from mlpipe.data.dataset import Dataset
 from mlpipe.recipes import resolve
 
 TARGET = 0.7138
@@ -88,12 +87,7 @@ def reference(
 def ours(path: Path, architecture: str, seed: int, recipe: RecipeName, num_epochs: int) -> list[Epoch]:
     """Likewise, all epochs."""
     train, test = read_images(path, "train"), read_images(path, "test")
-    manifest = SimpleNamespace(
-        digest="0", classes=tuple("abcdefghij"), image_size=32, channel_mean=MEAN, channel_std=STD
-    )
-    dataset = SimpleNamespace(
-        manifest=manifest, train_split=lambda: Split.of(*train), val_split=lambda: Split.of(*test)
-    )
+    dataset = Dataset.in_memory(tuple("abcdefghij"), train, test)
     models = f"{architecture}=random"
     model = resolve(RunParams(dataset="cifar10", recipe=recipe, models=models, seed=seed, epochs=num_epochs)).models[0]
     logged = Logged()

@@ -125,9 +125,10 @@ def image_classification() -> None:
     @task(doc_md="Bring the source's bytes into object storage.", multiple_outputs=False)
     def download() -> dict[str, Any]:
         from mlpipe.stages import download as stage
+        from mlpipe.stages.messages import to_json
 
         with stage_code():
-            return stage.download(run_config(), origin(), on_run=link_to_run)
+            return to_json(stage.download(run_config(), origin(), on_run=link_to_run))
 
     @task(
         doc_md="Decode, check, split and publish the images; log them to MLflow.",
@@ -137,15 +138,18 @@ def image_classification() -> None:
         max_active_tis_per_dag=1,
     )
     def preprocess(source: dict[str, Any]) -> list[dict[str, Any]]:
+        from mlpipe.data.sources.fetch import SourceRef
         from mlpipe.stages import preprocess as stage
+        from mlpipe.stages.messages import from_json, to_json
 
         with stage_code():
             config = run_config()
-            dataset = stage.preprocess(config, origin(), source, on_run=link_to_run)
-        asset = Asset(name=dataset["name"], uri=f"mlpipe://datasets/{dataset['name']}")
-        extra = {"digest": dataset["digest"], "uri": dataset["uri"]}
-        get_current_context()["outlet_events"][DATASETS].add(asset, extra=extra)
-        return [{"model": model.name, "dataset": dataset} for model in config.models]
+            dataset = stage.preprocess(config, origin(), from_json(SourceRef, source), on_run=link_to_run)
+        asset = Asset(name=dataset.name, uri=f"mlpipe://datasets/{dataset.name}")
+        get_current_context()["outlet_events"][DATASETS].add(
+            asset, extra={"digest": dataset.digest, "uri": dataset.uri}
+        )
+        return [{"model": model.name, "dataset": to_json(dataset)} for model in config.models]
 
     @task(
         doc_md="Train one model, log and register it.",
@@ -155,9 +159,11 @@ def image_classification() -> None:
     )
     def train(model: str, dataset: dict[str, Any]) -> dict[str, Any]:
         from mlpipe.stages import train as stage
+        from mlpipe.stages.messages import PublishedData, from_json, to_json
 
         with stage_code():
-            return stage.train(run_config(), origin(), model, dataset, on_run=link_to_run)
+            data = from_json(PublishedData, dataset)
+            return to_json(stage.train(run_config(), origin(), model, data, on_run=link_to_run))
 
     @task(
         doc_md="Measure the models on the test images, compare them, promote the best.",
@@ -170,13 +176,15 @@ def image_classification() -> None:
     )
     def evaluate(trained: list[dict[str, Any]]) -> dict[str, Any]:
         from mlpipe.stages import evaluate as stage
+        from mlpipe.stages.messages import TrainedVersion, from_json, to_json
 
         with stage_code():
-            result = stage.evaluate(run_config(), origin(), list(trained), on_run=link_to_run)
-        if champion := result["promoted"]:
-            asset = Asset(name=champion["name"], uri=f"mlflow://registered-models/{champion['name']}/champion")
-            get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra={"version": champion["version"]})
-        return result
+            versions = [from_json(TrainedVersion, each) for each in trained]
+            result = stage.evaluate(run_config(), origin(), versions, on_run=link_to_run)
+        if champion := result.promoted:
+            asset = Asset(name=champion.name, uri=f"mlflow://registered-models/{champion.name}/champion")
+            get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra={"version": champion.version})
+        return to_json(result)
 
     evaluate(train.expand_kwargs(preprocess(download())))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from filelock import FileLock
@@ -98,12 +99,62 @@ class Split:
 
 
 class Dataset:
-    """A published data set. Arrays are downloaded when a split that needs them is first opened."""
+    """A data set: its manifest, and its arrays, each opened when a split first needs it."""
 
-    def __init__(self, manifest: Manifest, store: ObjectStore, cache_dir: Path) -> None:
+    def __init__(self, manifest: Manifest, open_array: Callable[[str], NDArray[Any]]) -> None:
+        """
+        Args:
+            open_array: from the name of a file of the manifest to its array.
+        """
         self.manifest = manifest
-        self._store = store
-        self._folder = cache_dir / "datasets" / manifest.digest
+        self._open = open_array
+
+    @classmethod
+    def in_memory(
+        cls,
+        classes: tuple[str, ...],
+        train: tuple[NDArray[np.uint8], NDArray[np.int64]],
+        val: tuple[NDArray[np.uint8], NDArray[np.int64]],
+        *,
+        name: str = "images",
+    ) -> Self:
+        """A data set without a test split, for what trains on arrays at hand.
+
+        Args:
+            train: images (N, S, S, 3) and labels (N,).
+            val: likewise.
+        """
+        images_u8 = np.concatenate([train[0], val[0]])
+        labels = np.concatenate([train[1], val[1]])
+        is_train = np.arange(len(labels)) < len(train[1])
+        pixels = train[0].reshape(-1, 3)
+        (r, g, b), (sr, sg, sb) = ((each / 255).tolist() for each in (pixels.mean(axis=0), pixels.std(axis=0)))
+        digest = hashlib.sha256(images_u8.tobytes() + labels.tobytes()).hexdigest()[:32]
+        manifest = Manifest(
+            dataset=name,
+            digest=digest,
+            image_size=images_u8.shape[1],
+            classes=classes,
+            num_train=len(train[1]),
+            num_val=len(val[1]),
+            num_test=0,
+            class_counts={
+                part: tuple(np.bincount(chosen, minlength=len(classes)).tolist())
+                for part, chosen in (("train", train[1]), ("val", val[1]), ("test", labels[:0]))
+            },
+            channel_mean=(r, g, b),
+            channel_std=(sr, sg, sb),
+            files={},
+            source_sha256="",
+            notes=(),
+        )
+        arrays = {
+            "train_images.npy": images_u8,
+            "train_labels.npy": labels,
+            "train_indices.npy": np.flatnonzero(is_train),
+            "val_indices.npy": np.flatnonzero(~is_train),
+        }
+        return cls(manifest, arrays.__getitem__)
 
     def train_split(self) -> Split:
         """What models are trained on."""
@@ -130,27 +181,33 @@ class Dataset:
         indices = np.array(self._open(indices_name))
         return Split(ImageRows(self._open(f"{array}_images.npy"), indices), self._open(f"{array}_labels.npy")[indices])
 
-    def _open(self, name: str) -> NDArray[Any]:
-        path = self._folder / name
-        file = self.manifest.files[name]
-        if not _is_there(path, file.bytes):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # Several trainings on one machine ask for the same file at the same time: one of them downloads it.
-            with FileLock(f"{path}.lock"):
-                if not _is_there(path, file.bytes):
-                    logger.info("downloading %s of data set %s", name, self.manifest.digest)
-                    self._store.get_file(self.manifest.key(name), path, file.sha256)
-        # Read-only: of a writable private mapping the kernel demands that all of it would fit in memory.
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
 
 def open_dataset(digest: str, store: ObjectStore, cache_dir: Path) -> Dataset:
-    """Open a published data set; its arrays are copied to `cache_dir` once, checked by their hashes.
+    """Open a published data set; its arrays are copied to `cache_dir` once, checked by their hashes, and mapped.
 
     Raises:
         FileNotFoundError: it is not published.
     """
-    return Dataset(load_manifest(digest, store), store, cache_dir)
+    manifest, folder = load_manifest(digest, store), cache_dir / "datasets" / digest
+
+    def open_array(name: str) -> NDArray[Any]:
+        path, num_bytes = folder / name, manifest.files[name].bytes
+        if not _is_there(path, num_bytes):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Several trainings on one machine ask for the same file at the same time: one of them downloads it.
+            with FileLock(f"{path}.lock"):
+                if not _is_there(path, num_bytes):
+                    logger.info("downloading %s of data set %s", name, digest)
+                    store.get_file(manifest.key(name), path, manifest.files[name].sha256)
+        return map_array(path)
+
+    return Dataset(manifest, open_array)
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """An array on disk, read-only: a writable private mapping is refused where memory could not hold all of it."""
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
 
 
 def _is_there(path: Path, num_bytes: int) -> bool:

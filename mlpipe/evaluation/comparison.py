@@ -13,49 +13,13 @@ from numpy.typing import NDArray
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from mlpipe.evaluation.metrics import Evaluation
+from mlpipe.evaluation import metrics as registry
+from mlpipe.evaluation.metrics import Metric
+from mlpipe.evaluation.result import ModelResult
 
 SIGNIFICANCE = 0.05
 SMALLEST_P = 1e-100
 """Smaller ones are given as smaller than this; they come out as 0 at some point."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Contender:
-    """What is compared of one model."""
-
-    evaluation: Evaluation
-    correct: NDArray[np.bool_]
-    """(N,) which test images it got right; in the same order of images for all models."""
-    weights: str
-    """What it started from: random, imagenet, a URI; none for estimators."""
-    train_seconds: float | None = None
-    """Duration of the training."""
-    images_per_second: float | None = None
-    """Throughput of the training."""
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One model of a comparison."""
-
-    name: str
-    contender: Contender
-
-    @property
-    def evaluation(self) -> Evaluation:
-        """Its scores."""
-        return self.contender.evaluation
-
-    @property
-    def random_weights(self) -> bool:
-        """Whether it is a network that started from random weights."""
-        return self.contender.weights == "random"
-
-    @property
-    def display_name(self) -> str:
-        """The name, marked where the model started from random weights."""
-        return f"{self.name} (random weights)" if self.random_weights else self.name
 
 
 @dataclass(frozen=True)
@@ -78,7 +42,7 @@ class PairedTest:
 class Comparison:
     """Models by falling accuracy, the tests between all pairs of them, and the models that have no result."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ModelResult, ...]
     tests: tuple[PairedTest, ...]
     failed: dict[str, str] = field(default_factory=dict)
     """Reasons by model name."""
@@ -99,7 +63,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table, the paired tests and what there is to note, as GitHub-flavoured Markdown."""
-        parts = [_markdown_table(_TABLE_HEADER, [_table_row(row, self.num_images) for row in self.rows], self.failed)]
+        parts = [_markdown_table(_table_header(), [_table_row(row, self.num_images) for row in self.rows], self.failed)]
         if self.tests:
             parts.append(_markdown_table(_TEST_HEADER, [_test_row(test) for test in self.tests], {}))
             parts.append("Paired tests: McNemar, exact, two-sided; p adjusted over all pairs by Holm's method.")
@@ -110,10 +74,10 @@ class Comparison:
     def csv(self) -> str:
         """The table with all digits, one row for each model, the failed ones last."""
         stream = io.StringIO()
-        writer = csv.DictWriter(stream, fieldnames=_CSV_FIELDS, restval="", lineterminator="\n")
+        rows = [_csv_row(rank, row) for rank, row in enumerate(self.rows, start=1)]
+        writer = csv.DictWriter(stream, fieldnames=[*rows[0], "failure"], restval="", lineterminator="\n")
         writer.writeheader()
-        for rank, row in enumerate(self.rows, start=1):
-            writer.writerow(_csv_row(rank, row))
+        writer.writerows(rows)
         for name, reason in self.failed.items():
             writer.writerow({"model": name, "failure": " ".join(reason.split())})
         return stream.getvalue()
@@ -149,25 +113,22 @@ class Comparison:
         return f"Its lead of {points} over {test.worse}, the second, may be chance ({p_value})."
 
 
-def compare(contenders: Mapping[str, Contender], failed: Mapping[str, str] | None = None) -> Comparison:
+def compare(results: Sequence[ModelResult], failed: Mapping[str, str] | None = None) -> Comparison:
     """Rank models and test every pair of them.
 
     Args:
-        contenders: by model name, at least one.
+        results: at least one.
         failed: reasons by the name of each model that has no result.
 
     Raises:
-        ValueError: no contender, or they were not measured on the same images and classes.
+        ValueError: no result, or they were not measured on the same images and classes.
     """
-    if not contenders:
-        raise ValueError("contenders: none; at least one model must have been evaluated")
+    if not results:
+        raise ValueError("results: none; at least one model must have been evaluated")
     # Equal accuracies go by log loss, then by name, so that the order never depends on who finished first.
-    ranked = sorted(
-        contenders.items(), key=lambda item: (-item[1].evaluation.accuracy, item[1].evaluation.log_loss, item[0])
-    )
-    rows = tuple(Row(name, contender) for name, contender in ranked)
+    rows = sorted(results, key=lambda row: (-row.evaluation.accuracy, row.evaluation.scores["log_loss"], row.name))
     _check_same_images(rows)
-    return Comparison(rows=rows, tests=_paired_tests(rows), failed=dict(failed or {}))
+    return Comparison(rows=tuple(rows), tests=_paired_tests(rows), failed=dict(failed or {}))
 
 
 def exact_mcnemar(first_correct: NDArray[np.bool_], second_correct: NDArray[np.bool_]) -> float:
@@ -178,85 +139,72 @@ def exact_mcnemar(first_correct: NDArray[np.bool_], second_correct: NDArray[np.b
     return float(mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue)
 
 
-def _paired_tests(rows: Sequence[Row]) -> tuple[PairedTest, ...]:
+def _paired_tests(rows: Sequence[ModelResult]) -> tuple[PairedTest, ...]:
     pairs = list(itertools.combinations(rows, 2))
     if not pairs:
         return ()
-    p_values = [exact_mcnemar(first.contender.correct, second.contender.correct) for first, second in pairs]
+    correct = [tuple(model.evaluation.predictions.correct for model in pair) for pair in pairs]
+    p_values = [exact_mcnemar(first, second) for first, second in correct]
     adjusted = multipletests(p_values, alpha=SIGNIFICANCE, method="holm")[1]
     return tuple(
         PairedTest(
             better=first.name,
             worse=second.name,
-            only_better_right=int(np.sum(first.contender.correct & ~second.contender.correct)),
-            only_worse_right=int(np.sum(~first.contender.correct & second.contender.correct)),
+            only_better_right=int(np.sum(first_correct & ~second_correct)),
+            only_worse_right=int(np.sum(~first_correct & second_correct)),
             difference=first.evaluation.accuracy - second.evaluation.accuracy,
             p_value=p_value,
             p_adjusted=float(p_adjusted),
         )
-        for (first, second), p_value, p_adjusted in zip(pairs, p_values, adjusted, strict=True)
+        for (first, second), (first_correct, second_correct), p_value, p_adjusted in zip(
+            pairs, correct, p_values, adjusted, strict=True
+        )
     )
 
 
-def _check_same_images(rows: Sequence[Row]) -> None:
+def _check_same_images(rows: Sequence[ModelResult]) -> None:
     first = rows[0].evaluation
     for row in rows:
-        evaluation, correct = row.evaluation, row.contender.correct
-        if correct.shape != (evaluation.num_images,) or int(correct.sum()) != int(np.trace(evaluation.confusion)):
-            raise ValueError(f"{row.name}: 'correct' must be (N,) booleans that agree with its evaluation")
-        same_truth = evaluation.classes == first.classes and np.array_equal(
-            evaluation.confusion.sum(axis=1), first.confusion.sum(axis=1)
-        )
-        if not same_truth:
+        evaluation = row.evaluation
+        if evaluation.classes != first.classes or not np.array_equal(
+            evaluation.predictions.labels, first.predictions.labels
+        ):
             raise ValueError(f"{row.name} and {rows[0].name} were not measured on the same images and classes")
 
 
 # --- Texts
 
-_TABLE_HEADER = (
-    "Model",
-    "Started from",
-    "Accuracy, % (95 % interval)",
-    "Precision, %",
-    "Recall (balanced accuracy), %",
-    "F1, %",
-    "Log loss",
-    "Calibration error",
-    "Training, s",
-    "Images/s",
-)
 _TEST_HEADER = ("Better", "Worse", "Lead, points", "Only better right", "Only worse right", "p", "p adjusted")
-_MACRO = ("precision_macro", "recall_macro", "f1_macro")
-_CSV_FIELDS = (
-    "rank",
-    "model",
-    "weights",
-    "accuracy",
-    "accuracy_ci_low",
-    "accuracy_ci_high",
-    "balanced_accuracy",
-    *(f"{name}{suffix}" for name in _MACRO for suffix in ("", "_ci_low", "_ci_high")),
-    "log_loss",
-    "calibration_error",
-    "train_seconds",
-    "images_per_second",
-    "num_test_images",
-    "failure",
-)
+_FEWER_DECIMALS = 3
+"""Of metrics that are no shares."""
 
 
-def _table_row(row: Row, num_images: int) -> list[str]:
-    evaluation, contender = row.evaluation, row.contender
-    accuracy = _percent(evaluation.accuracy, num_images)
+def _table_header() -> list[str]:
+    return ["Model", "Started from", *map(_heading, _shown_metrics()), "Training, s", "Images/s"]
+
+
+def _shown_metrics() -> list[Metric]:
+    return [metric for metric in registry.METRICS if metric.title]
+
+
+def _heading(metric: Metric) -> str:
+    unit = ", %" if metric.is_share else ""
+    return f"{metric.title}{unit}{' (95 % interval)' if metric.name == 'accuracy' else ''}"
+
+
+def _table_row(row: ModelResult, num_images: int) -> list[str]:
+    evaluation = row.evaluation
+    cells = [row.display_name, "–" if row.weights == "none" else row.weights]
+    for metric in _shown_metrics():
+        value = evaluation.scores[metric.name]
+        cell = _percent(value, num_images) if metric.is_share else f"{value:.{_FEWER_DECIMALS}f}"
+        if metric.name == "accuracy":
+            cell += f" ({_percent_range(evaluation.intervals['accuracy'], num_images)})"
+        cells.append(cell)
     return [
-        row.display_name,
-        "–" if contender.weights == "none" else contender.weights,
-        f"{accuracy} ({_percent_range(evaluation.intervals['accuracy'], num_images)})",
-        *(_percent(getattr(evaluation, name), num_images) for name in _MACRO),
-        f"{evaluation.log_loss:.3f}",
-        f"{evaluation.expected_calibration_error:.3f}",
-        "–" if contender.train_seconds is None else f"{contender.train_seconds:,.1f}",
-        "–" if contender.images_per_second is None else f"{contender.images_per_second:,.0f}",
+        *cells,
+        "–" if row.train_seconds is None else f"{row.train_seconds:,.1f}",
+        "–" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
     ]
 
 
@@ -272,24 +220,16 @@ def _test_row(test: PairedTest) -> list[str]:
     ]
 
 
-def _csv_row(rank: int, row: Row) -> dict[str, object]:
-    evaluation, contender = row.evaluation, row.contender
-    values: dict[str, object] = {
-        "rank": rank,
-        "model": row.name,
-        "weights": contender.weights,
-        "balanced_accuracy": evaluation.recall_macro,
-        "log_loss": evaluation.log_loss,
-        "calibration_error": evaluation.expected_calibration_error,
-        "num_test_images": evaluation.num_images,
-        # None becomes an empty field
-        "train_seconds": contender.train_seconds,
-        "images_per_second": contender.images_per_second,
-    }
-    for name in ("accuracy", *_MACRO):
-        values[name] = getattr(evaluation, name)
-        values[f"{name}_ci_low"], values[f"{name}_ci_high"] = evaluation.intervals[name]
-    return values
+def _csv_row(rank: int, row: ModelResult) -> dict[str, object]:
+    evaluation = row.evaluation
+    values: dict[str, object] = {"rank": rank, "model": row.name, "weights": row.weights}
+    for name, value in evaluation.scores.items():
+        values[name] = value
+        if interval := evaluation.intervals.get(name):
+            values[f"{name}_ci_low"], values[f"{name}_ci_high"] = interval
+    # None becomes an empty field
+    values |= {"train_seconds": row.train_seconds, "images_per_second": row.images_per_second}
+    return values | {"num_test_images": evaluation.num_images}
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], failed: Mapping[str, str]) -> str:

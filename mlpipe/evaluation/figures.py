@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from mlpipe.evaluation import metrics as registry
+from mlpipe.evaluation.calibration import NUM_CALIBRATION_BINS
 from mlpipe.evaluation.comparison import Comparison
-from mlpipe.evaluation.metrics import NUM_CALIBRATION_BINS, Evaluation
+from mlpipe.evaluation.scoring import Evaluation
 from mlpipe.figures_style import (
     BAD,
     BASE_FONT,
@@ -42,12 +44,6 @@ from mlpipe.figures_style import (
 _MAX_ANNOTATED_CLASSES = 20
 _MAX_NAMED_CLASSES = 120
 _BAR_INCHES = 0.32
-_SCORES = (
-    ("accuracy", "Accuracy"),
-    ("precision_macro", "Precision, macro"),
-    ("recall_macro", "Recall, macro"),
-    ("f1_macro", "F1, macro"),
-)
 
 
 def confusion_matrix_figure(evaluation: Evaluation, name: str) -> Figure:
@@ -168,8 +164,9 @@ def reliability_figure(evaluation: Evaluation, name: str) -> Figure:
     width, height = 6.4, 6.9
     calibration = evaluation.calibration
     with figure_style():
-        error = f"Expected calibration error {evaluation.expected_calibration_error:.3f}"
-        figure = new_figure(width, height, f"Calibration of {name}", f"{error} · log loss {evaluation.log_loss:.3f}")
+        error = f"Expected calibration error {calibration.expected_error:.3f}"
+        log_loss = f"log loss {evaluation.scores['log_loss']:.3f}"
+        figure = new_figure(width, height, f"Calibration of {name}", f"{error} · {log_loss}")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
         figure.subplots_adjust(left=0.125, right=0.965, top=heading_space(height), bottom=0.085, hspace=0.1)
         upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
@@ -306,7 +303,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
             left=1.95 / width, right=1 - 0.75 / width, top=heading_space(height, 1.1), bottom=0.72 / height, wspace=0.08
         )
         _draw_scores(scores, comparison)
-        _draw_seconds(seconds, [row.contender.train_seconds for row in rows])
+        _draw_seconds(seconds, [row.train_seconds for row in rows])
         labels = [row.name + ("\nrandom weights" if row.random_weights else "") for row in rows]
         scores.set_yticks(range(len(rows)), labels)
         scores.set_ylim(len(rows) - 0.5, -0.5)
@@ -316,9 +313,11 @@ def comparison_figure(comparison: Comparison) -> Figure:
 
 
 def _draw_scores(axes: Axes, comparison: Comparison) -> None:
-    offsets = np.linspace(-0.27, 0.27, len(_SCORES))
-    for (key, label), offset, colour in zip(_SCORES, offsets, SERIES, strict=False):
-        values = np.array([getattr(row.evaluation, key) for row in comparison.rows]) * 100
+    drawn = [metric for metric in registry.METRICS if metric.resample and metric.title][: len(SERIES)]
+    offsets = np.linspace(-0.27, 0.27, len(drawn))
+    for metric, offset, colour in zip(drawn, offsets, SERIES, strict=False):
+        key, label = metric.name, metric.title
+        values = np.array([row.evaluation.scores[key] for row in comparison.rows]) * 100
         limits = np.array([row.evaluation.intervals[key] for row in comparison.rows]).T * 100  # (2, models)
         # An interval of resamples need not hold the point value; errors below 0 are refused by matplotlib.
         spread = np.maximum([values - limits[0], limits[1] - values], 0)

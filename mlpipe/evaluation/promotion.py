@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, permutation_test, random_table
 
-from mlpipe.config import PromotionConfig, PromotionMetric
+from mlpipe.config import PromotionConfig, PromotionMetric, PromotionMode
 from mlpipe.evaluation.comparison import exact_mcnemar
-from mlpipe.evaluation.metrics import listed
+from mlpipe.evaluation.metrics import Predictions
+from mlpipe.evaluation.result import ModelResult, Unmeasured
+from mlpipe.evaluation.scoring import listed
+
+CHAMPION = "champion"
+"""Alias of the best version so far."""
 
 _ROUNDING = 1e-9
 """Far below one image's share; keeps 0.3 - 0.2 from exceeding 0.1."""
 NUM_PERMUTATIONS = 9_999
 _CELLS_AT_ONCE = 4_000_000  # of confusion matrices: 32 MB
 BY_HAND = "Remove the alias, or move it by hand, if this model is to take its place."
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Measured:
-    """A registered model version and how it did on this run's test images."""
-
-    name: str
-    """For the reader: custom_cnn."""
-    version: str
-    """Of the registered model."""
-    classes: tuple[str, ...]
-    """Those that it knows; their order does not matter."""
-    labels: NDArray[np.int64] | None = None
-    """(N,) true classes of the test images."""
-    correct: NDArray[np.bool_] | None = None
-    """(N,) which of them it got right; `None`: it was not measured."""
-    confusion: NDArray[np.int64] | None = None
-    """(K, K) test images; rows are the true classes, columns the predicted ones."""
-    problem: str | None = None
-    """Why it could not be measured on these images."""
-
-    def __str__(self) -> str:
-        return f"{self.name} (version {self.version})"
 
 
 @dataclass(frozen=True)
@@ -53,24 +36,25 @@ class Decision:
 
 
 def decide(
-    candidate: Measured, champion: Measured | None, rules: PromotionConfig, unseen: NDArray[np.bool_] | None = None
+    candidate: ModelResult,
+    champion: ModelResult | Unmeasured | None,
+    rules: PromotionConfig,
+    unseen: NDArray[np.bool_] | None = None,
 ) -> Decision:
     """Judge a candidate against chance and against the current champion on the same images.
 
     `rules.mode` is not looked at: the caller acts on the decision or does not. A champion that could not be measured
-    on these images, or that knows other classes, is never replaced: whether its users want that is theirs to say.
+    on these images is never replaced: whether its users want that is theirs to say.
 
     Args:
         unseen: (N,) the test images that the champion was not trained on; `None`: that is not known.
     """
     if champion is not None and champion.version == candidate.version:
         return Decision(False, (f"{candidate} is the champion already.",))
-    if candidate.correct is None or candidate.labels is None or candidate.confusion is None:
-        return Decision(False, (f"{candidate} was not measured: {candidate.problem or 'it has no predictions'}.",))
-    checks = [
-        _above_chance(candidate.labels, candidate.correct, candidate.confusion, rules),
-        _beats(candidate, champion, rules, unseen),
-    ]
+    broken = [name for name, value in candidate.evaluation.as_metrics().items() if not math.isfinite(value)]
+    if broken:
+        return Decision(False, (f"{candidate} was not measured: metrics are not finite: {', '.join(broken)}.",))
+    checks = [_above_chance(candidate.evaluation.predictions, rules), _beats(candidate, champion, rules, unseen)]
     return Decision(all(passed for passed, _ in checks), tuple(reason for _, reason in checks))
 
 
@@ -93,12 +77,10 @@ def chance(metric: PromotionMetric, labels: NDArray[np.int64]) -> float:
     return float(counts.max() / len(labels)) if metric == "accuracy" else 1 / np.count_nonzero(counts)
 
 
-def _above_chance(
-    labels: NDArray[np.int64], correct: NDArray[np.bool_], confusion: NDArray[np.int64], rules: PromotionConfig
-) -> tuple[bool, str]:
+def _above_chance(predictions: Predictions, rules: PromotionConfig) -> tuple[bool, str]:
     metric, named = rules.metric, rules.metric.replace("_", " ")
-    found = score(metric, labels, correct)
-    least = chance(metric, labels)
+    found = score(metric, predictions.labels, predictions.correct)
+    least = chance(metric, predictions.labels)
     needed = least + rules.min_accuracy_over_chance
     what = "the share of the largest class" if metric == "accuracy" else "what one answer for all images would give"
     if found < needed - _ROUNDING:
@@ -106,7 +88,7 @@ def _above_chance(
             f"Its {named} of {found:.4f} is below {needed:.4f}: {least:.4f} is {what}, and the margin is "
             f"{rules.min_accuracy_over_chance:g}."
         )
-    if rules.significance < 1 and (p_value := chance_p_value(metric, confusion)) >= rules.significance:
+    if rules.significance < 1 and (p_value := chance_p_value(metric, predictions.confusion)) >= rules.significance:
         test = "exact binomial" if metric == "accuracy" else "permutation"
         return False, (
             f"Its {named} of {found:.4f} may be chance, for {least:.4f} is {what} ({test} test: p = {p_value:.3g}, "
@@ -139,21 +121,21 @@ def chance_p_value(metric: PromotionMetric, confusion: NDArray[np.int64]) -> flo
 
 
 def _beats(
-    candidate: Measured, champion: Measured | None, rules: PromotionConfig, unseen: NDArray[np.bool_] | None
+    candidate: ModelResult,
+    champion: ModelResult | Unmeasured | None,
+    rules: PromotionConfig,
+    unseen: NDArray[np.bool_] | None,
 ) -> tuple[bool, str]:
     if champion is None:
         return True, "It is the first champion."
-    if champion.correct is None or candidate.correct is None or candidate.labels is None:
-        return False, (
-            f"The champion, {champion}, could not be measured on the same images: "
-            f"{champion.problem or 'it has no predictions'}. {BY_HAND}"
-        )
-    if set(champion.classes) != set(candidate.classes):
-        return False, f"The champion, {champion}, {_other_classes(champion.classes, candidate.classes)}. {BY_HAND}"
-    used = np.ones(len(candidate.labels), bool) if unseen is None else unseen
+    if isinstance(champion, Unmeasured):
+        return False, f"The champion, {champion}, {champion.problem}. {BY_HAND}"
+    labels = candidate.evaluation.predictions.labels
+    used = np.ones(len(labels), bool) if unseen is None else unseen
     if not used.any():
         return False, f"The champion, {champion}, was trained on all of these test images. {BY_HAND}"
-    labels, new, old = candidate.labels[used], candidate.correct[used], champion.correct[used]
+    new, old = (each.evaluation.predictions.correct[used] for each in (candidate, champion))
+    labels = labels[used]
     scores = [score(rules.metric, labels, each) for each in (new, old)]
     difference, p_value = scores[0] - scores[1], _p_value(rules.metric, labels, new, old)
     larger = difference > rules.min_improvement + _ROUNDING
@@ -198,7 +180,8 @@ def _p_value(
     return float(result.pvalue)
 
 
-def _other_classes(champion: Sequence[str], candidate: Sequence[str]) -> str:
+def other_classes(champion: Sequence[str], candidate: Sequence[str]) -> str:
+    """How the classes of a champion differ from those of a candidate, as the end of a sentence about the champion."""
     new, gone = sorted(set(candidate) - set(champion)), sorted(set(champion) - set(candidate))
     parts = []
     if new:
@@ -210,7 +193,95 @@ def _other_classes(champion: Sequence[str], candidate: Sequence[str]) -> str:
     return " and ".join(parts)
 
 
-def finite(values: Mapping[str, float]) -> str | None:
-    """What is wrong with metrics of which some are not finite; `None`: nothing."""
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    return f"metrics are not finite: {', '.join(broken)}" if broken else None
+class Aliases(Protocol):
+    """The names of versions of one registered model, as a registry keeps them."""
+
+    def holder(self, alias: str) -> str | None:
+        """The version that bears the alias, or `None`."""
+
+    def move(self, alias: str, version: str) -> None:
+        """Point the alias at the version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliasDecision:
+    """What became of one alias."""
+
+    candidate: str
+    """`version (model)`"""
+    holder: str | None
+    """Version that bore the alias before; `None`: none did."""
+    mode: PromotionMode
+    promote: bool
+    moved: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """What the gate decided for each alias."""
+
+    decisions: Mapping[str, AliasDecision]
+    """By alias."""
+    champion: str | None
+    """Version of the champion after the run; `None`: there is none."""
+    moved_champion: bool
+    summary: str
+
+
+def promote(
+    rules: PromotionConfig,
+    ranked: Sequence[ModelResult],
+    aliases: Aliases,
+    remeasure: Callable[[str], ModelResult | Unmeasured],
+    unseen_by: Callable[[str], NDArray[np.bool_] | None],
+) -> Promotion:
+    """Pass the best model, and the best of each architecture, through the gate; move aliases where rules say so.
+
+    Args:
+        ranked: this run's models, best first.
+        remeasure: measures another version on the same images.
+        unseen_by: (N,) which of those a version was not trained on; `None`: that is not known.
+    """
+    candidates = {CHAMPION: ranked[0]}
+    for result in ranked:
+        candidates.setdefault(result.architecture, result)
+    known: dict[str, ModelResult | Unmeasured] = {result.version: result for result in ranked}
+    unseen: dict[str, NDArray[np.bool_] | None] = {}
+    decisions: dict[str, AliasDecision] = {}
+    for alias, candidate in candidates.items():
+        holder = aliases.holder(alias)
+        if holder and holder not in known:
+            known[holder] = remeasure(holder)
+        if holder and holder not in unseen:
+            unseen[holder] = unseen_by(holder)
+        decision = decide(candidate, known[holder] if holder else None, rules, unseen[holder] if holder else None)
+        moved = decision.promote and rules.mode == "enabled"
+        if moved:
+            aliases.move(alias, candidate.version)
+        decisions[alias] = AliasDecision(
+            candidate=str(candidate),
+            holder=holder,
+            mode=rules.mode,
+            promote=decision.promote,
+            moved=moved,
+            reasons=decision.reasons,
+        )
+    verdict = decisions[CHAMPION]
+    return Promotion(
+        decisions=decisions,
+        champion=aliases.holder(CHAMPION),
+        moved_champion=verdict.moved,
+        summary=_summary(ranked[0].name, verdict),
+    )
+
+
+def _summary(name: str, verdict: AliasDecision) -> str:
+    if verdict.mode == "disabled":
+        return "Promotion is disabled: no alias was moved."
+    reasons = " ".join(verdict.reasons)
+    if not verdict.promote:
+        return f"{name} does not become the champion. {reasons}"
+    if verdict.mode == "dry_run":
+        return f"{name} would become the champion, but this is a dry run. {reasons}"
+    return f"{name} is the new champion. {reasons}"

@@ -5,14 +5,40 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mlpipe.config import Variant
+from mlpipe.config import ModelConfig, NetworkSettings, Variant
+from mlpipe.data.manifest import Manifest
 from mlpipe.data.storage.uris import check_local
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, portable
 from mlpipe.models.architectures import Architecture
+from mlpipe.models.portable import ModelDescription
 
 IMAGE_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 """Sizes to suggest where a network cannot take the one that was asked for, pixels."""
+
+
+MAX_ESTIMATOR_IMAGE_SIZE = 32
+"""To this size larger images are shrunk for estimators, pixels: more does not help a linear model, and memory grows
+with the square."""
+
+
+def describe(model: ModelConfig, manifest: Manifest) -> ModelDescription:
+    """What a model will be when it is trained on a data set; weights to start from may change its form."""
+    entry = architectures.find(model.architecture)
+    is_network = entry.kind == "network"
+    return ModelDescription(
+        kind=entry.kind,
+        architecture=entry.name,
+        classes=manifest.classes,
+        image_size=manifest.image_size if is_network else min(manifest.image_size, MAX_ESTIMATOR_IMAGE_SIZE),
+        channel_mean=manifest.channel_mean,
+        channel_std=manifest.channel_std,
+        variant=model.variant,
+        input_size=model.input_size,
+        test_time_averaging=model.train.test_time_averaging if isinstance(model.train, NetworkSettings) else "none",
+        code=entry.code,
+        outline=entry.outline,
+    )
 
 
 def check_architecture(

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +25,7 @@ from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import expected_sha256, fetch_uri
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, package
+from mlpipe.models.portable import ModelDescription
 from mlpipe.models.registry import build_network, outline_network
 
 logger = logging.getLogger(__name__)
@@ -44,24 +45,19 @@ LEGACY_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:
 """Names in torchvision's own densenet files, from before dots were taken out; as in `torchvision.models.densenet`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class InitialWeights:
-    """What a network started from."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InitialNetwork:
+    """A network before its training."""
 
-    description: str
-    """In words, with the replacement of a head."""
-    replaced_head: bool
+    network: nn.Module
+    description: ModelDescription
+    """Its form and its normalisation: those that the weights were trained with, or the data set's."""
+    source: str = "random"
+    """What its weights are, in words, with the replacement of a head."""
+    replaced_head: bool = False
     """Whether the last layer is new, the weights' own being for other classes."""
-    sha256: str | None
-    """Of the file; `None` for random weights."""
-    channel_mean: Channels | None = None
-    """Normalisation that the weights were trained with, in units of 0..1; `None`: use the data set's own."""
-    channel_std: Channels | None = None
-    """Likewise."""
-    variant: Variant = "standard"
-    """Form of the network."""
-    input_size: int | None = None
-    """Height and width to which it enlarges its images, pixels."""
+    sha256: str | None = None
+    """Of the weights' file; `None` for random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,77 +67,62 @@ class _Found:
     state: Mapping[str, Tensor]
     source: str
     sha256: str
-    channel_mean: Channels | None = None
-    channel_std: Channels | None = None
+    description: ModelDescription
+    """Of the network that takes them."""
     other_classes: bool = False
-    variant: Variant | None = None
-    input_size: int | None = None
 
 
-def initial_network(
-    model: ModelConfig, *, classes: tuple[str, ...], image_size: int, store: ObjectStore
-) -> tuple[nn.Module, InitialWeights]:
+def initial_network(model: ModelConfig, description: ModelDescription, store: ObjectStore) -> InitialNetwork:
     """The network with the configured initial weights.
 
     A head of another size (or, for `models:/…`, of other classes) keeps its random weights, and that is logged.
     There is no fallback: weights that cannot be had are an error.
 
     Args:
-        classes: class names of the data set.
-        image_size: height and width of its images, pixels.
+        description: of the model with random weights.
 
     Raises:
         UserError: unreachable, unreadable or unsafe weights, a wrong checksum, or weights of another architecture; an
             architecture that cannot take images of that size.
     """
-
-    def build(variant: Variant, input_size: int | None) -> nn.Module:
-        return build_network(
-            model.architecture,
-            num_classes=len(classes),
-            image_size=input_size or image_size,
-            seed=model.train.seed,
-            variant=variant,
-        )
-
     if model.weights == "random":
-        network = build(model.variant, model.input_size)
-        return network, InitialWeights(
-            description="random",
-            replaced_head=False,
-            sha256=None,
-            variant=model.variant,
-            input_size=model.input_size,
-        )
+        return InitialNetwork(network=_build(model, description), description=description)
     with tempfile.TemporaryDirectory(prefix="mlpipe-weights-") as folder:
         if model.weights == "imagenet":
-            found = _imagenet(model.architecture, store, Path(folder))
+            found = _imagenet(description, store, Path(folder))
         elif model.weights.startswith("models:/"):
-            found = _registered(model, classes, Path(folder))
+            found = _registered(model, description, Path(folder))
         else:
-            found = _file(model, Path(folder))
-        variant = found.variant or model.variant
-        input_size = found.input_size if found.variant else model.input_size
-        network = build(variant, input_size)
-        replaced = _apply(network, found, model.architecture, variant)
-    description = found.source
+            found = _file(model, description, Path(folder))
+        network = _build(model, found.description)
+        replaced = _apply(network, found, model.architecture)
+    source = found.source
     if replaced:
-        description += f"; head ({', '.join(replaced)}) new, for {len(classes)} classes"
-    logger.info("%s starts from %s", model.name, description)
-    return network, InitialWeights(
-        description=description,
+        source += f"; head ({', '.join(replaced)}) new, for {len(description.classes)} classes"
+    logger.info("%s starts from %s", model.name, source)
+    return InitialNetwork(
+        network=network,
+        description=found.description,
+        source=source,
         replaced_head=bool(replaced),
         sha256=found.sha256,
-        channel_mean=found.channel_mean,
-        channel_std=found.channel_std,
-        variant=variant,
-        input_size=input_size,
     )
 
 
-def _imagenet(architecture: str, store: ObjectStore, folder: Path) -> _Found:
+def _build(model: ModelConfig, description: ModelDescription) -> nn.Module:
+    return build_network(
+        model.architecture,
+        num_classes=len(description.classes),
+        image_size=description.input_size or description.image_size,
+        seed=model.train.seed,
+        variant=description.variant,
+    )
+
+
+def _imagenet(description: ModelDescription, store: ObjectStore, folder: Path) -> _Found:
     import torchvision  # here: it takes seconds, and the networks of this project do without
 
+    architecture = description.architecture
     try:
         weights = torchvision.models.get_model_weights(architecture).DEFAULT
     except (ValueError, AttributeError):
@@ -165,8 +146,7 @@ def _imagenet(architecture: str, store: ObjectStore, folder: Path) -> _Found:
         state=_read(path),
         source=f"ImageNet weights {name}",
         sha256=file_sha256(path),
-        channel_mean=_channels(transform.mean),
-        channel_std=_channels(transform.std),
+        description=replace(description, channel_mean=_channels(transform.mean), channel_std=_channels(transform.std)),
     )
 
 
@@ -182,27 +162,29 @@ def _check_prefix(path: Path, url: str) -> None:
         raise UserError(f"models: the file from {url} does not have the sha256 of its name ({expected}…); {WAYS_OUT}")
 
 
-def _registered(model: ModelConfig, classes: tuple[str, ...], folder: Path) -> _Found:
-    description, path = package.download_packaged_model(model.weights, folder)
-    wanted = architectures.find(model.architecture).name
-    if description.architecture != wanted:
+def _registered(model: ModelConfig, description: ModelDescription, folder: Path) -> _Found:
+    logged, path = package.download_packaged_model(model.weights, folder)
+    if logged.architecture != description.architecture:
         raise UserError(
-            f"models: {model.weights} is a {description.architecture}, not a {wanted}; "
-            f"write {description.architecture}={model.weights}"
+            f"models: {model.weights} is a {logged.architecture}, not a {description.architecture}; "
+            f"write {logged.architecture}={model.weights}"
         )
     return _Found(
         state=_read(path),
         source=model.weights,
         sha256=file_sha256(path),
-        channel_mean=description.channel_mean,
-        channel_std=description.channel_std,
-        other_classes=description.classes != classes,
-        variant=description.variant,
-        input_size=description.input_size,
+        description=replace(
+            description,
+            channel_mean=logged.channel_mean,
+            channel_std=logged.channel_std,
+            variant=logged.variant,
+            input_size=logged.input_size,
+        ),
+        other_classes=logged.classes != description.classes,
     )
 
 
-def _file(model: ModelConfig, folder: Path) -> _Found:
+def _file(model: ModelConfig, description: ModelDescription, folder: Path) -> _Found:
     uri = redact_uri(model.weights)
     checksum = expected_sha256(model.weights, field="models")
     if model.weights.lower().startswith(("http://", "https://")) and checksum is None:
@@ -219,13 +201,9 @@ def _file(model: ModelConfig, folder: Path) -> _Found:
     from_imagenet = architectures.find(model.architecture).has_imagenet_weights and any(
         len(state[key]) == IMAGENET_CLASSES for key in head_keys(model.architecture) if key in state
     )
-    return _Found(
-        state=state,
-        source=uri,
-        sha256=digest,
-        channel_mean=IMAGENET_MEAN if from_imagenet else None,
-        channel_std=IMAGENET_STD if from_imagenet else None,
-    )
+    if from_imagenet:
+        description = replace(description, channel_mean=IMAGENET_MEAN, channel_std=IMAGENET_STD)
+    return _Found(state=state, source=uri, sha256=digest, description=description)
 
 
 def _read(path: Path, uri: str | None = None) -> Mapping[str, Tensor]:
@@ -257,7 +235,7 @@ def head_keys(architecture: str, variant: Variant = "standard") -> tuple[str, ..
     return tuple(key for key in two if two[key].shape != three[key].shape)
 
 
-def _apply(network: nn.Module, found: _Found, architecture: str, variant: Variant) -> list[str]:
+def _apply(network: nn.Module, found: _Found, architecture: str) -> list[str]:
     """Load the weights; the names of the head's parameters where it stays new."""
     own = network.state_dict()
     state = {LEGACY_DENSENET.sub(r"\1\2", key): value for key, value in found.state.items() if not AUXILIARY.match(key)}
@@ -265,7 +243,7 @@ def _apply(network: nn.Module, found: _Found, architecture: str, variant: Varian
         from torchvision.models.vision_transformer import interpolate_embeddings
 
         state = dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
-    head = head_keys(architecture, variant)
+    head = head_keys(architecture, found.description.variant)
     replaced = found.other_classes or any(key in state and state[key].shape != own[key].shape for key in head)
     if replaced:
         state |= {key: own[key] for key in head}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import RunConfig
-from mlpipe.data.sources.fetch import fetch_source
+from mlpipe.data.sources.fetch import SourceRef, fetch_source
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.data.storage.uris import check_local
 from mlpipe.environment import Environment
@@ -19,11 +18,8 @@ from mlpipe.tracking.runs import TaskContext, TrackedRun
 
 
 @services_named()
-def download(config: RunConfig, origin: TaskContext, *, on_run: OnRun) -> dict[str, Any]:
+def download(config: RunConfig, origin: TaskContext, *, on_run: OnRun) -> SourceRef:
     """Bring the source's bytes into object storage and open the MLflow run of this DAG run.
-
-    Returns:
-        `key`, `sha256` and `kind` of the source.
 
     Raises:
         UserError: an unknown model, or a source that cannot be had.
@@ -35,7 +31,7 @@ def download(config: RunConfig, origin: TaskContext, *, on_run: OnRun) -> dict[s
     parent.log_params({"recipe": config.recipe, "models": ",".join(model.name for model in config.models)})
     data = asdict(config.data) | {"uri": redact_uri(config.data.uri or "")}
     parent.log_params({f"data/{name}": value for name, value in data.items()})
-    return asdict(source)
+    return source
 
 
 def _check_architectures(config: RunConfig) -> None:

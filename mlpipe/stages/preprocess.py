@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 from mlpipe.config import RunConfig
 from mlpipe.data.dataset import open_dataset
@@ -16,6 +14,7 @@ from mlpipe.data.storage.store import ObjectStore
 from mlpipe.data.versions import DatasetVersion, record_version
 from mlpipe.environment import Environment
 from mlpipe.services import services_named
+from mlpipe.stages.messages import PublishedData
 from mlpipe.tracking import runs
 from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.data_run import log_data
@@ -25,11 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 @services_named()
-def preprocess(config: RunConfig, origin: TaskContext, source: Mapping[str, Any], *, on_run: OnRun) -> dict[str, Any]:
+def preprocess(config: RunConfig, origin: TaskContext, source: SourceRef, *, on_run: OnRun) -> PublishedData:
     """Publish the images as arrays, and log what they look like.
-
-    Returns:
-        `name`, `digest` and `uri`, `num_train`, `num_val`, `num_test` and `classes` of the published data.
 
     Raises:
         UserError: the archive or its images cannot be used.
@@ -37,8 +33,7 @@ def preprocess(config: RunConfig, origin: TaskContext, source: Mapping[str, Any]
     gc.freeze()  # else a full collection may walk through all that torch and MLflow made when they were imported
     environment = Environment.from_env()
     store = ObjectStore.from_environment(environment)
-    reference = SourceRef(key=source["key"], sha256=source["sha256"], kind=source["kind"])
-    manifest = prepare_dataset(config.data, reference, store)
+    manifest = prepare_dataset(config.data, source, store)
     dataset = open_dataset(manifest.digest, store, environment.cache_dir)
     version = record_version(dataset, store, environment.cache_dir)
     if version.change:
@@ -60,15 +55,15 @@ def preprocess(config: RunConfig, origin: TaskContext, source: Mapping[str, Any]
     with runs.active(run) as tracked:
         on_run(tracked.url)
         log_data(tracked, dataset, store.uri(f"datasets/{manifest.digest}"))
-    return {
-        "name": manifest.dataset,
-        "digest": manifest.digest,
-        "uri": store.uri(f"datasets/{manifest.digest}"),
-        "num_train": manifest.num_train,
-        "num_val": manifest.num_val,
-        "num_test": manifest.num_test,
-        "classes": list(manifest.classes),
-    }
+    return PublishedData(
+        name=manifest.dataset,
+        digest=manifest.digest,
+        uri=store.uri(f"datasets/{manifest.digest}"),
+        num_train=manifest.num_train,
+        num_val=manifest.num_val,
+        num_test=manifest.num_test,
+        classes=manifest.classes,
+    )
 
 
 def _data_description(manifest: Manifest, version: DatasetVersion, origin: TaskContext) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings, RunConfig
@@ -20,8 +18,11 @@ from mlpipe.data.storage.uris import check_local
 from mlpipe.environment import Environment
 from mlpipe.models import architectures
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
-from mlpipe.models.weights import InitialWeights, initial_network
+from mlpipe.models.portable import ModelDescription
+from mlpipe.models.registry import describe
+from mlpipe.models.weights import InitialNetwork, initial_network
 from mlpipe.services import services_named
+from mlpipe.stages.messages import PublishedData, RegisteredModel, TrainedVersion
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.data_input import log_input
@@ -34,14 +35,8 @@ NUM_EXAMPLES = 8
 
 
 @services_named()
-def train(
-    config: RunConfig, origin: TaskContext, name: str, data: Mapping[str, Any], *, on_run: OnRun
-) -> dict[str, Any]:
+def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData, *, on_run: OnRun) -> TrainedVersion:
     """Train one model, log it, check that it loads elsewhere, and register it.
-
-    Returns:
-        `name`, `architecture` and `weights` of the model, its `run_id`, `model_uri` and `version`, `train_seconds`,
-        `images_per_second`, the validation `metrics`, and the `dataset` that it was trained on.
 
     Raises:
         UserError: initial weights that cannot be had or do not fit, or settings with which nothing is learned.
@@ -49,56 +44,56 @@ def train(
     environment = Environment.from_env()
     model = _with_own_copy(config.model(name), environment.cache_dir)
     store = ObjectStore.from_environment(environment)
-    dataset = open_dataset(data["digest"], store, environment.cache_dir)
+    dataset = open_dataset(data.digest, store, environment.cache_dir)
     # Before the run is opened: weights that cannot be had leave no run behind.
-    start = None
-    if architectures.find(model.architecture).kind == "network":
-        manifest = dataset.manifest
-        start = initial_network(model, classes=manifest.classes, image_size=manifest.image_size, store=store)
+    description = describe(model, dataset.manifest)
+    start = initial_network(model, description, store) if description.kind == "network" else None
     run = runs.open_run(
         experiment(config),
         origin.key(model.name),
         name=display_name(model),
         tags={**origin.tags(), "stage": "train", **_model_tags(model, dataset)},
-        description=f"{origin.link}\n\n{display_name(model)} on {data['name']}, recipe {config.recipe}.",
+        description=f"{origin.link}\n\n{display_name(model)} on {data.name}, recipe {config.recipe}.",
         parent_run_id=parent_run(config, origin).info.run_id,
     )
     with runs.active(run, system_metrics=True) as tracked:
         on_run(tracked.url)
         tracked.log_params(_params(config, model, dataset))
-        log_input(dataset.manifest, data["uri"], context="training")
+        log_input(dataset.manifest, data.uri, context="training")
         checkpoints = CheckpointStore(store, tracked.run_id)
-        trained = _fit(model, dataset, tracked, start, checkpoints)
+        trained = _fit(model, description, dataset, tracked, start, checkpoints)
         tracked.log_metrics({"train_seconds": trained.train_seconds, "best_epoch": trained.best_epoch})
-        version = registry.find(registry.registered_name(data["name"]), tracked.run_id)
+        version = registry.find(registry.registered_name(data.name), tracked.run_id)
         if version is None:
             registry.discard_logged_models(run)
             logged = _package(model, dataset, trained)
             version = registry.register(
-                registry.registered_name(data["name"]),
+                registry.registered_name(data.name),
                 model_uri=logged.model_uri,
                 run_id=tracked.run_id,
                 tags={**_model_tags(model, dataset), "dag_run_id": origin.dag_run_id},
-                description=f"{display_name(model)}, trained on {data['name']} "
+                description=f"{display_name(model)}, trained on {data.name} "
                 f"({len(dataset.manifest.classes)} classes) by recipe {config.recipe}. {origin.link}",
             )
         tracked.set_tags({"model_version": f"{version.name}/{version.version}"})
     # When MLflow has all: until then a retry trains nothing again.
     checkpoints.delete()
-    return {
-        "name": model.name,
-        "architecture": architectures.find(model.architecture).name,
-        "weights": redact_uri(model.weights),
-        "run_id": run.info.run_id,
-        "run_url": tracked.url,
-        "model_uri": version.uri,
-        "model_id": version.model_id,
-        "version": version.version,
-        "train_seconds": trained.train_seconds,
-        "images_per_second": trained.images_per_second,
-        "metrics": dict(trained.metrics),
-        "dataset": dict(data),
-    }
+    return TrainedVersion(
+        model=RegisteredModel(
+            name=model.name,
+            architecture=architectures.find(model.architecture).name,
+            weights=redact_uri(model.weights),
+            run_id=run.info.run_id,
+            run_url=tracked.url,
+            model_uri=version.uri,
+            model_id=version.model_id,
+            version=version.version,
+            train_seconds=trained.train_seconds,
+            images_per_second=trained.images_per_second,
+            metrics=trained.metrics,
+        ),
+        dataset=data,
+    )
 
 
 def _with_own_copy(model: ModelConfig, cache_dir: Path) -> ModelConfig:
@@ -120,21 +115,22 @@ def _with_own_copy(model: ModelConfig, cache_dir: Path) -> ModelConfig:
 
 def _fit(
     model: ModelConfig,
+    description: ModelDescription,
     dataset: Dataset,
     tracked: TrackedRun,
-    start: tuple[nn.Module, InitialWeights] | None,
+    start: InitialNetwork | None,
     checkpoints: CheckpointStore,
 ) -> TrainedModel:
     if start is None:
         from mlpipe.training.cached_fit import fit_once
 
-        return fit_once(model, dataset, tracked, checkpoints)
+        return fit_once(model, description, dataset, tracked, checkpoints)
     from mlpipe.training.network import train_network
 
-    network, initial = start
-    form = {"variant": initial.variant, "input_size": initial.input_size or dataset.manifest.image_size}
-    tracked.log_params({"initial_weights": initial.description, **form})
-    return train_network(model, dataset, tracked, network=network, initial=initial, checkpoints=checkpoints)
+    form = start.description
+    size = form.input_size or form.image_size
+    tracked.log_params({"initial_weights": start.source, "variant": form.variant, "input_size": size})
+    return train_network(model, dataset, tracked, start=start, checkpoints=checkpoints)
 
 
 def _package(model: ModelConfig, dataset: Dataset, trained: TrainedModel) -> PackagedModel:

@@ -11,8 +11,6 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-CHAMPION = "champion"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredVersion:
@@ -105,6 +103,22 @@ def _version(version: ModelVersion) -> RegisteredVersion:
     )
 
 
-def move_alias(name: str, alias: str, version: str) -> None:
-    """Point the alias at the version."""
-    mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
+def by_version(name: str, version: str) -> RegisteredVersion:
+    """The version of that number."""
+    return _version(mlflow.MlflowClient().get_model_version(name, version))
+
+
+@dataclass(frozen=True)
+class RegistryAliases:
+    """Aliases of one registered model; see `mlpipe.evaluation.promotion.Aliases`."""
+
+    name: str
+
+    def holder(self, alias: str) -> str | None:
+        """The version that bears the alias, or `None`."""
+        version = by_alias(self.name, alias)
+        return version.version if version else None
+
+    def move(self, alias: str, version: str) -> None:
+        """Point the alias at the version."""
+        mlflow.MlflowClient().set_registered_model_alias(self.name, alias, version)

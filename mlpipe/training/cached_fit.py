@@ -42,19 +42,23 @@ class _HeldBack:
 
 
 def fit_once(
-    model: ModelConfig, dataset: Dataset, tracking: TrainingLogger, checkpoints: CheckpointStore
+    model: ModelConfig,
+    description: ModelDescription,
+    dataset: Dataset,
+    tracking: TrainingLogger,
+    checkpoints: CheckpointStore,
 ) -> TrainedModel:
     """`train_estimator`, or its result of the attempt before; then write its metrics."""
     fingerprint = json.dumps([asdict(model), dataset.manifest.digest], sort_keys=True)
     kept = checkpoints.load()
     if kept is None or kept["fingerprint"] != fingerprint:
         held = _HeldBack()
-        trained = train_estimator(model, dataset, held)
+        trained = train_estimator(model, description, dataset, held)
         kept = _packed(trained, held) | {"fingerprint": fingerprint}
         checkpoints.save(kept)
     else:
         logger.info("the fit of the attempt before is used")
-        trained = _unpacked(kept)
+        trained = _unpacked(kept, description)
     tracking.log_params(kept["params"])
     for metrics, step in kept["logged"]:
         tracking.log_metrics(metrics, step=step)
@@ -66,16 +70,15 @@ def _packed(trained: TrainedModel, held: _HeldBack) -> dict[str, Any]:
     rest = {name: value for name, value in vars(trained).items() if name not in ("description", "predictor", "metrics")}
     return {
         "predictor": torch.from_numpy(np.frombuffer(import_skops().dumps(trained.predictor), np.uint8).copy()),
-        "description": asdict(trained.description),
         "trained": {**rest, "metrics": dict(trained.metrics)},
         "logged": held.metrics,
         "params": held.params,
     }
 
 
-def _unpacked(kept: Mapping[str, Any]) -> TrainedModel:
+def _unpacked(kept: Mapping[str, Any], description: ModelDescription) -> TrainedModel:
     return TrainedModel(
-        description=ModelDescription(**kept["description"]),
+        description=description,
         predictor=import_skops().loads(kept["predictor"].numpy().tobytes(), trusted=list(TRUSTED_TYPES)),
         **kept["trained"],
     )

@@ -25,9 +25,6 @@ from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
 
-MAX_IMAGE_SIZE = 32
-"""Larger images are shrunk to this, pixels: more does not help a linear model, and memory grows with the square."""
-
 MAX_FITTED = 100_000
 """Training images, mirror images counted, that an estimator is fitted to: with 3,072 features 1.2 GB, and as much again
 while it is fitted."""
@@ -35,17 +32,22 @@ while it is fitted."""
 BYTES_PER_READ = 3 << 20
 
 
-def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogger) -> TrainedModel:
+def train_estimator(
+    model: ModelConfig, description: ModelDescription, dataset: Dataset, tracking: TrainingLogger
+) -> TrainedModel:
     """Fit on the training split and measure on the validation split; the test split is not touched.
+
+    Args:
+        description: as `mlpipe.models.registry.describe` gives it.
 
     Raises:
         UserError: the architecture is no estimator.
     """
-    entry, settings, manifest = architectures.find(model.architecture), model.train, dataset.manifest
+    entry, settings = architectures.find(model.architecture), model.train
     if entry.kind != "estimator" or not isinstance(settings, LinearSettings):
         raise UserError(f"models: {model.architecture!r} is not an estimator; it is trained as a network")
     make_features = load_function(entry.features)
-    image_size = min(manifest.image_size, MAX_IMAGE_SIZE)
+    image_size = description.image_size
     mirrored = settings.augmentation == "flip"
     training = _sample(dataset.train_split(), MAX_FITTED // (2 if mirrored else 1), settings.seed)
     features, labels = _features(training, make_features, image_size, mirrored=mirrored)
@@ -72,15 +74,7 @@ def train_estimator(model: ModelConfig, dataset: Dataset, tracking: TrainingLogg
         seconds, metrics["train/accuracy"], metrics["val/loss"], metrics["val/accuracy"], rate,
     )  # fmt: skip
     return TrainedModel(
-        description=ModelDescription(
-            kind="estimator",
-            architecture=entry.name,
-            classes=manifest.classes,
-            image_size=image_size,
-            channel_mean=manifest.channel_mean,
-            channel_std=manifest.channel_std,
-            code=entry.code,
-        ),
+        description=description,
         predictor=estimator,
         metrics={name: metrics[name] for name in ("val/accuracy", "val/loss")},
         train_seconds=seconds,

@@ -15,9 +15,8 @@ from mlpipe.config import ModelConfig, NetworkSettings
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
 from mlpipe.errors import UserError
-from mlpipe.models import architectures
-from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, normalise
-from mlpipe.models.weights import Channels, InitialWeights
+from mlpipe.models.portable import PIXELS_PER_BATCH, normalise
+from mlpipe.models.weights import Channels, InitialNetwork
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu.dead_taps import TrimmedKernels
 from mlpipe.training.cpu.processor import cpu_computes_bfloat16, cpu_name
@@ -37,8 +36,7 @@ def train_network(
     dataset: Dataset,
     tracking: TrainingLogger,
     *,
-    network: nn.Module,
-    initial: InitialWeights,
+    start: InitialNetwork,
     checkpoints: CheckpointStore | None = None,
 ) -> TrainedModel:
     """Train on the training split; keep the weights of the epoch of highest validation accuracy.
@@ -47,21 +45,20 @@ def train_network(
     its last epoch and ends with the same weights as if it had never been interrupted.
 
     Args:
-        network: with its initial weights; trained in place.
-        initial: what those are; decides the normalisation.
+        start: the network with its initial weights, which is trained in place.
 
     Raises:
         UserError: the architecture is no network, the loss became infinite, or there are not as many devices as
             wanted, or images for them.
     """
-    entry, config, manifest = architectures.find(model.architecture), model.train, dataset.manifest
+    config = model.train
     if not isinstance(config, NetworkSettings):
         raise UserError(f"models: {model.architecture!r} is not a network; scikit-learn fits it")
-    mean = initial.channel_mean or manifest.channel_mean
-    std = initial.channel_std or manifest.channel_std
+    network, description = start.network, start.description
+    mean, std = description.channel_mean, description.channel_std
     training = BatchLoader(dataset.train_split(), config.batch_size, seed=config.seed, shuffle=True)
     # What fits when it is trained on fits when it is not.
-    side = initial.input_size or manifest.image_size
+    side = description.input_size or description.image_size
     validation_batch_size = max(config.batch_size, PIXELS_PER_BATCH // side**2)
     validation = BatchLoader(dataset.val_split(), validation_batch_size, seed=config.seed, shuffle=False)
     check_devices(
@@ -71,7 +68,7 @@ def train_network(
         num_validation=validation.num_images,
     )
     whitened = getattr(network, "whitened", None)
-    if isinstance(whitened, nn.Conv2d) and initial.sha256 is None:
+    if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
         _whiten(whitened, training, mean, std)
     trimmed = TrimmedKernels(network, side)
     own_shard = training.shard(0, config.num_devices)
@@ -79,7 +76,7 @@ def train_network(
         own_shard,
         tracking,
         checkpoints,
-        fingerprint=_fingerprint(model, dataset, initial, network),
+        fingerprint=_fingerprint(model, dataset, start),
         seed=config.seed,
         patience=config.early_stopping_patience,
     )
@@ -89,7 +86,7 @@ def train_network(
         channel_mean=mean,
         channel_std=std,
         total_steps=config.num_epochs * len(own_shard),
-        input_size=initial.input_size,
+        input_size=description.input_size,
     )
     precision = choose_precision(config.precision)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
@@ -97,7 +94,7 @@ def train_network(
     if len(keeper.history) < config.num_epochs and not keeper.finished:
         fit = Fit(
             module=module,
-            code=entry.code,
+            code=description.code,
             training=training,
             validation=validation,
             num_epochs=config.num_epochs,
@@ -114,19 +111,7 @@ def train_network(
     best = keeper.history[keeper.best_epoch - 1]
     num_images = sum(epoch["images_per_second"] * epoch["train_seconds"] for epoch in keeper.history)
     return TrainedModel(
-        description=ModelDescription(
-            kind="network",
-            architecture=entry.name,
-            classes=manifest.classes,
-            image_size=manifest.image_size,
-            channel_mean=mean,
-            channel_std=std,
-            variant=initial.variant,
-            input_size=initial.input_size,
-            test_time_averaging=config.test_time_averaging,
-            code=entry.code,
-            outline=entry.outline,
-        ),
+        description=description,
         predictor=network.eval(),
         metrics={name: best[name] for name in ("val/accuracy", "val/loss")},
         train_seconds=sum(epoch["epoch_seconds"] for epoch in keeper.history),
@@ -143,10 +128,10 @@ def _whiten(convolution: nn.Conv2d, training: BatchLoader, mean: Channels, std: 
     whiten(convolution, (normalise(images_u8, *scale) for images_u8, _ in first))
 
 
-def _fingerprint(model: ModelConfig, dataset: Dataset, initial: InitialWeights, network: nn.Module) -> str:
+def _fingerprint(model: ModelConfig, dataset: Dataset, start: InitialNetwork) -> str:
     """What a checkpoint must agree with so that training can resume; shapes, since the code may change meanwhile."""
-    shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
-    values = [CHECKPOINT_FORMAT, asdict(model), dataset.manifest.digest, initial.description, shapes]
+    shapes = {name: list(value.shape) for name, value in start.network.state_dict().items()}
+    values = [CHECKPOINT_FORMAT, asdict(model), dataset.manifest.digest, start.source, shapes]
     facts = json.dumps(values, sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()  # an address among them may hold a password
 

@@ -1,8 +1,11 @@
-"""How a model is added: one new file and one entry; or, without changing this project, a file or a package."""
+"""How a part is added: one new file and one line; or, without changing this project, a file or a package."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import importlib
+import io
 import itertools
 import os
 import subprocess
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 from torch import nn
 
@@ -21,10 +25,15 @@ from mlpipe.data import sources
 from mlpipe.data.sources import catalog
 from mlpipe.data.sources.catalog import DataSource
 from mlpipe.errors import UserError
+from mlpipe.evaluation import metrics
+from mlpipe.evaluation.comparison import compare
+from mlpipe.evaluation.result import ModelResult
+from mlpipe.evaluation.scoring import evaluate_predictions
 from mlpipe.models import architectures, estimators, networks
 from mlpipe.models.architectures import Architecture
 from mlpipe.recipes import resolve
 from mlpipe.stages.download import download
+from mlpipe.stages.messages import PublishedData, RegisteredModel
 from mlpipe.stages.preprocess import preprocess
 from mlpipe.stages.train import train
 from mlpipe.tracking.runs import TaskContext
@@ -63,6 +72,19 @@ def build(parameters, settings):
     return [RMSprop(parameters, lr=settings.learning_rate)]
 """
 
+METRIC = """
+from sklearn.metrics import cohen_kappa_score
+
+from mlpipe.evaluation.metrics import Metric
+
+METRIC = Metric(
+    name="kappa",
+    title="Cohen's kappa",
+    compute=lambda predictions: float(cohen_kappa_score(predictions.labels, predictions.predicted)),
+    is_share=False,
+)
+"""
+
 SOURCE = """
 import hashlib
 from contextlib import contextmanager
@@ -89,7 +111,7 @@ RUN_NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def prepared(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:  # noqa: ARG001
+def prepared(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PublishedData]:  # noqa: ARG001
     """Published digits of 8×8 pixels; an object store and an MLflow store of their own."""
     with stage_stores(tmp_path_factory.mktemp("how-to-add"), "how-to-add"):
         config, origin = resolve(RunParams(image_size=8)), _origin()
@@ -101,18 +123,18 @@ def _origin() -> TaskContext:
 
 
 @pytest.fixture
-def trained(prepared: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+def trained(prepared: PublishedData) -> Callable[..., RegisteredModel]:
     """The stages `download` and `train` on a model, by the recipe report, for two steps.
 
     `train` loads the logged model in a process without this project and compares its answers.
     """
 
-    def trained(models: str, *, devices: int = 1, meanwhile: Callable[[str], object] = str) -> dict[str, Any]:
+    def trained(models: str, *, devices: int = 1, meanwhile: Callable[[str], object] = str) -> RegisteredModel:
         form = RunParams(recipe="report", models=models, devices=devices, image_size=8, epochs=1, batch_size=1024)
         config = resolve(form)
         origin = _origin()
         download(config, origin, on_run=lambda _: None)
-        return train(config, origin, config.models[0].name, prepared, on_run=meanwhile)
+        return train(config, origin, config.models[0].name, prepared, on_run=meanwhile).model
 
     return trained
 
@@ -125,19 +147,19 @@ def _add(package: Any, name: str, source: str, folder: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_network_is_one_file_and_one_entry(
-    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., RegisteredModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add(networks, "tinynet", NETWORK, tmp_path, monkeypatch)
     entry = Architecture(name="tinynet", kind="network", builder="mlpipe.models.networks.tinynet:TinyNet")
     monkeypatch.setattr(architectures, "KNOWN", (*architectures.KNOWN, entry))
     model = trained("tinynet")
-    assert (model["name"], model["weights"]) == ("tinynet", "random")
-    assert trained(f"tinynet={model['model_uri']}")["weights"] == model["model_uri"]
+    assert (model.name, model.weights) == ("tinynet", "random")
+    assert trained(f"tinynet={model.model_uri}").weights == model.model_uri
 
 
 @pytest.mark.slow
 def test_an_estimator_is_one_file_and_one_entry(
-    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., RegisteredModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add(estimators, "naive_bayes", ESTIMATOR, tmp_path, monkeypatch)
     entry = Architecture(
@@ -149,8 +171,8 @@ def test_an_estimator_is_one_file_and_one_entry(
     )
     monkeypatch.setattr(architectures, "KNOWN", (*architectures.KNOWN, entry))
     model = trained("naive_bayes")
-    assert model["weights"] == "none"
-    assert model["metrics"]["val/accuracy"] > 0.6
+    assert model.weights == "none"
+    assert model.metrics["val/accuracy"] > 0.6
 
 
 @pytest.mark.slow
@@ -162,8 +184,22 @@ def test_a_data_source_is_one_file_and_one_entry(tmp_path: Path, monkeypatch: py
     form = RunParams(dataset="brightness", recipe="strong", models="logistic_regression", image_size=8)
     config, origin = resolve(form), _origin()
     data = preprocess(config, origin, download(config, origin, on_run=lambda _: None), on_run=lambda _: None)
-    assert (data["name"], data["classes"]) == ("brightness", ["dark", "bright"])
-    assert train(config, origin, "logistic_regression", data, on_run=lambda _: None)["version"]
+    assert (data.name, data.classes) == ("brightness", ("dark", "bright"))
+    assert train(config, origin, "logistic_regression", data, on_run=lambda _: None).model.version
+
+
+def test_a_metric_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _add(metrics, "kappa", METRIC, tmp_path, monkeypatch)
+    kappa = importlib.import_module("mlpipe.evaluation.metrics.kappa").METRIC
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, kappa))
+    labels, probabilities = np.array([0, 0, 1, 1]), np.eye(2)[[0, 0, 1, 0]]
+    evaluation = evaluate_predictions(labels, probabilities, ("a", "b"), seed=0)
+    comparison = compare([ModelResult(name="cnn", evaluation=evaluation)])
+    assert evaluation.as_metrics()["test/kappa"] == 0.5
+    table = [line.split("|") for line in comparison.markdown().splitlines()]
+    assert table[2][table[0].index(" Cohen's kappa ")] == " 0.500 "
+    [row] = csv.DictReader(io.StringIO(comparison.csv()))
+    assert row["kappa"] == "0.5"
 
 
 def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,30 +213,32 @@ def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_a_file_of_the_users_own_travels_with_the_model(trained: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_file_of_the_users_own_travels_with_the_model(
+    trained: Callable[..., RegisteredModel], tmp_path: Path
+) -> None:
     path = tmp_path / "mynets.py"
     path.write_text(NETWORK)
     model = trained(f"{path}:TinyNet", meanwhile=lambda _: path.write_text("edited during the training"))
     path.write_text(NETWORK)
-    assert (model["name"], model["architecture"], model["weights"]) == ("tinynet", "tinynet", "random")
-    params = mlflow.get_run(model["run_id"]).data.params
+    assert (model.name, model.architecture, model.weights) == ("tinynet", "tinynet", "random")
+    params = mlflow.get_run(model.run_id).data.params
     assert params["network_file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    [copy] = Path(mlflow.artifacts.download_artifacts(model["model_uri"])).rglob("mynets.py")
+    [copy] = Path(mlflow.artifacts.download_artifacts(model.model_uri)).rglob("mynets.py")
     assert copy.read_text() == NETWORK
-    assert trained(f"{path}:TinyNet={model['model_uri']}")["weights"] == model["model_uri"]
+    assert trained(f"{path}:TinyNet={model.model_uri}").weights == model.model_uri
 
 
 @pytest.mark.slow
 def test_a_file_of_the_users_own_is_trained_by_several_processes(
-    trained: Callable[..., dict[str, Any]], tmp_path: Path
+    trained: Callable[..., RegisteredModel], tmp_path: Path
 ) -> None:
     (tmp_path / "mynets.py").write_text(NETWORK)
-    assert trained(f"{tmp_path}/mynets.py:TinyNet", devices=2)["version"]
+    assert trained(f"{tmp_path}/mynets.py:TinyNet", devices=2).version
 
 
 @pytest.mark.slow
 def test_a_network_of_an_installed_package_is_named_in_the_models_requirements(
-    trained: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., RegisteredModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site-packages"
     (information := site / "mynets-1.2.dist-info").mkdir(parents=True)
@@ -211,8 +249,8 @@ def test_a_network_of_an_installed_package_is_named_in_the_models_requirements(
     # The stage's clean process sees installed packages alone, and this one is not; it is loaded below.
     monkeypatch.setattr("mlpipe.stages.train.verify_packaged_model", lambda *_: None)
     model = trained("tiny")
-    assert model["architecture"] == "tiny"
-    folder = Path(mlflow.artifacts.download_artifacts(model["model_uri"]))
+    assert model.architecture == "tiny"
+    folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     assert "mynets==1.2" in (folder / "requirements.txt").read_text().split()
     code = (
         "import sys; sys.modules['mlpipe'] = None; import mlflow, numpy\n"

@@ -14,6 +14,7 @@ from mlpipe.config import RunParams
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.recipes import resolve
 from mlpipe.stages.download import download
+from mlpipe.stages.messages import PublishedData, TrainedVersion
 from mlpipe.stages.preprocess import preprocess
 from mlpipe.stages.train import train
 from mlpipe.tracking.runs import TaskContext
@@ -28,13 +29,13 @@ class Pipeline:
 
     store: ObjectStore
 
-    def prepare(self, form: Mapping[str, Any]) -> dict[str, Any]:
+    def prepare(self, form: Mapping[str, Any]) -> PublishedData:
         """From a filled-in form to a published data set, as `preprocess` returns it."""
         config, origin = self._asked(form)
         source = download(config, origin, on_run=lambda _: None)
         return preprocess(config, origin, source, on_run=lambda _: None)
 
-    def train(self, form: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    def train(self, form: Mapping[str, Any], data: PublishedData) -> TrainedVersion:
         """Train the form's only model."""
         config, origin = self._asked(form)
         return train(config, origin, config.models[0].name, data, on_run=lambda _: None)

@@ -246,7 +246,7 @@ def test_weights_are_refused_before_a_run_is_opened(
 @rows(WELCOME)
 def test_odd_but_welcome(case: Case, pipeline: Pipeline, tmp_path: Path) -> None:
     data = pipeline.prepare(case.form(tmp_path))
-    manifest = load_manifest(data["digest"], pipeline.store)
+    manifest = load_manifest(data.digest, pipeline.store)
     note = case.complaint.removeprefix("data_uri: ")
     assert any(each.startswith(note) for each in manifest.notes) if note else manifest.notes == ()
     if case.label == "names in every script":

@@ -13,6 +13,7 @@ import mlflow
 import pytest
 import safetensors.torch
 
+from mlpipe.stages.messages import to_json
 from tests.unit.bad_input import archives, weights
 from tests.unit.bad_input.conftest import Pipeline
 from tests.unit.data.conftest import pack_zip, web_server
@@ -52,8 +53,8 @@ def test_credentials_of_addresses_are_not_written_down(
     database = mlflow.get_tracking_uri().removeprefix("sqlite:///")
     with closing(sqlite3.connect(database)) as connection:
         written = "\n".join(connection.iterdump())
-    assert trained["run_id"] in written
-    told = json.dumps([data, trained]) + caplog.text
+    assert trained.model.run_id in written
+    told = json.dumps([to_json(data), to_json(trained)]) + caplog.text
     objects = "\n".join(key for prefix in ("sources", "datasets", "weights") for key in pipeline.store.list(prefix))
     for secret in SECRETS:
         assert secret not in written, [line for line in written.splitlines() if secret in line]

@@ -34,21 +34,21 @@ def test_mcnemar_by_hand():
     assert exact_mcnemar(*paired(7, 0, 0, 2)) == 1.0
 
 
-def test_rows_go_by_accuracy_then_log_loss_then_name(contender):
+def test_rows_go_by_accuracy_then_log_loss_then_name(result):
     comparison = compare(
-        {
-            "worst": contender(answers(50)),
-            "unsure": contender(answers(80), confidence=0.6),
-            "b": contender(answers(80), confidence=0.8),
-            "a": contender(answers(80), confidence=0.8),
-            "best": contender(answers(90)),
-        }
+        [
+            result("worst", answers(50)),
+            result("unsure", answers(80), confidence=0.6),
+            result("b", answers(80), confidence=0.8),
+            result("a", answers(80), confidence=0.8),
+            result("best", answers(90)),
+        ]
     )
     assert [row.name for row in comparison.rows] == ["best", "a", "b", "unsure", "worst"]
 
 
-def test_pairs_are_tested_once_with_the_better_first_and_holms_adjustment(contender):
-    comparison = compare({"c": contender(answers(70)), "a": contender(answers(90)), "b": contender(answers(82))})
+def test_pairs_are_tested_once_with_the_better_first_and_holms_adjustment(result):
+    comparison = compare([result("c", answers(70)), result("a", answers(90)), result("b", answers(82))])
     assert [(test.better, test.worse) for test in comparison.tests] == [("a", "b"), ("a", "c"), ("b", "c")]
     by_pair = {(test.better, test.worse): test for test in comparison.tests}
     assert (by_pair["a", "b"].only_better_right, by_pair["a", "b"].only_worse_right) == (8, 0)
@@ -62,33 +62,33 @@ def test_pairs_are_tested_once_with_the_better_first_and_holms_adjustment(conten
     assert comparison.test_between("c", "a") is by_pair["a", "c"]
 
 
-def test_summary_says_who_leads_and_that_it_is_beyond_chance(contender):
-    summary = compare({"good": contender(answers(95)), "poor": contender(answers(60))}).summary()
+def test_summary_says_who_leads_and_that_it_is_beyond_chance(result):
+    summary = compare([result("good", answers(95)), result("poor", answers(60))]).summary()
     assert summary.startswith("good is the most accurate on 100 test images: 95.0 % right (95 % interval 9")
     assert "Its lead of 35.0 points over poor, the second, is beyond chance" in summary
     assert "p < 0.001" in summary
     assert "random weights" not in summary
 
 
-def test_summary_does_not_call_a_small_lead_real(contender):
-    summary = compare({"good": contender(answers(95)), "near": contender(answers(94))}).summary()
+def test_summary_does_not_call_a_small_lead_real(result):
+    summary = compare([result("good", answers(95)), result("near", answers(94))]).summary()
     assert "Its lead of 1.0 points over near, the second, may be chance" in summary
     assert "p = 1.000" in summary
 
 
-def test_summary_of_equals_names_no_lead(contender):
-    summary = compare({"one": contender(answers(80)), "two": contender(answers(80))}).summary()
+def test_summary_of_equals_names_no_lead(result):
+    summary = compare([result("one", answers(80)), result("two", answers(80))]).summary()
     assert "two has the same accuracy" in summary
     assert "lead" not in summary
 
 
-def test_random_weights_are_named_in_table_and_summary(contender):
+def test_random_weights_are_named_in_table_and_summary(result):
     comparison = compare(
-        {
-            "resnet18": contender(answers(70), weights="random"),
-            "logistic_regression": contender(answers(60), weights="none"),
-            "resnet18_imagenet": contender(answers(90), weights="imagenet"),
-        }
+        [
+            result("resnet18", answers(70), weights="random"),
+            result("logistic_regression", answers(60), weights="none"),
+            result("resnet18_imagenet", answers(90), weights="imagenet"),
+        ]
     )
     table = comparison.markdown()
     assert "| resnet18 (random weights) | random |" in table
@@ -97,9 +97,9 @@ def test_random_weights_are_named_in_table_and_summary(contender):
     assert "resnet18 started from random weights" in comparison.summary()
 
 
-def test_failed_models_are_named_with_their_reason(contender):
+def test_failed_models_are_named_with_their_reason(result):
     failed = {"vgg11_bn": "weights: cannot be reached | use random\nTraceback", "googlenet": "out of memory."}
-    comparison = compare({"cnn": contender(answers(90), weights="random")}, failed)
+    comparison = compare([result("cnn", answers(90), weights="random")], failed)
     summary = comparison.summary()
     assert summary.startswith("cnn is the only model with a result")
     assert summary.endswith(
@@ -111,16 +111,16 @@ def test_failed_models_are_named_with_their_reason(contender):
     assert comparison.tests == ()
 
 
-def test_every_line_of_the_table_has_the_same_number_of_cells(contender):
-    comparison = compare({"a": contender(answers(9, 10), train_seconds=None)}, {"b": "a|b"})
+def test_every_line_of_the_table_has_the_same_number_of_cells(result):
+    comparison = compare([result("a", answers(9, 10), train_seconds=None)], {"b": "a|b"})
     lines = comparison.markdown().strip().splitlines()
     table = [line.replace("\\|", "") for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 4
 
 
-def test_csv_keeps_all_digits(contender):
-    comparison = compare({"a": contender(answers(2, 3)), "b": contender(answers(1, 3))}, {"c": "no\nluck"})
+def test_csv_keeps_all_digits(result):
+    comparison = compare([result("a", answers(2, 3)), result("b", answers(1, 3))], {"c": "no\nluck"})
     first, second, failed = csv.DictReader(io.StringIO(comparison.csv()))
     assert float(first["accuracy"]) == 2 / 3
     assert (first["rank"], first["model"], second["model"]) == ("1", "a", "b")
@@ -129,10 +129,10 @@ def test_csv_keeps_all_digits(contender):
     assert (failed["model"], failed["accuracy"], failed["failure"]) == ("c", "", "no luck")
 
 
-def test_models_of_other_images_or_classes_are_not_compared(contender):
+def test_models_of_other_images_or_classes_are_not_compared(result):
     with pytest.raises(ValueError, match="same images"):
-        compare({"a": contender(answers(5, 10)), "b": contender(answers(5, 12))})
+        compare([result("a", answers(5, 10)), result("b", answers(5, 12))])
     with pytest.raises(ValueError, match="same images and classes"):
-        compare({"a": contender(answers(5, 10)), "b": contender(answers(5, 10), classes=("x", "y"))})
+        compare([result("a", answers(5, 10)), result("b", answers(5, 10), classes=("x", "y"))])
     with pytest.raises(ValueError, match="at least one"):
-        compare({}, {"a": "broken"})
+        compare([], {"a": "broken"})

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mlpipe import figures_style
-from mlpipe.evaluation.comparison import Contender, compare
+from mlpipe.evaluation.comparison import compare
 from mlpipe.evaluation.figures import (
     comparison_figure,
     confusion_matrix_figure,
@@ -20,7 +20,8 @@ from mlpipe.evaluation.figures import (
     per_class_figure,
     reliability_figure,
 )
-from mlpipe.evaluation.metrics import evaluate_predictions
+from mlpipe.evaluation.result import ModelResult
+from mlpipe.evaluation.scoring import evaluate_predictions
 from mlpipe.figures_style import class_labels, fallback_fonts, figure_style, missing_characters
 
 
@@ -83,21 +84,11 @@ def test_drawing_a_thousand_classes_stays_within_reason():
     classes = [f"n{i:08d}" for i in range(1000)]
     evaluation = evaluate_predictions(labels, probabilities, classes, seed=0, num_resamples=10)
     assert max(png(confusion_matrix_figure(evaluation, "m")).size) < 4000
-    assert max(png(per_class_figure(compare_one(evaluation, labels, probabilities))).size) < 20_000
+    assert max(png(per_class_figure(compare_one(evaluation))).size) < 20_000
 
 
-def compare_one(evaluation, labels, probabilities):
-    return compare(
-        {
-            "m": Contender(
-                evaluation=evaluation,
-                correct=probabilities.argmax(axis=1) == labels,
-                weights="none",
-                train_seconds=1.0,
-                images_per_second=1.0,
-            )
-        }
-    )
+def compare_one(evaluation):
+    return compare([ModelResult(name="m", evaluation=evaluation, train_seconds=1.0, images_per_second=1.0)])
 
 
 def test_reliability_figure_shows_each_bin():
@@ -148,19 +139,19 @@ def test_no_mistakes_is_said_so():
     png(figure)
 
 
-def test_comparison_figure_has_each_model_score_and_time(contender):
+def test_comparison_figure_has_each_model_score_and_time(result):
     comparison = compare(
-        {
-            "custom_cnn": contender(np.arange(50) < 45, weights="random", train_seconds=61.0),
-            "logistic_regression": contender(np.arange(50) < 40, train_seconds=None),
-        },
+        [
+            result("custom_cnn", np.arange(50) < 45, weights="random", train_seconds=61.0),
+            result("logistic_regression", np.arange(50) < 40, train_seconds=None),
+        ],
         {"vgg11_bn": "no weights"},
     )
     figure = comparison_figure(comparison)
     scores, seconds = figure.axes
     assert [t.get_text() for t in scores.get_yticklabels()] == ["custom_cnn\nrandom weights", "logistic_regression"]
     legend = [text.get_text() for text in scores.get_legend().get_texts()]
-    assert legend == ["Accuracy", "Precision, macro", "Recall, macro", "F1, macro"]
+    assert legend == ["Accuracy", "Precision", "Recall (balanced accuracy)", "F1"]
     accuracy = scores.containers[0]
     assert accuracy.lines[0].get_xdata() == pytest.approx([90, 80])
     (bars,) = accuracy.lines[2]
@@ -172,12 +163,12 @@ def test_comparison_figure_has_each_model_score_and_time(contender):
     png(figure)
 
 
-def test_per_class_figure_has_a_cell_for_each_class_and_model(contender):
+def test_per_class_figure_has_a_cell_for_each_class_and_model(result):
     comparison = compare(
-        {
-            "a": contender([1, 1, 1, 1, 0, 1], classes=("x", "y", "z")),
-            "b": contender([0, 0, 1, 1, 0, 1], classes=("x", "y", "z")),
-        }
+        [
+            result("a", [1, 1, 1, 1, 0, 1], classes=("x", "y", "z")),
+            result("b", [0, 0, 1, 1, 0, 1], classes=("x", "y", "z")),
+        ]
     )
     (axes,) = per_class_figure(comparison).axes
     assert len(axes.texts) == 6
@@ -193,7 +184,7 @@ def test_per_class_figure_of_many_classes_puts_the_hardest_first():
     labels, probabilities = random_case(60, 1200)
     classes = [f"c{i}" for i in range(60)]
     evaluation = evaluate_predictions(labels, probabilities, classes, seed=0)
-    figure = per_class_figure(compare_one(evaluation, labels, probabilities))
+    figure = per_class_figure(compare_one(evaluation))
     assert len(figure.axes) == 3
     shown = [t.get_text() for axes in figure.axes for t in axes.get_xticklabels() if t.get_text()]
     assert sorted(shown) == sorted(classes)
@@ -203,7 +194,7 @@ def test_per_class_figure_of_many_classes_puts_the_hardest_first():
 
 def test_a_class_without_images_is_a_dash():
     evaluation = evaluate_predictions(np.array([0, 1]), np.eye(3)[[0, 1]], ("a", "b", "c"), seed=0)
-    (axes,) = per_class_figure(compare_one(evaluation, np.array([0, 1]), np.eye(3)[[0, 1]])).axes
+    (axes,) = per_class_figure(compare_one(evaluation)).axes
     assert [text.get_text() for text in axes.texts] == ["100", "100", "–"]
 
 
@@ -216,7 +207,7 @@ def test_names_of_any_script_are_drawn_without_a_warning():
     images_u8 = np.zeros((90, 8, 8, 3), np.uint8)
     png(confusion_matrix_figure(evaluation, "m"))
     png(mistakes_figure(images_u8, labels, probabilities, NAMES, "m"))
-    png(per_class_figure(compare_one(evaluation, labels, probabilities)))
+    png(per_class_figure(compare_one(evaluation)))
 
 
 def test_names_that_no_font_shows_appear_by_index_and_a_footnote_says_so():

@@ -21,13 +21,14 @@ import torch
 from torch import nn
 
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
+from mlpipe.data.dataset import Dataset
 from mlpipe.errors import UserError
 from mlpipe.models import package, registry
 from mlpipe.models.estimators import logistic_regression
 from mlpipe.models.features import pixels
 from mlpipe.models.package import PackagedModel
 from mlpipe.models.portable import ImageClassifier, ModelDescription
-from mlpipe.models.weights import InitialWeights, initial_network
+from mlpipe.models.weights import InitialNetwork, initial_network
 
 PIXELS = "mlpipe.models.features.pixels:features"
 
@@ -160,15 +161,18 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
 
 def start_from(
     source: str, classes: tuple[str, ...], architecture: str = "custom_cnn"
-) -> tuple[nn.Module, InitialWeights]:
+) -> tuple[nn.Module, InitialNetwork]:
     config = ModelConfig(architecture=architecture, weights=source, name=architecture, train=NetworkSettings(seed=9))
-    return initial_network(config, classes=classes, image_size=32, store=None)  # type: ignore[arg-type]
+    labels = np.arange(len(classes))
+    images = Dataset.in_memory(classes, *[(np.zeros((len(classes), 32, 32, 3), np.uint8), labels)] * 2)
+    start = initial_network(config, registry.describe(config, images.manifest), store=None)  # type: ignore[arg-type]
+    return start.network, start
 
 
 def test_a_logged_model_can_be_started_from(logged, network, description) -> None:
     fresh, initial = start_from(logged.model_uri, description.classes)
     assert not initial.replaced_head
-    assert initial.channel_mean == description.channel_mean
+    assert initial.description.channel_mean == description.channel_mean
     assert all(
         torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), network.state_dict().values(), strict=True)
     )

@@ -138,6 +138,6 @@ def test_registered_weights_bring_their_form(
     # The download is tested in test_package.py, against a real server.
     monkeypatch.setattr(package, "download_packaged_model", lambda uri, folder: (described, parameters))  # noqa: ARG005
     model = ModelConfig(architecture="custom_cnn", weights="models:/x/1", name="custom_cnn", train=NetworkSettings())
-    network, initial = weights.initial_network(model, classes=described.classes, image_size=32, store=None)  # type: ignore[arg-type]
-    assert (initial.variant, initial.input_size) == ("small_images", 48)
-    assert torch.equal(network.classifier.weight, source.classifier.weight)  # type: ignore[arg-type, union-attr]
+    start = weights.initial_network(model, description, store=None)  # type: ignore[arg-type]
+    assert (start.description.variant, start.description.input_size) == ("small_images", 48)
+    assert torch.equal(start.network.classifier.weight, source.classifier.weight)  # type: ignore[arg-type, union-attr]

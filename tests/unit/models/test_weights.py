@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,9 +19,10 @@ import torchvision
 from torch import nn
 
 from mlpipe.config import ModelConfig, NetworkSettings
+from mlpipe.data.dataset import Dataset
 from mlpipe.errors import UserError
 from mlpipe.models import registry, weights
-from mlpipe.models.weights import InitialWeights, initial_network
+from mlpipe.models.weights import InitialNetwork, initial_network
 
 CLASSES = ("a", "b", "c")
 
@@ -51,11 +53,13 @@ def new(architecture: str = "custom_cnn", num_classes: int = 3, seed: int = 0, i
 
 def load(
     network: nn.Module, source: str, store: Any, architecture: str = "custom_cnn", image_size: int = 32
-) -> InitialWeights:
+) -> InitialNetwork:
     """Start from `source`, and give the network at hand what came of it."""
-    started, initial = initial_network(model(source, architecture), classes=CLASSES, image_size=image_size, store=store)
-    network.load_state_dict(started.state_dict())
-    return initial
+    config = model(source, architecture)
+    images = Dataset.in_memory(CLASSES, *[(np.full((3, image_size, image_size, 3), 51, np.uint8), np.arange(3))] * 2)
+    start = initial_network(config, registry.describe(config, images.manifest), store)
+    network.load_state_dict(start.network.state_dict())
+    return start
 
 
 def written(network: nn.Module, path: Path) -> Path:
@@ -73,7 +77,8 @@ def differing(first: nn.Module, second: nn.Module) -> list[str]:
 
 def test_random_weights_stay_as_they_were_made(store: Any) -> None:
     network = new()
-    assert load(network, "random", store) == InitialWeights(description="random", replaced_head=False, sha256=None)
+    start = load(network, "random", store)
+    assert (start.source, start.replaced_head, start.sha256) == ("random", False, None)
     assert differing(network, new()) == []
 
 
@@ -85,7 +90,7 @@ def test_a_file_with_as_many_classes_is_taken_whole(suffix: str, tmp_path: Path,
     assert differing(network, source) == []
     assert not initial.replaced_head
     assert initial.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert initial.channel_mean is None
+    assert initial.description.channel_mean == (0.2, 0.2, 0.2)
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
@@ -104,7 +109,7 @@ def test_a_head_of_another_size_is_replaced_and_said_so(architecture, tmp_path, 
     head = weights.head_keys(architecture)
     assert initial.replaced_head
     assert all(key in caplog.text for key in head)
-    assert "for 3 classes" in initial.description
+    assert "for 3 classes" in initial.source
     assert not set(head) & set(differing(network, fresh)), "the head must be the new one"
     kept = {key: value for key, value in network.state_dict().items() if key not in head}
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in kept.items())
@@ -112,7 +117,7 @@ def test_a_head_of_another_size_is_replaced_and_said_so(architecture, tmp_path, 
 
 def test_a_file_with_imagenet_s_classes_brings_imagenet_s_normalisation(tmp_path: Path, store: Any) -> None:
     path = written(new("resnet18", num_classes=1000), tmp_path / "w.safetensors")
-    assert load(new("resnet18"), str(path), store, "resnet18").channel_mean == weights.IMAGENET_MEAN
+    assert load(new("resnet18"), str(path), store, "resnet18").description.channel_mean == weights.IMAGENET_MEAN
 
 
 def test_auxiliary_outputs_are_left_out(tmp_path: Path, store: Any) -> None:
@@ -180,12 +185,15 @@ class TestImageNet:
         first, second = new("resnet18"), new("resnet18")
         initial = load(first, "imagenet", store, "resnet18")
         published.unlink()
-        assert load(second, "imagenet", store, "resnet18") == initial
+        assert load(second, "imagenet", store, "resnet18").description == initial.description
         assert differing(first, second) == []
         assert torch.equal(first.conv1.weight, new("resnet18", 1000, seed=1).conv1.weight)  # type: ignore[union-attr]
         assert [path.name for path in (store.root / "weights").iterdir()] == [published.name]
         assert initial.replaced_head
-        assert (initial.channel_mean, initial.channel_std) == (weights.IMAGENET_MEAN, weights.IMAGENET_STD)
+        assert (initial.description.channel_mean, initial.description.channel_std) == (
+            weights.IMAGENET_MEAN,
+            weights.IMAGENET_STD,
+        )
 
     def test_another_file_than_the_name_says_is_refused_and_not_kept(self, published: Path, store: Any) -> None:
         written(new("resnet18", 1000, seed=2), published)

@@ -15,9 +15,11 @@ from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources.fetch import fetch_source
 from mlpipe.data.storage.store import ObjectStore
+from mlpipe.models.registry import describe
 from mlpipe.training import cached_fit as kept_fit
 from mlpipe.training.cached_fit import fit_once
 from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.protocol import TrainedModel
 
 
 class Tracking:
@@ -39,6 +41,10 @@ class Tracking:
         return 0
 
 
+def fit(model: ModelConfig, dataset: Dataset, tracking: Tracking, checkpoints: CheckpointStore) -> TrainedModel:
+    return fit_once(model, describe(model, dataset.manifest), dataset, tracking, checkpoints)
+
+
 @pytest.fixture
 def digits(store: ObjectStore, tmp_path: Path) -> Dataset:
     config = DataConfig(dataset="digits", image_size=8)
@@ -53,16 +59,16 @@ def test_a_fit_outlives_the_loss_of_mlflow(
     )
     checkpoints = CheckpointStore(store, "run")
     with pytest.raises(ConnectionError):
-        fit_once(model, digits, Tracking(away=True), checkpoints)
+        fit(model, digits, Tracking(away=True), checkpoints)
 
-    fit = kept_fit.train_estimator
+    estimator = kept_fit.train_estimator
     monkeypatch.setattr(kept_fit, "train_estimator", None)
     tracking = Tracking()
-    again = fit_once(model, digits, tracking, checkpoints)
+    again = fit(model, digits, tracking, checkpoints)
 
-    monkeypatch.setattr(kept_fit, "train_estimator", fit)
+    monkeypatch.setattr(kept_fit, "train_estimator", estimator)
     other = replace(model, train=LinearSettings(max_iterations=1))
-    fresh = fit_once(model, digits, direct := Tracking(), CheckpointStore(store, "another run"))
+    fresh = fit(model, digits, direct := Tracking(), CheckpointStore(store, "another run"))
     images = digits.val_split().images_u8[:20]
     np.testing.assert_array_equal(again.probabilities(images), fresh.probabilities(images))
     assert again.description == fresh.description
@@ -71,4 +77,4 @@ def test_a_fit_outlives_the_loss_of_mlflow(
     assert {**tracking.metrics, timing: 0} == {**direct.metrics, timing: 0}
     assert ("val/accuracy", 1) in tracking.metrics
     # Kept for the same settings alone.
-    assert fit_once(other, digits, Tracking(), checkpoints).metrics != again.metrics
+    assert fit(other, digits, Tracking(), checkpoints).metrics != again.metrics

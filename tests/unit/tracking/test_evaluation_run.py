@@ -8,24 +8,27 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 
 from mlpipe.config import PromotionConfig
-from mlpipe.evaluation.metrics import evaluate_predictions
+from mlpipe.data.dataset import Split
+from mlpipe.evaluation.promotion import Promotion, promote
+from mlpipe.evaluation.result import ModelResult, Unmeasured
+from mlpipe.evaluation.scoring import evaluate_predictions
 from mlpipe.tracking import registry
-from mlpipe.tracking.evaluation_run import Promotion, Result, promote
+from mlpipe.tracking.evaluation_run import remeasure
 
 NAME = "letters-classifier"
 LABELS = np.arange(200) % 2
 
 
-def result(num_right: int) -> Result:
+def result(name: str, version: str, num_right: int) -> ModelResult:
     """Of a model that is right on the first images."""
-    correct = np.arange(200) < num_right
-    predictions = np.where(correct, LABELS, 1 - LABELS)
+    predictions = np.where(np.arange(200) < num_right, LABELS, 1 - LABELS)
     probabilities = np.where(np.eye(2, dtype=bool)[predictions], 0.9, 0.1)
     evaluation = evaluate_predictions(LABELS, probabilities, ("a", "b"), seed=0)
-    return Result(evaluation=evaluation, probabilities=probabilities, correct=correct)
+    return ModelResult(name=name, architecture=name, version=version, evaluation=evaluation)
 
 
 @pytest.fixture
@@ -46,13 +49,13 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mlflow.M
 def run(*models: tuple[str, str, int], remeasured: Any = None, **rules: Any) -> Promotion:
     """Promote among models given by name, version and number of right answers."""
 
-    def remeasure(_: str) -> Result:
-        if isinstance(remeasured, Exception):
-            raise remeasured
-        return result(remeasured)
+    def again(version: str) -> ModelResult | Unmeasured:
+        if isinstance(remeasured, int):
+            return result("old", version, remeasured)
+        return remeasure(NAME, version, Split.of(np.zeros((200, 8, 8, 3), np.uint8), LABELS), ("a", "b"))
 
-    ranked = [({"name": name, "architecture": name, "version": version}, result(n)) for name, version, n in models]
-    return promote(PromotionConfig(**rules), NAME, ranked, remeasure, lambda _: None, LABELS)
+    ranked = [result(*model) for model in models]
+    return promote(PromotionConfig(**rules), ranked, registry.RegistryAliases(NAME), again, lambda _: None)
 
 
 def alias(client: mlflow.MlflowClient, name: str) -> str:
@@ -63,7 +66,7 @@ def test_the_first_models_get_their_aliases(client: mlflow.MlflowClient) -> None
     promotion = run(("cnn", "1", 190), ("svm", "2", 150))
     assert (alias(client, "champion"), alias(client, "cnn"), alias(client, "svm")) == ("1", "1", "2")
     assert promotion.moved_champion
-    assert promotion.champion == {"name": NAME, "version": "1", "model_uri": f"models:/{NAME}/1"}
+    assert promotion.champion == "1"
 
 
 @pytest.mark.parametrize(("num_right", "champion"), [(195, "3"), (182, "1")], ids=["clearly better", "may be chance"])
@@ -80,14 +83,40 @@ def test_a_champion_is_replaced_by_a_model_that_is_surely_better(
 def test_other_modes_move_nothing(client: mlflow.MlflowClient, mode: str) -> None:
     promotion = run(("cnn", "1", 190), mode=mode)
     assert client.get_registered_model(NAME).aliases == {}
-    assert (promotion.champion, promotion.decisions["champion"]["promote"]) == (None, True)
+    assert (promotion.champion, promotion.decisions["champion"].promote) == (None, True)
 
 
-def test_an_alias_on_a_model_that_anybody_wrote_stays(client: mlflow.MlflowClient) -> None:
-    client.set_registered_model_alias(NAME, "champion", "2")
-    promotion = run(("cnn", "3", 200), remeasured=TypeError("cannot concatenate object of type 'numpy.ndarray'"))
-    assert alias(client, "champion") == "2"
-    assert "cannot concatenate object of type 'numpy.ndarray'. Remove the alias" in promotion.summary
+class Foreign(mlflow.pyfunc.PythonModel):
+    """A model that anybody wrote."""
+
+    def predict(self, context: Any, model_input: np.ndarray) -> Any:  # noqa: ARG002
+        raise TypeError("cannot concatenate object of type 'numpy.ndarray'")
+
+
+class OtherLetters(mlflow.pyfunc.PythonModel):
+    """A classifier of other classes."""
+
+    def predict(self, context: Any, model_input: np.ndarray) -> Any:  # noqa: ARG002
+        return pd.DataFrame(np.ones((len(model_input), 2)) / 2, columns=["probability_a", "probability_x"])
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Foreign(), "could not be measured on the same images: cannot concatenate object of type 'numpy.ndarray'"),
+        (OtherLetters(), "does not know 'b' and knows 'x', which is no class here"),
+    ],
+    ids=["an error", "other classes"],
+)
+def test_an_alias_on_a_model_that_anybody_wrote_stays(
+    client: mlflow.MlflowClient, model: mlflow.pyfunc.PythonModel, reason: str
+) -> None:
+    logged = mlflow.pyfunc.log_model(name="foreign", python_model=model, registered_model_name=NAME)
+    version = str(logged.registered_model_version)
+    client.set_registered_model_alias(NAME, "champion", version)
+    promotion = run(("cnn", "3", 200))
+    assert alias(client, "champion") == version
+    assert f"The champion, a model of unknown name (version {version}), {reason}. Remove the alias" in promotion.summary
 
 
 def test_a_deleted_champion_leaves_room_for_a_new_one(client: mlflow.MlflowClient) -> None:

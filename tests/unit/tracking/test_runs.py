@@ -189,9 +189,9 @@ def test_registering_again_gives_the_same_version(experiment: str) -> None:
         for _ in range(2)
     ]
     assert versions[0].version == versions[1].version
-    assert registry.by_alias("toy-classifier", registry.CHAMPION) is None
-    registry.move_alias("toy-classifier", registry.CHAMPION, versions[0].version)
-    holder = registry.by_alias("toy-classifier", registry.CHAMPION)
+    assert registry.by_alias("toy-classifier", "champion") is None
+    registry.RegistryAliases("toy-classifier").move("champion", versions[0].version)
+    holder = registry.by_alias("toy-classifier", "champion")
     assert holder is not None
     assert (holder.uri, holder.tags["model"]) == (f"models:/toy-classifier/{versions[0].version}", "resnet18")
 
@@ -228,4 +228,4 @@ def test_without_a_server_a_run_stays_as_it_is_and_says_so_at_once(
 
 
 def test_an_unknown_registered_model_has_no_alias(experiment: str) -> None:  # noqa: ARG001 - the store
-    assert registry.by_alias("nothing-classifier", registry.CHAMPION) is None
+    assert registry.by_alias("nothing-classifier", "champion") is None

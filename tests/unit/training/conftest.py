@@ -6,17 +6,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
-from mlpipe.data.dataset import Split
+from mlpipe.data.dataset import Dataset
 from mlpipe.models import registry
 from mlpipe.models.architectures import find
-from mlpipe.models.weights import InitialWeights
+from mlpipe.models.weights import InitialNetwork
 from mlpipe.training.network import train_network
 from mlpipe.training.protocol import TrainedModel
 
@@ -33,28 +32,9 @@ def draw(num_images: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     return (patterns[labels][..., None] * 180 + noise).astype(np.uint8), labels
 
 
-class TinyDataset:
-    """As `mlpipe.data.dataset.Dataset`, in memory; asking for the test split is a fault."""
-
-    def __init__(self, num_train: int = 96, num_val: int = 30, size: int = 16) -> None:
-        self.train = draw(num_train, size, seed=1)
-        self.val = draw(num_val, size, seed=2)
-        self.manifest = SimpleNamespace(
-            digest="0" * 32,
-            classes=CLASSES,
-            image_size=size,
-            channel_mean=(0.4, 0.4, 0.4),
-            channel_std=(0.3, 0.3, 0.3),
-        )
-
-    def train_split(self) -> Split:
-        return Split.of(*self.train)
-
-    def val_split(self) -> Split:
-        return Split.of(*self.val)
-
-    def test_split(self) -> Split:
-        raise AssertionError("training must not read the test split")
+def tiny_dataset(num_train: int = 96, num_val: int = 30, size: int = 16) -> Dataset:
+    """It has no test split: training must not read that."""
+    return Dataset.in_memory(CLASSES, draw(num_train, size, seed=1), draw(num_val, size, seed=2))
 
 
 class RecordingLogger:
@@ -102,9 +82,6 @@ class FolderStore:
         self.path(key).unlink()
 
 
-RANDOM = InitialWeights(description="random", replaced_head=False, sha256=None)
-
-
 def make_config(architecture: str = "custom_cnn", **train: Any) -> ModelConfig:
     """Two quick epochs, unless told otherwise."""
     defaults = {
@@ -115,23 +92,27 @@ def make_config(architecture: str = "custom_cnn", **train: Any) -> ModelConfig:
     return ModelConfig(architecture=architecture, weights="random", name=architecture, train=settings)
 
 
-def run_training(model: ModelConfig, dataset: TinyDataset, tracking: RecordingLogger, **options: Any) -> TrainedModel:
+def run_training(model: ModelConfig, dataset: Dataset, tracking: RecordingLogger, **options: Any) -> TrainedModel:
     """Train from random weights."""
     network = options.pop("network", None) or registry.build_network(
-        model.architecture, num_classes=len(CLASSES), image_size=dataset.manifest.image_size, seed=model.train.seed
+        model.architecture,
+        num_classes=len(CLASSES),
+        image_size=dataset.manifest.image_size,
+        seed=model.train.seed,
+        variant=model.variant,
     )
-    initial = options.pop("initial", RANDOM)
-    return train_network(model, dataset, tracking, network=network, initial=initial, **options)  # type: ignore[arg-type]
+    start = InitialNetwork(network=network, description=registry.describe(model, dataset.manifest))
+    return train_network(model, dataset, tracking, start=start, **options)
 
 
 @pytest.fixture
-def new_dataset() -> type[TinyDataset]:
-    return TinyDataset
+def new_dataset() -> Callable[..., Dataset]:
+    return tiny_dataset
 
 
 @pytest.fixture
-def dataset() -> TinyDataset:
-    return TinyDataset()
+def dataset() -> Dataset:
+    return tiny_dataset()
 
 
 @pytest.fixture

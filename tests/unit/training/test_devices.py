@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlpipe.data.dataset import ImageRows, Split
+from mlpipe.data.dataset import Dataset
 from mlpipe.errors import StoppedError, UserError
 from mlpipe.training.checkpoints import CheckpointStore
 
@@ -79,13 +80,19 @@ def mapped(new_dataset: Any, tmp_path: Path) -> Any:
     The first value of an image is its number.
     """
     dataset = new_dataset(num_train=97, num_val=31)
-    images_u8 = np.concatenate([dataset.train[0], dataset.val[0]])
+    images_u8 = np.concatenate([dataset.train_split().images_u8[:], dataset.val_split().images_u8[:]])
     images_u8[:, 0, 0, 0] = np.arange(len(images_u8))
     np.save(tmp_path / "images.npy", images_u8)
     stored = np.load(tmp_path / "images.npy", mmap_mode="r")
-    dataset.train_split = lambda: Split(ImageRows(stored, np.arange(97)), dataset.train[1])
-    dataset.val_split = lambda: Split(ImageRows(stored, np.arange(97, 128)), dataset.val[1])
-    return dataset
+    labels = np.concatenate([dataset.train_split().labels, dataset.val_split().labels])
+    arrays = {
+        "train_images.npy": stored,
+        "train_labels.npy": labels,
+        "train_indices.npy": np.arange(97),
+        "val_indices.npy": np.arange(97, 128),
+    }
+    manifest = replace(dataset.manifest, channel_mean=(0.4, 0.4, 0.4), channel_std=(0.3, 0.3, 0.3))
+    return Dataset(manifest, arrays.__getitem__)
 
 
 def small_network() -> nn.Module:
@@ -212,12 +219,12 @@ def test_the_others_end_with_the_process_that_started_them(networks, tmp_path) -
     script = f"""
         import importlib.util, sys
         import numpy as np
-        from mlpipe.data.dataset import ImageRows, Split
+        from mlpipe.data.dataset import Dataset
         spec = importlib.util.spec_from_file_location("stand_ins", {str(Path(__file__).with_name("conftest.py"))!r})
         stand_ins = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(stand_ins)
         from watching_networks import Watching
-        dataset = stand_ins.TinyDataset()
+        dataset = stand_ins.tiny_dataset()
         model = stand_ins.make_config(num_devices=3, precision="32-true")
         stand_ins.run_training(model, dataset, stand_ins.RecordingLogger(), network=Watching())
     """

@@ -14,15 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mlpipe.data.dataset import Dataset, Split
 from mlpipe.errors import UserError
 from mlpipe.models.portable import normalise
-from mlpipe.models.registry import build_network
-from mlpipe.models.weights import InitialWeights
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu import winograd
 from mlpipe.training.network import choose_precision
 
-RANDOM = InitialWeights(description="random", replaced_head=False, sha256=None)
 METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
 
 
@@ -47,12 +45,20 @@ class Spy(nn.Module):
         return self.linear(images.flatten(1))
 
 
+def normalised(dataset: Dataset, split: Split) -> Tensor:
+    """All images of a split as a network sees them."""
+    mean, std = (
+        torch.tensor(each).view(3, 1, 1) for each in (dataset.manifest.channel_mean, dataset.manifest.channel_std)
+    )
+    return normalise(torch.from_numpy(split.images_u8[:]), mean, std)
+
+
 @pytest.mark.parametrize("architecture", ["custom_cnn", "resnet18"])
-def test_a_batch_can_be_overfitted(architecture, new_dataset, config, train, tracking) -> None:
-    dataset = new_dataset(num_train=24, size=32)
+def test_a_batch_can_be_overfitted(architecture, config, train, tracking) -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)  # nothing to generalise from
-    dataset.train = dataset.val = (noise, rng.integers(0, 3, 24))
+    images = noise, rng.integers(0, 3, 24)
+    dataset = Dataset.in_memory(("a", "b", "c"), images, images)
     model = config(architecture, num_epochs=30, batch_size=24, learning_rate=1e-3)
     assert train(model, dataset, tracking).metrics["val/accuracy"] == 1
 
@@ -88,13 +94,8 @@ def test_the_same_seed_gives_the_same_weights_by_winograd_on_growing_images(
     monkeypatch.setattr(winograd, "convolve", counted)
     settings = {"optimizer": "muon", "schedule": "one_cycle", "progressive_resizing": True, "precision": "32-true"}
     model = config("resnet18", augmentation="flip_crop", batch_size=48, **settings)
-    initial = replace(RANDOM, variant="small_images")
-
-    def trained() -> Any:
-        network = build_network("resnet18", num_classes=3, image_size=32, seed=0, variant="small_images")
-        return train(model, new_dataset(size=32), tracking, network=network, initial=initial)
-
-    first, second = trained(), trained()
+    model = replace(model, variant="small_images")
+    first, second = (train(model, new_dataset(size=32), tracking) for _ in range(2))
     assert same(first, second)
     assert counted.call_count >= 2 * 2 * 3, "the third stage's, at each step of the last epoch at least"
 
@@ -137,13 +138,8 @@ def test_the_small_images_form_is_whitened_on_the_training_images_and_repeatable
 ) -> None:
     dataset = new_dataset(size=32)
     model = config(augmentation="flip_crop", schedule="one_cycle", optimizer="sgd", label_smoothing=0.1)
-    initial = replace(RANDOM, variant="small_images")
-
-    def network() -> nn.Module:
-        return build_network("custom_cnn", num_classes=3, image_size=32, seed=0, variant="small_images")
-
-    first = train(model, dataset, tracking, network=network(), initial=initial)
-    second = train(model, dataset, tracking, network=network(), initial=initial)
+    model = replace(model, variant="small_images")
+    first, second = (train(model, dataset, tracking) for _ in range(2))
     assert same(first, second)
     assert first.description.variant == "small_images"
     stem = weights(first)["stem.weight"]
@@ -161,11 +157,10 @@ def test_the_same_seed_gives_the_same_weights(dataset, config, train, tracking) 
 def test_validation_images_are_only_normalised(dataset, config, train, tracking) -> None:
     spy = Spy(size=16)
     train(config(augmentation="flip_crop", precision="32-true"), dataset, tracking, network=spy)
-    images_u8 = torch.from_numpy(dataset.val[0])
-    expected = normalise(images_u8, torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3))
+    expected = normalised(dataset, dataset.val_split())
     shown = torch.cat(spy.seen[False])
     assert torch.equal(shown, torch.cat([expected, expected]))  # two epochs
-    originals = normalise(torch.from_numpy(dataset.train[0]), torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3))
+    originals = normalised(dataset, dataset.train_split())
     unchanged = [any(torch.equal(image, original) for original in originals) for image in torch.cat(spy.seen[True])]
     assert sum(unchanged) < len(unchanged) / 2
 
@@ -196,10 +191,10 @@ def test_the_best_weights_are_returned_not_the_last(new_dataset, config, train, 
     dataset = new_dataset()
     # A rate at which training wanders.
     trained = train(config(num_epochs=8, learning_rate=3e-2, precision="32-true"), dataset, tracking)
-    images_u8, labels = (torch.from_numpy(part) for part in dataset.val)
-    images = normalise(images_u8, torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3))
+    validation = dataset.val_split()
     with torch.no_grad():
-        accuracy = (trained.predictor(images).argmax(dim=1) == labels).float().mean().item()
+        answers = trained.predictor(normalised(dataset, validation)).argmax(dim=1)
+        accuracy = (answers == torch.from_numpy(validation.labels)).float().mean().item()
     assert accuracy == pytest.approx(max(row["val/accuracy"] for row in tracking.metrics))
 
 

@@ -42,7 +42,8 @@ def usual_loop(network: nn.Module, optimizer: str, dataset: Any, batches: list[n
     transform = v2.Compose(
         [v2.ToImage(), v2.ToDtype(dtype, scale=True), v2.Normalize(manifest.channel_mean, manifest.channel_std)]
     )
-    images, labels = dataset.train
+    split = dataset.train_split()
+    images, labels = split.images_u8[:], split.labels
     steps = OPTIMIZERS[optimizer](network.parameters())
     network.train()
     for rows in batches:

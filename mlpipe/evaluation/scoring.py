@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support
 from statsmodels.stats.proportion import proportion_confint
 
 from mlpipe.errors import UserError
+from mlpipe.evaluation import metrics as registry
+from mlpipe.evaluation.calibration import Calibration, calibrate
+from mlpipe.evaluation.metrics import Margins, Predictions
 
 CONFIDENCE_LEVEL = 0.95  # texts and figures say "95 %"
 NUM_RESAMPLES = 2000
-NUM_CALIBRATION_BINS = 15
 _CELLS_AT_ONCE = 4_000_000  # numbers held while resampling: 32 MB
 
 
@@ -41,57 +42,39 @@ class ClassScores(NamedTuple):
     """Test images of the class."""
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """Confidences (the probability of the predicted class) in equal bins from 0 to 1; only bins that hold images."""
-
-    counts: NDArray[np.int64]
-    """Images in the bin, (B,)."""
-    confidence: NDArray[np.float64]
-    """Their mean confidence, (B,)."""
-    accuracy: NDArray[np.float64]
-    """The share of them that is right, (B,)."""
-
-    @property
-    def expected_error(self) -> float:
-        """Mean of |accuracy - confidence| over the images (Guo et al. 2017, eq. 3: ECE)."""
-        return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.counts))
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluation:
-    """One model on the test images. Macro averages run over the classes that have test images."""
+    """One model's predictions on the test images, and its scores."""
 
     classes: tuple[str, ...]
-    num_images: int
-    accuracy: float
-    precision_macro: float
-    recall_macro: float
-    f1_macro: float
-    log_loss: float
-    """Mean negative log-likelihood of the true class, nats."""
-    expected_calibration_error: float
-    """0 to 1, over `NUM_CALIBRATION_BINS` equal bins of the top probability."""
-    intervals: dict[str, Interval]
-    """Of accuracy, precision_macro, recall_macro and f1_macro."""
+    predictions: Predictions
+    scores: Mapping[str, float]
+    """By name of the metric. Macro averages run over the classes that have test images."""
+    intervals: Mapping[str, Interval]
+    """Bootstrap intervals of the metrics that have one, by name."""
     per_class: tuple[ClassScores, ...]
-    confusion: NDArray[np.int64]
-    """(K, K) images; rows are the true classes, columns the predicted ones, both in the order of `classes`."""
     calibration: Calibration
     notes: tuple[str, ...]
     """What a reader of the numbers has to know about them, in sentences."""
 
+    @property
+    def num_images(self) -> int:
+        """Test images."""
+        return len(self.predictions.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of them that is right, by which models are ranked."""
+        return self.scores["accuracy"]
+
+    @property
+    def confusion(self) -> NDArray[np.int64]:
+        """(K, K) images; rows are the true classes, columns the predicted ones, both in the order of `classes`."""
+        return self.predictions.confusion
+
     def as_metrics(self) -> dict[str, float]:
         """The numbers under the names that every model shares, fit for MLflow; classes without test images left out."""
-        metrics = {
-            "test/accuracy": self.accuracy,
-            "test/precision_macro": self.precision_macro,
-            "test/recall_macro": self.recall_macro,
-            "test/balanced_accuracy": self.recall_macro,  # the same by its definition
-            "test/f1_macro": self.f1_macro,
-            "test/log_loss": self.log_loss,
-            "test/calibration_error": self.expected_calibration_error,
-        }
+        metrics = {f"test/{name}": value for name, value in self.scores.items()}
         for name, interval in self.intervals.items():
             metrics[f"test/{name}_ci_low"] = interval.low
             metrics[f"test/{name}_ci_high"] = interval.high
@@ -125,40 +108,26 @@ def evaluate_predictions(
         ValueError: shapes, labels or rows are not as described.
     """
     labels = np.asarray(labels)
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    _check(labels, probabilities, len(classes))
-    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)  # float32 rows are off by 1e-7
-    predictions = probabilities.argmax(axis=1)
-    indices = np.arange(len(classes))
-    confusion = confusion_matrix(labels, predictions, labels=indices).astype(np.int64)
-    per_class = _per_class(labels, predictions, classes)
-    present = np.flatnonzero(confusion.sum(axis=1))
-    # zero_division=0: a class that is never predicted has found none of its images; a note says so.
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, predictions, labels=present, average="macro", zero_division=0
-    )
-    calibration = calibrate(probabilities.max(axis=1), predictions == labels)
+    given = np.asarray(probabilities, dtype=np.float64)
+    _check(labels, given, len(classes))
+    predictions = Predictions(
+        labels.astype(np.int64), given / given.sum(axis=1, keepdims=True)
+    )  # float32 rows are off by 1e-7
     return Evaluation(
         classes=tuple(classes),
-        num_images=len(labels),
-        accuracy=float(accuracy_score(labels, predictions)),
-        precision_macro=float(precision),
-        recall_macro=float(recall),
-        f1_macro=float(f1),
-        log_loss=float(log_loss(labels, probabilities, labels=indices)),
-        expected_calibration_error=calibration.expected_error,
-        intervals=bootstrap_intervals(confusion, seed=seed, num_resamples=num_resamples),
-        per_class=per_class,
-        confusion=confusion,
-        calibration=calibration,
-        notes=_notes(confusion, classes),
+        predictions=predictions,
+        scores={metric.name: metric.compute(predictions) for metric in registry.METRICS},
+        intervals=bootstrap_intervals(predictions.confusion, seed=seed, num_resamples=num_resamples),
+        per_class=_per_class(predictions, classes),
+        calibration=calibrate(predictions.probabilities.max(axis=1), predictions.correct),
+        notes=_notes(predictions.confusion, classes),
     )
 
 
 def bootstrap_intervals(
     confusion: NDArray[np.int64], *, seed: int, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, Interval]:
-    """Percentile bootstrap intervals (Efron 1979) of accuracy and the macro averages.
+    """Percentile bootstrap intervals (Efron 1979) of the metrics that can be resampled, by name.
 
     Drawing N images with replacement and counting them by cell of the confusion matrix is one multinomial draw with the
     cells' shares as probabilities, so this is the bootstrap over images itself, without touching any image.
@@ -179,51 +148,23 @@ def bootstrap_intervals(
             ((truths == predictions).astype(np.int64), truths),
         )
     )
+    resampled = {metric.name: metric.resample for metric in registry.METRICS if metric.resample}
     parts = []
     rows_at_once = max(1, _CELLS_AT_ONCE // max(num_cells, num_classes))
     for start in range(0, num_resamples, rows_at_once):
         draws = rng.multinomial(total, counts / total, size=min(rows_at_once, num_resamples - start))  # (R, cells)
-        parts.append(_macro_scores(draws @ hits, draws @ by_truth, draws @ by_prediction))
+        margins = Margins(draws @ hits, draws @ by_truth, draws @ by_prediction)
+        parts.append(np.stack([resample(margins) for resample in resampled.values()], axis=1))
     alpha = 1 - CONFIDENCE_LEVEL
     lows, highs = np.quantile(np.concatenate(parts), [alpha / 2, 1 - alpha / 2], axis=0)
-    names = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
-    intervals = {name: Interval(float(low), float(high)) for name, low, high in zip(names, lows, highs, strict=True)}
+    intervals = {
+        name: Interval(float(low), float(high)) for name, low, high in zip(resampled, lows, highs, strict=True)
+    }
     num_right = int(np.trace(confusion))
     if num_right in {0, total}:
         low, high = proportion_confint(num_right, total, alpha=alpha, method="beta")
         intervals["accuracy"] = Interval(float(low), float(high))
     return intervals
-
-
-def _macro_scores(hits: NDArray, truths: NDArray, predicted: NDArray) -> NDArray[np.float64]:
-    """(R, 4): accuracy and macro precision, recall and F1 of R confusion matrices given by their (R, K) margins."""
-    present = truths > 0
-    num_present = present.sum(axis=1)
-
-    def average(numerator: NDArray, denominator: NDArray) -> NDArray[np.float64]:
-        scores = np.divide(numerator, denominator, out=np.zeros(hits.shape), where=denominator > 0)
-        return np.where(present, scores, 0.0).sum(axis=1) / num_present
-
-    return np.stack(
-        [
-            hits.sum(axis=1) / truths.sum(axis=1),
-            average(hits, predicted),
-            average(hits, truths),
-            average(2 * hits, truths + predicted),
-        ],
-        axis=1,
-    )
-
-
-def calibrate(
-    confidences: NDArray[np.float64], correct: NDArray[np.bool_], num_bins: int = NUM_CALIBRATION_BINS
-) -> Calibration:
-    """Bin the confidences (N,) and compare them with what was right; the bins are scikit-learn's uniform ones."""
-    confidences = np.clip(confidences, 0.0, 1.0)
-    accuracy, confidence = calibration_curve(correct.astype(np.int64), confidences, n_bins=num_bins, pos_label=1)
-    inner_edges = np.linspace(0.0, 1.0, num_bins + 1)[1:-1]
-    counts = np.bincount(np.searchsorted(inner_edges, confidences), minlength=num_bins)
-    return Calibration(counts=counts[counts > 0].astype(np.int64), confidence=confidence, accuracy=accuracy)
 
 
 def metric_names(classes: Sequence[str]) -> list[str]:
@@ -264,9 +205,9 @@ def _check(labels: NDArray, probabilities: NDArray, num_classes: int) -> None:
         raise ValueError("probabilities must be at least 0 and add up to 1 in each row, to within 0.001")
 
 
-def _per_class(labels: NDArray, predictions: NDArray, classes: Sequence[str]) -> tuple[ClassScores, ...]:
+def _per_class(predictions: Predictions, classes: Sequence[str]) -> tuple[ClassScores, ...]:
     columns = precision_recall_fscore_support(
-        labels, predictions, labels=np.arange(len(classes)), average=None, zero_division=0
+        predictions.labels, predictions.predicted, labels=np.arange(len(classes)), average=None, zero_division=0
     )
     return tuple(
         ClassScores(name, float(precision), float(recall), float(f1), int(support))

@@ -13,7 +13,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from mlpipe.errors import UserError
-from mlpipe.evaluation.metrics import bootstrap_intervals, evaluate_predictions, metric_names
+from mlpipe.evaluation.scoring import bootstrap_intervals, evaluate_predictions, metric_names
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -41,11 +41,11 @@ def test_small_example_by_hand():
     assert (cat.name, cat.precision, cat.recall, cat.support) == ("cat", 3 / 5, 3 / 4, 4)
     assert (dog.precision, dog.recall, dog.f1, dog.support) == (1 / 2, 1 / 2, 1 / 2, 2)
     assert (owl.precision, owl.recall, owl.f1, owl.support) == (1, 1 / 2, pytest.approx(2 / 3), 2)
-    assert evaluation.precision_macro == pytest.approx((3 / 5 + 1 / 2 + 1) / 3)
-    assert evaluation.recall_macro == pytest.approx((3 / 4 + 1 / 2 + 1 / 2) / 3)
-    assert evaluation.f1_macro == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
-    assert evaluation.log_loss == pytest.approx(-(5 * np.log(0.8) + 3 * np.log(0.1)) / 8)
-    assert evaluation.expected_calibration_error == pytest.approx(0.8 - 5 / 8)
+    assert evaluation.scores["precision_macro"] == pytest.approx((3 / 5 + 1 / 2 + 1) / 3)
+    assert evaluation.scores["recall_macro"] == pytest.approx((3 / 4 + 1 / 2 + 1 / 2) / 3)
+    assert evaluation.scores["f1_macro"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert evaluation.scores["log_loss"] == pytest.approx(-(5 * np.log(0.8) + 3 * np.log(0.1)) / 8)
+    assert evaluation.scores["calibration_error"] == pytest.approx(0.8 - 5 / 8)
     assert evaluation.notes == ()
 
 
@@ -66,14 +66,14 @@ def test_a_class_never_predicted_counts_as_zero_and_is_noted_without_warnings():
         warnings.simplefilter("error")
         evaluation = evaluate_predictions(np.array([0, 1, 2]), probabilities_for([0, 1, 1], 3), CLASSES, seed=0)
     assert (evaluation.per_class[2].precision, evaluation.per_class[2].f1) == (0, 0)
-    assert evaluation.precision_macro == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert evaluation.scores["precision_macro"] == pytest.approx((1 + 1 / 2 + 0) / 3)
     assert any("Never predicted" in note and "owl" in note for note in evaluation.notes)
 
 
 def test_a_class_without_images_is_left_out_and_noted():
     evaluation = evaluate_predictions(np.array([0, 0, 1, 1]), probabilities_for([0, 2, 1, 1], 3), CLASSES, seed=0)
     assert np.isnan(evaluation.per_class[2].recall)
-    assert evaluation.recall_macro == 0.75
+    assert evaluation.scores["recall_macro"] == 0.75
     metrics = evaluation.as_metrics()
     assert "test/f1/owl" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())
@@ -92,7 +92,7 @@ def test_calibration_error_agrees_with_torchmetrics(strength):
         torch.from_numpy(probabilities), torch.from_numpy(labels), num_classes=5, n_bins=15, norm="l1"
     )
     evaluation = evaluate_predictions(labels, probabilities, list("abcde"), seed=0)
-    assert evaluation.expected_calibration_error == pytest.approx(float(expected), abs=1e-6)
+    assert evaluation.scores["calibration_error"] == pytest.approx(float(expected), abs=1e-6)
     assert evaluation.calibration.counts.sum() == 600
 
 
@@ -102,7 +102,7 @@ def test_float32_probabilities_at_the_limits_are_accepted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluation = evaluate_predictions(np.array([0, 1, 2, 2]), probabilities, CLASSES, seed=0)
-    assert np.isfinite(evaluation.log_loss)
+    assert np.isfinite(evaluation.scores["log_loss"])
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_accuracy_interval_has_a_width_where_the_bootstrap_has_none(right):
 def test_same_seed_same_intervals_however_many_are_held_at_once(monkeypatch):
     labels, probabilities = random_case()
     first = evaluate_predictions(labels, probabilities, list("abcde"), seed=3).intervals
-    monkeypatch.setattr("mlpipe.evaluation.metrics._CELLS_AT_ONCE", 1000)
+    monkeypatch.setattr("mlpipe.evaluation.scoring._CELLS_AT_ONCE", 1000)
     again = evaluate_predictions(labels, probabilities, list("abcde"), seed=3).intervals
     other = evaluate_predictions(labels, probabilities, list("abcde"), seed=4).intervals
     assert first == again
