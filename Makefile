@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo down test coverage test-faults test-compose images lint lock bench bench-accuracy
+.PHONY: help install up demo down test coverage test-faults test-compose test-next-airflow images lint lock bench bench-accuracy
 
 help: ## Show these targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.project-installed ## Make .venv and install everything into it; again only when the lock has changed
 
@@ -28,6 +28,11 @@ test-faults: install ## Break what the stack is made of while it works; rewrites
 
 test-compose: install ## Build the images, start docker-compose.yml, run the demo on it and take it down; needs Docker
 	$(BIN)/python -m pytest -m compose -o log_cli=true -o log_cli_level=INFO tests/compose
+
+test-next-airflow: install ## Run the executor's tests on Airflow's newest release, betas included
+	$(BIN)/python -m pip install --quiet --pre --upgrade --no-deps --target .next-airflow \
+		apache-airflow-core apache-airflow-task-sdk
+	NEXT_AIRFLOW=$(CURDIR)/.next-airflow $(BIN)/python -m pytest tests/unit/plugins/test_gpu_executor.py
 
 .env: ## Write the settings of docker-compose.yml with generated secrets, once
 	$(PYTHON) docker/generate_env.py $@

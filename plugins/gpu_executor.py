@@ -14,87 +14,91 @@ Each also as an environment variable: AIRFLOW__GPU_EXECUTOR__SLOTS_PER_DEVICE, â
 `executor="gpu"` and sees its device as the only one (CUDA_VISIBLE_DEVICES). A lone task on the CPU gets the threads of
 its slot, not all cores: where tasks mostly run alone, set `threads_per_slot` to the number of cores.
 
-LocalExecutor hands every queued task to its processes at once. This one keeps count: a workload leaves the queue when a
-slot is free, and `slots_available` tells the scheduler how many more may be queued at all, so that waiting tasks stay
-`scheduled`. Neither their token nor `[scheduler] task_queued_timeout` runs. An Airflow pool adds a limit across several
-schedulers and a place to see who waits; give it at least as many slots as there are here.
+A workload leaves the queue when a slot is free, and `slots_available` tells the scheduler how many more may be queued
+at all, so that waiting tasks stay `scheduled`. Neither their token nor `[scheduler] task_queued_timeout` runs. An
+Airflow pool adds a limit across several schedulers and a place to see who waits; give it at least as many slots as
+there are here.
 
-Each slot has a worker process of its own with queues of its own. With shared ones a worker killed while it waits holds
-the queue's lock for ever, and nothing tells which task died with it. A worker leads a session (setsid): if it is
-killed, the tasks it left behind are killed too before its device is leased again; if the scheduler is killed, the
-worker ends its session itself, so that the scheduler's successor finds the devices free.
+Each workload has a worker process of its own, which leads a session (setsid) and calls `BaseExecutor.run_workload`. If
+the worker is killed, the processes that it left behind are killed too before its device is leased again; if the
+scheduler is killed, the worker ends its session itself, so that the scheduler's successor finds the devices free.
 
-Tasks are forks of their worker, and the workers of this executor and of LocalExecutor are forks of the scheduler: what
-it has imported they have too. That saves each task the seconds that mlflow or scikit-learn take. It is done when this
-executor is made, since the scheduler makes all of its executors before it starts the first. Nothing that touches CUDA
-may be among the modules, for it does not outlive a fork.
+Workers are forks of the scheduler: what it has imported they have too. That saves each task the seconds that mlflow or
+scikit-learn take. It is imported when this executor is made, since the scheduler makes all of its executors before it
+starts the first: the workers of LocalExecutor profit as well. Nothing that touches CUDA may be among the modules, for
+CUDA does not outlive a fork.
 
 One scheduler leases the devices of a machine. For two on one machine, divide them with CUDA_VISIBLE_DEVICES.
 """
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import importlib
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
-from multiprocessing import SimpleQueue
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from airflow.exceptions import AirflowConfigException
-from airflow.executors.local_executor import LocalExecutor, _run_worker
+from airflow.executors.base_executor import BaseExecutor
 from gpu_slots import Slot, find_devices, make_slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
     from airflow.executors.workloads import ExecutorWorkload
-    from airflow.executors.workloads.types import WorkloadResultType
 
 logger = logging.getLogger(__name__)
 
 NOT_BEFORE_A_FORK = frozenset({"torch", "torchvision", "lightning", "mlpipe"})
-"""CUDA, once touched, does not outlive a fork; code that is being worked on should be read anew by each task."""
+"""CUDA, once touched, does not outlive a fork; each task reads anew the code that is being worked on."""
 
 PARENT_POLL_SECONDS = 1.0
 TERMINATE_TIMEOUT_SECONDS = 10.0
+MAX_REASON = 2000
+"""Characters of an exception's text that the scheduler is told."""
 
 
-class GpuExecutor(LocalExecutor):
-    """LocalExecutor with exclusive leases of devices; see the module's text for its settings."""
+class GpuExecutor(BaseExecutor):
+    """An executor with exclusive leases of devices; see the module's text for its settings."""
 
+    is_local = True
+    serve_logs = True
+    supports_callbacks = True
     # The executors of two teams would run in one scheduler and lease the same devices twice.
     supports_multi_team = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._leases: list[_Lease] = []
+        self._slots: list[Slot] = []
+        self._leases: dict[int, _Lease] = {}  # by position of the slot
         for name in self._modules_to_preload():
             importlib.import_module(name)
 
     def start(self) -> None:
-        """Count the devices, open the slots and start their workers; `parallelism` becomes the number of slots.
+        """Count the devices and open the slots; `parallelism` becomes the number of slots.
 
         :raises AirflowConfigException: a setting is out of its range
         """
-        slots = make_slots(
+        self._slots = make_slots(
             find_devices(),
             slots_per_device=self._setting("slots_per_device", default=1, minimum=1),
             cpu_slots=self._setting("cpu_slots", default=3, minimum=1),
             num_threads=self._setting("threads_per_slot", default=0, minimum=0),
         )
-        for slot in slots:
+        for slot in self._slots:
             logger.info("Slot on %s, threads: %d", slot.device or "the CPU", slot.num_threads)
-        self.parallelism = len(slots)
-        self._leases = [_Lease(slot) for slot in slots]
-        self._spawn_workers_with_gc_freeze(len(slots))
+        self.parallelism = len(self._slots)
 
     def _modules_to_preload(self) -> list[str]:
         names = [name.strip() for name in self.conf.get("gpu_executor", "preload", fallback="").split(",")]
@@ -104,178 +108,118 @@ class GpuExecutor(LocalExecutor):
         return [name for name in names if name]
 
     def _setting(self, key: str, default: int, minimum: int) -> int:
-        value = self.conf.getint("gpu_executor", key, fallback=default)
+        value: int = self.conf.getint("gpu_executor", key, fallback=default)
         if value < minimum:
             raise AirflowConfigException(f"[gpu_executor] {key}: {value} is too small; give {minimum} or more")
         return value
 
-    def _spawn_worker(self) -> None:
-        """Start a worker for the first slot that has none."""
-        lease = next(lease for lease in self._leases if lease.worker is None)
-        lease.worker = multiprocessing.Process(
-            target=_run_slot,
-            kwargs={
-                "environment": lease.slot.environment,
-                "scheduler_pid": os.getpid(),
-                "logger_name": logger.name,
-                "input": lease.workloads,
-                "output": lease.results,
-                "unread_messages": lease.unread,
-                "team_conf": self.conf,
-            },
-        )
-        lease.worker.start()
-
-    def trigger_connection_tests(self) -> None:
-        """Run waiting connection tests in free slots.
-
-        The stock method takes the waiting tests off the slots that are free for them: on one slot none would ever run.
-        """
-        if self.queued_connection_tests:
-            self._process_workloads(list(self.queued_connection_tests.values()))
-
-    def _process_workloads(self, workload_list: Sequence[ExecutorWorkload]) -> None:
-        """Hand workloads to free slots, on the least busy device first; the others stay queued."""
-        for workload in workload_list:
-            free = [lease for lease in self._leases if lease.is_free()]
+    def _process_workloads(self, workload_items: Sequence[ExecutorWorkload]) -> None:
+        """Start workloads in free slots, on the least busy device first; the others stay queued."""
+        for workload in workload_items:
+            free = [position for position in range(len(self._slots)) if position not in self._leases]
             if not free:
                 break
-            lease = min(free, key=self._num_tasks_beside)
-            queues: tuple[dict[Any, Any], ...] = (
-                self.queued_tasks,
-                self.queued_callbacks,
-                self.queued_connection_tests,
-            )
+            position = min(free, key=self._num_tasks_beside)
+            # Airflow 3.4 has one dictionary of queues in place of the three attributes.
+            queues = getattr(self, "executor_queues", {}).values() or (self.queued_tasks, self.queued_callbacks)
             for queue in queues:
                 queue.pop(workload.key, None)
-            lease.hand_over(workload)
-            logger.info("Leased %s to %s", lease.slot.device or "a CPU slot", workload.key)
-        self._count_running()
-
-    def _num_tasks_beside(self, lease: _Lease) -> int:
-        return sum(other.workload is not None for other in self._leases if other.slot.device == lease.slot.device)
-
-    def _count_running(self) -> None:
-        """What the scheduler takes `slots_available` from; LocalExecutor leaves it empty."""
-        self.running = {lease.workload.key for lease in self._leases if lease.workload}
-
-    def _read_results(self) -> None:
-        for lease in self._leases:
-            self._read_results_of(lease)
-        self._count_running()
-
-    def _read_results_of(self, lease: _Lease) -> None:
-        while lease.workload and not lease.results.empty():
-            workload = lease.workload
-            try:
-                _, state, error = lease.results.get()
-            except Exception as unreadable:
-                # An exception whose class cannot be rebuilt from its arguments must not end the scheduler.
-                logger.exception("Cannot read the result of %s", workload.key)
-                state, error = workload.failure_state, unreadable
-            if state == workload.running_state:
+            self._leases[position] = _start_worker(workload, self._slots[position])
+            self.running.add(workload.key)
+            if workload.running_state is not None:
                 self.running_state(workload.key)
-            else:
-                lease.workload = None
-                self.change_state(workload.key, state, info=error)
+            logger.info("Leased %s to %s", self._slots[position].device or "a CPU slot", workload.key)
 
-    def _check_workers(self) -> None:
-        for lease in self._leases:
-            if lease.worker and not lease.worker.is_alive():
-                self._return_lease(lease, lease.worker)
-        self._count_running()
+    def _num_tasks_beside(self, position: int) -> int:
+        return sum(self._slots[other].device == self._slots[position].device for other in self._leases)
 
-    def _return_lease(self, lease: _Lease, worker: BaseProcess) -> None:
-        """Open a dead worker's slot again; its workload is reported failed, or handed over again if it never began."""
-        if worker.pid and _kill_session(worker.pid):
-            return  # What it left behind may hold the device until the next heartbeat.
-        self._read_results_of(lease)
-        logger.warning("Worker %s died (exit code %s); its slot opens again", worker.pid, worker.exitcode)
-        workload, never_began = lease.workload, lease.has_unread_workload()
-        lease.reopen()
-        self._spawn_workers_with_gc_freeze(1)
-        if workload and never_began:
-            lease.hand_over(workload)
-        elif workload:
-            self.fail(workload.key, info=f"worker process {worker.pid} died")
+    def sync(self) -> None:
+        """Report workloads that have ended, and return their leases."""
+        for position, lease in list(self._leases.items()):
+            if lease.worker.is_alive() or _kill_session(lease.pid):
+                continue  # What a worker left behind may hold the device until the next heartbeat.
+            del self._leases[position]
+            lease.worker.join()
+            if lease.worker.exitcode == 0:
+                self.success(lease.workload.key)
+                continue
+            reason = lease.reason() or f"worker process {lease.pid} died (exit code {lease.worker.exitcode})"
+            logger.warning("%s: %s", lease.workload.key, reason)
+            self.fail(lease.workload.key, info=reason)
 
     def end(self) -> None:
-        """Let running workloads finish, then stop the workers; interrupted (a second signal), it terminates them."""
+        """Let running workloads finish; interrupted (a second signal), terminate them."""
         logger.info("Shutting down; waiting for running tasks to finish. Signal again if you don't want to wait.")
         try:
-            for lease in self._leases:
-                lease.workloads.put(None)
-            for lease in self._leases:
-                if lease.worker:
-                    lease.worker.join()
+            for lease in self._leases.values():
+                lease.worker.join()
+            give_up = time.monotonic() + TERMINATE_TIMEOUT_SECONDS
+            while self._leases and time.monotonic() < give_up:  # until what the workers left behind is gone
+                self.sync()
         finally:
             self.terminate()
 
     def terminate(self) -> None:
-        """Kill the workers and whatever runs in their sessions; what they had not finished is reported failed."""
-        workers = [lease.worker for lease in self._leases if lease.worker and lease.worker.pid]
-        for worker in workers:
-            worker.kill()
+        """Kill the workers and whatever runs in their sessions; their workloads are reported failed."""
+        leases = list(self._leases.values())
+        for lease in leases:
+            lease.worker.kill()
         give_up = time.monotonic() + TERMINATE_TIMEOUT_SECONDS
-        while sum(_kill_session(worker.pid) for worker in workers if worker.pid) and time.monotonic() < give_up:
+        while sum(_kill_session(lease.pid) for lease in leases) and time.monotonic() < give_up:
             time.sleep(0.05)
-        for worker in workers:
-            worker.join(TERMINATE_TIMEOUT_SECONDS)
-        self._read_results()
-        for lease in self._leases:
-            if lease.workload:
-                self.fail(lease.workload.key, info="the executor was shut down")
-            lease.close()
-        self._leases = []
-        self._count_running()
+        for lease in leases:
+            lease.worker.join(TERMINATE_TIMEOUT_SECONDS)
+            self.fail(lease.workload.key, info="the executor was shut down")
+        self._leases.clear()
 
 
+@dataclass(frozen=True)
 class _Lease:
-    """A slot, its worker process and the workload that holds it now."""
+    """A workload and the worker process that runs it in a slot."""
 
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-        self._open()
+    workload: ExecutorWorkload
+    worker: BaseProcess
+    pid: int
+    reasons: Connection
+    """Where the worker says why it failed."""
 
-    def _open(self) -> None:
-        self.worker: BaseProcess | None = None
-        self.workload: ExecutorWorkload | None = None
-        self.workloads: SimpleQueue[ExecutorWorkload | None] = SimpleQueue()
-        self.results: SimpleQueue[WorkloadResultType] = SimpleQueue()
-        self.unread = multiprocessing.Value(ctypes.c_uint)
-
-    def reopen(self) -> None:
-        """Forget a dead worker, and its queues: it may have died with their locks."""
-        self.close()
-        self._open()
-
-    def close(self) -> None:
-        self.workloads.close()
-        self.results.close()
-
-    def is_free(self) -> bool:
-        return self.workload is None and self.worker is not None and self.worker.is_alive()
-
-    def hand_over(self, workload: ExecutorWorkload) -> None:
-        self.workload = workload
-        with self.unread:
-            self.unread.value += 1
-        self.workloads.put(workload)
-
-    def has_unread_workload(self) -> bool:
-        # Read past the lock, which a dead worker may hold.
-        return bool(self.unread.get_obj().value)
+    def reason(self) -> str | None:
+        """Why the workload failed; `None`: its worker could not say it."""
+        with suppress(EOFError, OSError):
+            if self.reasons.poll():
+                return str(self.reasons.recv_bytes(), errors="replace")
+        return None
 
 
-def _run_slot(*, environment: dict[str, str], scheduler_pid: int, **worker: Any) -> None:
-    """A worker's life: a session and an environment of its own, then Airflow's own worker loop.
+def _start_worker(workload: ExecutorWorkload, slot: Slot) -> _Lease:
+    reasons, reason = multiprocessing.Pipe(duplex=False)
+    worker = multiprocessing.Process(target=_run, args=(workload, slot, os.getpid(), reason))
+    gc.freeze()  # else the worker's first collection would copy the scheduler's memory
+    try:
+        worker.start()
+    finally:
+        gc.unfreeze()
+    reason.close()
+    return _Lease(workload, worker, int(worker.pid or 0), reasons)
+
+
+def _run(workload: ExecutorWorkload, slot: Slot, scheduler_pid: int, reason: Connection) -> None:
+    """A worker's life: a session and an environment of its own, then Airflow's supervisor of the workload.
 
     Tasks are forks of the worker: they inherit both. Airflow gives each task a process group, but not a session.
     """
     os.setsid()
-    os.environ.update(environment)
+    for each in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_DFL)  # the scheduler's handlers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(slot.environment)
     threading.Thread(target=_end_session_with, args=(scheduler_pid,), daemon=True).start()
-    _run_worker(**worker)
+    try:
+        BaseExecutor.run_workload(workload, subprocess_logs_to_stdout=True)
+    except Exception as error:
+        logger.exception("%s failed", workload.key)
+        reason.send_bytes(str(error)[:MAX_REASON].encode())
+        sys.exit(1)
 
 
 def _end_session_with(scheduler_pid: int) -> None:

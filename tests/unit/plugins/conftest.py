@@ -62,7 +62,8 @@ def airflow_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(PLUGINS),
         "AIRFLOW__API_AUTH__JWT_SECRET": "not-a-secret",
-        "PYTHONPATH": str(PLUGINS),
+        # NEXT_AIRFLOW: a folder with another release of Airflow, which `make test-next-airflow` fills.
+        "PYTHONPATH": os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("NEXT_AIRFLOW")])]),
     }
 
 

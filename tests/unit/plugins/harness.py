@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow.executors.base_executor import BaseExecutor
-from airflow.executors.workloads import ExecuteCallback, ExecuteTask, TestConnection
+from airflow.executors.workloads import ExecuteCallback, ExecuteTask
 from airflow.executors.workloads.base import BundleInfo
 from airflow.executors.workloads.callback import CallbackDTO, CallbackFetchMethod
 from airflow.executors.workloads.task import TaskInstanceDTO
@@ -100,10 +100,6 @@ def callback() -> ExecuteCallback:
     dto = CallbackDTO(id=str(uuid.uuid4()), fetch_method=CallbackFetchMethod.IMPORT_PATH, data={"path": "a.b"})
     bundle = BundleInfo(name="dags-folder")
     return ExecuteCallback(callback=dto, token="", dag_rel_path=Path("dag.py"), bundle_info=bundle, log_path=None)
-
-
-def connection_test() -> TestConnection:
-    return TestConnection(connection_test_id=uuid.uuid4(), connection_id="c", timeout=5, token="")
 
 
 class Scheduler:

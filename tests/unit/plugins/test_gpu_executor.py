@@ -203,45 +203,6 @@ result = scheduler.result() | {"left_behind": left_behind}
     assert {line["environment"]["CUDA_VISIBLE_DEVICES"] for line in result["starts"]} == {"GPU-b"}
 
 
-def test_a_worker_killed_while_it_waits_costs_nothing(run_scenario: RunScenario, two_gpus: dict[str, str]) -> None:
-    """With a shared queue its lock would die with it and every worker would wait for ever."""
-    result = run_scenario(
-        f"""
-import psutil
-{FIVE_TASKS.split("scheduler.queue")[0]}
-for worker in psutil.Process().children():
-    kill(worker.pid)
-scheduler.queue{FIVE_TASKS.split("scheduler.queue")[1]}
-""",
-        two_gpus,
-    )
-    assert result["events"] == {f"task_{number}": ["success"] for number in range(5)}
-
-
-def test_a_workload_that_its_worker_never_took_is_handed_over_again(
-    run_scenario: RunScenario, two_gpus: dict[str, str]
-) -> None:
-    result = run_scenario(
-        """
-import psutil
-scheduler = Scheduler()
-workers = psutil.Process().children()
-for worker in workers:
-    worker.suspend()
-scheduler.queue(task("first"), task("second"))
-scheduler.beat()
-for worker in workers:
-    kill(worker.pid)
-scheduler.beat_until_done()
-scheduler.executor.end()
-result = scheduler.result()
-""",
-        two_gpus,
-    )
-    assert result["events"] == {"first": ["success"], "second": ["success"]}
-    assert len(result["starts"]) == 2
-
-
 def test_a_failure_is_reported_even_if_it_cannot_be_unpickled(
     run_scenario: RunScenario, two_gpus: dict[str, str]
 ) -> None:
@@ -260,11 +221,11 @@ result = scheduler.result()
     assert result["events"]["good"] == ["success"]
 
 
-def test_callbacks_and_connection_tests_run_in_slots(run_scenario: RunScenario, two_gpus: dict[str, str]) -> None:
+def test_callbacks_run_in_slots(run_scenario: RunScenario, two_gpus: dict[str, str]) -> None:
     result = run_scenario(
         """
 scheduler = Scheduler()
-scheduler.queue(callback(), connection_test(), task("task"))
+scheduler.queue(callback(), task("task"))
 scheduler.beat_until_done()
 scheduler.executor.end()
 result = scheduler.result()
@@ -272,9 +233,9 @@ result = scheduler.result()
         two_gpus | {"CUDA_VISIBLE_DEVICES": "0"},
     )
     assert result["parallelism"] == result["most_running"] == 1
-    for kind in ("CallbackKey", "ConnectionTestKey", "task"):
+    for kind in ("CallbackKey", "task"):
         assert result["events"][kind][-1] == "success"
-    assert len(result["ends"]) == 3
+    assert len(result["ends"]) == 2
 
 
 def test_end_lets_tasks_finish_and_leaves_no_process(run_scenario: RunScenario, two_gpus: dict[str, str]) -> None:
@@ -340,7 +301,7 @@ scheduler.beat_until(lambda: False)
     try:
         wait_until(lambda: records.exists() and '"start"' in records.read_text(), timeout=60)
         family = psutil.Process(scheduler).children(recursive=True)
-        assert len(family) == 3  # two workers, one with a task
+        assert len(family) == 2  # a worker and its task
     finally:
         os.kill(scheduler, signal.SIGKILL)
         assert harness.wait() == -signal.SIGKILL
@@ -360,6 +321,19 @@ gpu.end()
 assert not heavy, heavy
 """
     check(script, airflow_environment | no_gpu)
+
+
+def test_the_executor_stands_on_airflows_public_interface(airflow_environment: dict[str, str]) -> None:
+    """It defines no method of its own making that Airflow could call, and knows no other executor."""
+    script = """
+import gpu_executor
+from airflow.executors.base_executor import BaseExecutor
+own = {name for name, value in vars(gpu_executor.GpuExecutor).items() if callable(value) and not name.startswith("__")}
+assert {name for name in own if not name.startswith("_")} <= set(dir(BaseExecutor)), own
+assert gpu_executor.GpuExecutor.__mro__[1] is BaseExecutor
+assert not {"LocalExecutor", "CeleryExecutor"} & set(vars(gpu_executor))
+"""
+    check(script, airflow_environment)
 
 
 def test_a_team_cannot_lease_the_same_devices_again(airflow_environment: dict[str, str]) -> None:
