@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlpipe.data.batches import BatchLoader
 from mlpipe.errors import UserError
+from mlpipe.training import group
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainingLogger
@@ -57,7 +58,7 @@ class EpochCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override] # noqa: ARG002
         """Set the order and the random numbers of this epoch."""
-        epoch, rank = trainer.current_epoch, trainer.global_rank
+        epoch, rank = pl_module.epoch, group.rank()
         self.loader.set_epoch(epoch)
         source = f"{self._seed} {epoch} {rank}" if rank else f"{self._seed} {epoch}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big"))
@@ -74,9 +75,9 @@ class EpochCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
         """Sum what all processes have counted; the first of them decides whether to go on."""
-        pl_module.training_totals.sum_over(trainer.strategy)
-        pl_module.validation_totals.sum_over(trainer.strategy)
-        if trainer.strategy.broadcast(self._end_epoch(trainer, pl_module)):
+        pl_module.training_totals.sum_over_group()
+        pl_module.validation_totals.sum_over_group()
+        if group.as_the_first(self._end_epoch(trainer, pl_module), pl_module.device):
             trainer.should_stop = True
 
     def _end_epoch(self, trainer: Trainer, module: ClassificationModule) -> bool:  # noqa: ARG002
@@ -181,10 +182,10 @@ class CheckpointCallback(EpochCallback):
             return
         self._reported = now
         totals = pl_module.training_totals
-        rate = totals.num_images * trainer.world_size / (now - self._started)
+        rate = totals.num_images * group.size() / (now - self._started)
         logger.info(
             "epoch %d/%d: batch %d of %d, train/loss %.4f, train/accuracy %.4f, %.0f images/s",
-            trainer.current_epoch + 1, trainer.max_epochs, batch_idx + 1, trainer.num_training_batches,
+            pl_module.epoch + 1, pl_module.train_config.num_epochs, batch_idx + 1, trainer.num_training_batches,
             totals.mean_loss(), totals.accuracy(), rate,
         )  # fmt: skip
 
@@ -200,7 +201,7 @@ class CheckpointCallback(EpochCallback):
         logged is logged on resuming.
         """
         metrics = self._measure(trainer, module)
-        epoch = trainer.current_epoch + 1
+        epoch = module.epoch + 1
         if not math.isfinite(metrics["train/loss"] + metrics["val/loss"]):
             rate = module.train_config.learning_rate
             raise UserError(
@@ -212,7 +213,7 @@ class CheckpointCallback(EpochCallback):
             self.best_weights = {key: value.cpu().clone() for key, value in module.network.state_dict().items()}
         self._save(trainer, module)
         self._log(epoch)
-        self._report(epoch, trainer, module)
+        self._report(epoch, module)
         if self.finished:
             logger.info("val/accuracy has not risen for %d epochs: stopping early", self._patience)
         return self.finished
@@ -233,14 +234,15 @@ class CheckpointCallback(EpochCallback):
     def _log(self, epoch: int) -> None:
         self._tracking.log_metrics({name: self.history[epoch - 1][name] for name in LOGGED}, step=epoch)
 
-    def _report(self, epoch: int, trainer: Trainer, module: ClassificationModule) -> None:
+    def _report(self, epoch: int, module: ClassificationModule) -> None:
         last = self.history[-1]
         # Images of twice the height and width took resnet18 2.3 times as long on a CPU, not four times.
-        costs = [module.scale_of(each) for each in range(int(trainer.max_epochs or epoch))]
+        num_epochs = module.train_config.num_epochs
+        costs = [module.scale_of(each) for each in range(num_epochs)]
         remaining = last["epoch_seconds"] * sum(costs[epoch:]) / costs[epoch - 1]
         logger.info(
             "epoch %d/%d: train/loss %.4f, train/accuracy %.4f, val/loss %.4f, val/accuracy %.4f%s, %.0f images/s, "
             "eta %.0f s",
-            epoch, trainer.max_epochs, last["train/loss"], last["train/accuracy"], last["val/loss"],
+            epoch, num_epochs, last["train/loss"], last["train/accuracy"], last["val/loss"],
             last["val/accuracy"], " (best)" if self.best_epoch == epoch else "", last["images_per_second"], remaining,
         )  # fmt: skip

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
 
 from mlpipe.data.batches import BatchLoader
 from mlpipe.training.cpu.memory import keep_freed_memory
@@ -48,7 +47,10 @@ class Fit:
 def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     """Train from epoch `epochs_done` on.
 
-    Where there are several devices, each process calls it, in the process group of torch's that it has joined.
+    Where there are several devices, each process calls it, in the process group of torch's that it has joined. To
+    Lightning each is a training of its own on one device: the module exchanges the gradients, by PyTorch's
+    DistributedDataParallel. As one training of several devices, Lightning 2.6.6 passes SIGTERM on by a broadcast from
+    within the signal's handler, which the others, amid an exchange of gradients, do not take part in: it never ends.
 
     Args:
         epochs: its loader is what this process trains on.
@@ -56,16 +58,16 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     """
     keep_freed_memory()
     on_gpu = torch.cuda.is_available()
-    several = fit.num_devices > 1
+    module = fit.module
+    module.first_epoch = fit.epochs_done
+    if on_gpu and fit.num_devices > 1:  # PyTorch has it for GPUs alone
+        nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
     with _quiet_lightning():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",
-            devices=fit.num_devices,
-            strategy=_strategy(rank) if several else "auto",
-            sync_batchnorm=several and on_gpu,  # PyTorch has it for GPUs alone
-            use_distributed_sampler=False,
+            devices=[rank] if on_gpu else 1,
             precision=fit.precision,
-            max_epochs=fit.num_epochs,
+            max_epochs=fit.num_epochs - fit.epochs_done,
             callbacks=[epochs],
             deterministic="warn" if on_gpu else None,
             logger=False,
@@ -74,58 +76,13 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        # Lightning's own count of completed epochs, from which it goes on.
-        trainer.fit_loop.epoch_progress.current.processed = fit.epochs_done  # type: ignore[attr-defined]
-        if several:
-            _send_no_signals(trainer)
         validation = fit.validation.shard(rank, fit.num_devices)
         if on_gpu:
             for loader in (epochs.loader, validation):
                 loader.keep_on(torch.device("cuda", rank), int(torch.cuda.mem_get_info(rank)[0] * SHARE_FOR_IMAGES))
         fast = fit.precision == "32-true" and not on_gpu
-        with winograd_convolutions(fit.module.network) if fast else nullcontext():
-            trainer.fit(fit.module, epochs.loader, validation)
-
-
-def _strategy(rank: int) -> Strategy:
-    return _JoinedDDP(cluster_environment=_OneHost(rank), gradient_as_bucket_view=True)
-
-
-class _JoinedDDP(DDPStrategy):
-    """For processes that were started, and have joined their group, before."""
-
-    def _configure_launcher(self) -> None:
-        self._launcher = None
-
-
-class _OneHost(LightningEnvironment):
-    """Says which process this one is; nothing is read from or written to the environment."""
-
-    creates_processes_externally = True
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self._local_rank = rank
-
-    def local_rank(self) -> int:
-        return self._local_rank
-
-    def node_rank(self) -> int:
-        return 0
-
-    def teardown(self) -> None:
-        pass
-
-
-def _send_no_signals(trainer: Trainer) -> None:
-    """Keep Lightning 2.6.6 from passing SIGTERM on to the other processes.
-
-    It does so by a broadcast from within the signal's handler, which the others, amid an exchange of gradients, do not
-    take part in, so that it never ends; and by another at each step, for which a GPU is waited for. Here the process
-    that started the others ends them.
-    """
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        with winograd_convolutions(module.network) if fast else nullcontext():
+            trainer.fit(module, epochs.loader, validation)
 
 
 @contextmanager

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mlpipe.config import NetworkSettings
 from mlpipe.models.portable import enlarge, normalise
+from mlpipe.training import group
 from mlpipe.training.augmentation import augment, shrink
 from mlpipe.training.optimizers import build_optimizers
 
@@ -39,10 +40,12 @@ class EpochTotals:
         self._hits += (logits.detach().argmax(dim=1) == labels).sum()
         self.num_images += len(labels)
 
-    def sum_over(self, strategy: Strategy) -> None:
+    def sum_over_group(self) -> None:
         """Add up the totals of all processes that train together; each must call it."""
+        if group.size() == 1:
+            return
         sums = torch.stack([self._loss.double(), self._hits.double(), self._loss.new_tensor(self.num_images).double()])
-        sums = strategy.reduce(sums, reduce_op="sum")
+        sums = group.total(sums)
         self._loss, self._hits = sums[0], sums[1]
         self.num_images = int(sums[2])
 
@@ -89,8 +92,20 @@ class ClassificationModule(LightningModule):
         self.total_steps = total_steps
         self.input_size = input_size
         self.loss_weight = 1.0
+        self.first_epoch = 0
+        self._parallel: tuple[DistributedDataParallel, ...] = ()  # in a tuple: not a part of the module
         self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(channel_std).view(3, 1, 1), persistent=False)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that goes on, from 0; attempts before this one counted."""
+        return self.first_epoch + self.current_epoch
+
+    def on_train_start(self) -> None:
+        """Share the gradients with the other processes, where there are any."""
+        if group.size() > 1:
+            self._parallel = (DistributedDataParallel(self.network, gradient_as_bucket_view=True),)
 
     def on_train_epoch_start(self) -> None:
         """Count anew."""
@@ -104,7 +119,8 @@ class ClassificationModule(LightningModule):
         """One step of the optimizers and of their schedules."""
         images_u8, labels = batch
         images = self._shown(augment(images_u8, self.train_config.augmentation))
-        logits = self.network(shrink(images, self._image_size(images.shape[-1])))
+        network = self._parallel[0] if self._parallel else self.network
+        logits = network(shrink(images, self._image_size(images.shape[-1])))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
         self.training_totals.add(loss, logits, labels)
         with torch.autocast(self.device.type, enabled=False):
@@ -130,7 +146,7 @@ class ClassificationModule(LightningModule):
         return 0.5 if config.progressive_resizing and 2 * (epoch + 1) <= config.num_epochs else 1.0
 
     def _image_size(self, whole: int) -> int:
-        return min(whole, max(round(whole * self.scale_of(self.current_epoch)), MIN_IMAGE_SIZE))
+        return min(whole, max(round(whole * self.scale_of(self.epoch)), MIN_IMAGE_SIZE))
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[OneCycleLR]]:
         """The optimizers of the configuration, fused where PyTorch can, and their schedules."""
