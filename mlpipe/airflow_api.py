@@ -43,7 +43,7 @@ class AirflowApi:
 
     def __init__(self, url: str, user: str, password: str) -> None:
         self.url = url.rstrip("/")
-        self._login = {"username": user, "password": password}
+        self._login = user, password
         self._session = requests.Session()
         retry = Retry(total=6, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=("GET",))
         self._session.mount("http", HTTPAdapter(max_retries=retry))
@@ -165,10 +165,17 @@ class AirflowApi:
         return answer
 
     def _log_in(self) -> None:
-        answer = self._session.post(f"{self.url}/auth/token", json=self._login, timeout=TIMEOUT)
-        if not answer.ok:
+        if not log_in(self._session, self.url, *self._login).ok:
             raise UserError(f"MLPIPE_AIRFLOW_PASSWORD: Airflow at {self.url} refuses the login of this user")
-        self._session.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+
+
+def log_in(session: requests.Session, url: str, user: str, password: str) -> requests.Response:
+    """Give a session a token of Airflow's simple login; the answer to the request for it."""
+    login = {"username": user, "password": password}
+    answer = session.post(f"{url}/auth/token", json=login, timeout=TIMEOUT)
+    if answer.ok:
+        session.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+    return answer
 
 
 def _run_path(dag_id: str, run_id: str) -> str:

@@ -51,7 +51,13 @@ def components(settings: StackSettings) -> tuple[Component, ...]:
         commands[name] = (program("airflow"), name, *skip.get(name, ()))
     # The API server is done at once, but threads of its database driver keep the process.
     patience = {"api-server": 3}
-    variables = {"scheduler": {PRELOAD: os.environ.get(PRELOAD, PRELOADED)}}
+    variables = {
+        "scheduler": {PRELOAD: os.environ.get(PRELOAD, PRELOADED)},
+        TRACKING: {
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{settings.mlflow_database}?timeout=60",
+            "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACT_BUCKET}",
+        },
+    }
     return tuple(
         Component(
             name=name,
@@ -116,8 +122,6 @@ def _tracking(settings: StackSettings) -> tuple[str, ...]:
         sys.executable,
         "-m",
         "mlpipe.stack.mlflow_server",
-        str(settings.mlflow_database),
-        f"s3://{ARTIFACT_BUCKET}",
         LOOPBACK,
         str(settings.mlflow_port),
     )

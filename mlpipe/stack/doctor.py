@@ -21,7 +21,7 @@ from mlpipe.stack.components import NAMES, program
 from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.health import DAG_ID, Health
 from mlpipe.stack.local import DATA_BUCKET, StackSettings
-from mlpipe.stack.service_environment import executor, service_environment
+from mlpipe.stack.service_environment import EXECUTOR, service_environment
 from mlpipe.stack.supervisor import Supervisor
 
 MIN_FREE_BYTES = 5 * 2**30
@@ -69,7 +69,9 @@ def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -
     )
     yield _temporary_space()
     yield _finding("GPU", gpus, "mend the driver, or install the torch that fits it: both must list the same devices")
-    yield _finding("executor", lambda: executors(settings), "restore plugins/gpu_executor.py")
+    yield _finding(
+        "executor", executors, "run `make install`, or install mlpipe[airflow] beside this Python"
+    )
     if Supervisor(settings).states():
         yield from _local_stack(settings)
     else:
@@ -200,10 +202,8 @@ def gpus() -> str:
     return f"{len(names)} × {names[0]}; torch sees {found}"
 
 
-def executors(settings: StackSettings) -> str:
+def executors() -> str:
     """Resolve the alias `gpu` as the scheduler does, in a process of its own: this one never loads Airflow."""
-    if "gpu:" not in executor(settings):
-        raise CheckFailedError("the alias gpu is not configured: plugins/gpu_executor.py is missing")
     script = (
         "from airflow.executors.executor_loader import ExecutorLoader as loader; "
         "print(loader.import_executor_cls(loader.lookup_executor_name_by_str('gpu'))[0].__name__)"
@@ -223,7 +223,7 @@ def executors(settings: StackSettings) -> str:
     lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
     if result.returncode != 0:
         raise CheckFailedError(f"the alias gpu cannot be resolved: {lines[-1] if lines else 'no output'}")
-    return f"{executor(settings)} ({lines[-1]})"
+    return f"{EXECUTOR} ({lines[-1]})"
 
 
 def airflow_health(url: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import requests
 
+from mlpipe.airflow_api import log_in
 from mlpipe.stack.components import STORAGE, TRACKING
 from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.local import ARTIFACT_BUCKET, DATA_BUCKET, StackSettings
@@ -90,10 +91,8 @@ class Health:
 
     def _get(self, path: str) -> requests.Response:
         if "Authorization" not in self._http.headers:
-            login = {"username": self._credentials.airflow_user, "password": self._credentials.airflow_password}
-            token = self._http.post(f"{self._settings.airflow_url}/auth/token", json=login, timeout=TIMEOUT)
-            token.raise_for_status()
-            self._http.headers["Authorization"] = f"Bearer {token.json()['access_token']}"
+            user, password = self._credentials.airflow_user, self._credentials.airflow_password
+            log_in(self._http, self._settings.airflow_url, user, password).raise_for_status()
         return self._http.get(self._settings.airflow_url + path, timeout=TIMEOUT)
 
 

@@ -21,8 +21,6 @@ from mlpipe.stack.ports import LOOPBACK, all_free, free_block
 PACKAGE = Path(__file__).resolve().parents[1]
 PROJECT = PACKAGE.parent if (PACKAGE.parent / "dags").is_dir() else None
 """The checkout; `None`: the package was installed from a wheel."""
-AIRFLOW_FILES = PROJECT or PACKAGE
-"""The folder of `dags/` and `plugins/`, which a wheel has within the package."""
 
 DEFAULT_PORTS = {"airflow_port": 8080, "mlflow_port": 5000, "s3_port": 8333}
 
@@ -135,11 +133,7 @@ class StackSettings:
 
     @property
     def dags(self) -> Path:
-        return AIRFLOW_FILES / "dags"
-
-    @property
-    def plugins(self) -> Path:
-        return AIRFLOW_FILES / "plugins"
+        return (PROJECT or PACKAGE) / "dags"
 
     @property
     def credentials_path(self) -> Path:

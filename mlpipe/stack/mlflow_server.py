@@ -1,7 +1,13 @@
-"""`python -m mlpipe.stack.mlflow_server DATABASE DESTINATION HOST PORT`: MLflow's server in one process.
+"""`python mlflow_server.py HOST PORT`: MLflow's server, of the local stack and of the image mlflow/Dockerfile.
 
-`mlflow server` migrates and imports in one process and serves from another: it takes twice as long to start, and
-when it is killed its child keeps the port, so that a supervisor could not restart it.
+`mlflow server` migrates and imports in one process and serves from another: it takes twice as long to start, and when
+it is killed its child keeps the port, so that a supervisor could not restart it. This file is copied into the image
+alone: it imports nothing of mlpipe.
+
+    MLFLOW_BACKEND_STORE_URI       database of runs and of the registry
+    MLFLOW_ARTIFACTS_DESTINATION   where artifacts go that clients send through this server, such as s3://mlflow
+    MLFLOW_AUTH_DATABASE_URI       database of users; without it there are no logins
+    MLFLOW_WORKERS                 processes, 1 where it is not set
 """
 
 from __future__ import annotations
@@ -11,46 +17,100 @@ import os
 import sqlite3
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+AUTH_DATABASE = "MLFLOW_AUTH_DATABASE_URI"
+AUTH_FILE = "auth.ini"
 
 
-def main(database: Path, destination: str, host: str, port: int) -> None:
-    """Bring the SQLite schema up to date and serve until told to stop.
+def main(host: str, port: int) -> None:
+    """Bring the databases up to date, then serve until told to stop."""
+    database = os.environ["MLFLOW_BACKEND_STORE_URI"]
+    if database.startswith("sqlite:///"):
+        # In this mode a reader never waits for a writer. It is kept in the file.
+        path = database.removeprefix("sqlite:///").partition("?")[0]
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+    if users := os.environ.get(AUTH_DATABASE):
+        _write_auth_settings(users)
+    from mlflow.server import constants
 
-    Args:
-        database: SQLite file, made when missing.
-        destination: where artifacts go that clients send through this server, such as s3://mlflow.
-        host: address to listen on.
-        port: TCP port.
-    """
-    # In this mode a reader never waits for a writer. It is kept in the file.
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
-    from mlflow.server import constants  # loads MLflow: only here, in the process that serves
-
-    uri = f"sqlite:///{database}?timeout=60"
-    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = uri
-    os.environ[constants.REGISTRY_STORE_URI_ENV_VAR] = uri
+    os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = database
+    os.environ[constants.REGISTRY_STORE_URI_ENV_VAR] = database
     os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
-    os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = destination
+    os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = os.environ["MLFLOW_ARTIFACTS_DESTINATION"]
     os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
-    _migrate(uri)
+    os.environ["_MLFLOW_SGI_NAME"] = "uvicorn"
+    migrate(database)
+    if users:
+        from mlflow.server import auth
+
+        auth.bootstrap_admin_user()
     import uvicorn
 
-    uvicorn.run("mlflow.server.fastapi_app:app", host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    num_workers = int(os.environ.get("MLFLOW_WORKERS", "1"))
+    application = create_app() if num_workers == 1 else f"{Path(__file__).stem}:create_app"
+    uvicorn.run(
+        application,
+        factory=num_workers > 1,
+        host=host,
+        port=port,
+        workers=num_workers,
+        log_level="info" if users else "warning",
+        timeout_graceful_shutdown=5,
+    )
 
 
-def _migrate(uri: str) -> None:
+def _write_auth_settings(database: str) -> None:
+    """What MLflow reads about logins from a file only, when it is imported.
+
+    Checking a password is slow on purpose, some tenths of a second: too slow for each of a task's hundred requests.
+    """
+    path = Path(AUTH_FILE).resolve()
+    path.touch(mode=0o600)  # it holds the password of the database
+    lines = ["[mlflow]", "default_permission = READ", f"database_uri = {database}", "auth_cache_ttl_seconds = 300"]
+    path.write_text("\n".join(lines) + "\n")
+    os.environ["MLFLOW_AUTH_CONFIG_PATH"] = str(path)
+
+
+def migrate(database: str) -> None:
+    """Make the tables, or those of a newer version."""
     from mlflow import db
-    from mlflow.server.handlers import initialize_backend_stores
     from mlflow.store.db import utils
 
-    engine = utils.create_sqlalchemy_engine_with_retry(uri)
+    engine = utils.create_sqlalchemy_engine_with_retry(database)
     outdated = utils._get_schema_version(engine) != utils._get_latest_schema_revision()
     engine.dispose()
     if outdated:
-        db.upgrade.main([uri], standalone_mode=False)
-    initialize_backend_stores(uri, uri, "mlflow-artifacts:/")
+        db.upgrade.main([database], standalone_mode=False)
+
+
+def create_app() -> FastAPI:
+    """The application of one process."""
+    from mlflow.server import handlers
+
+    if AUTH_DATABASE not in os.environ:
+        from mlflow.server import fastapi_app
+
+        database = os.environ["MLFLOW_BACKEND_STORE_URI"]
+        handlers.initialize_backend_stores(database, database, "mlflow-artifacts:/")
+        return fastapi_app.app
+    from mlflow.server import auth
+
+    class NoStore:
+        """No artifact repository is one of these: none is offered for direct access.
+
+        MLflow offers clients the object store's own address for what they download (and for uploads over 500 MB), even
+        where only this server can reach it: a client elsewhere would try for ten minutes and fail.
+        """
+
+    handlers.MultipartDownloadMixin = NoStore  # type: ignore[misc, assignment]
+    handlers.MultipartUploadMixin = NoStore  # type: ignore[misc, assignment]
+    return auth.create_app()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]))

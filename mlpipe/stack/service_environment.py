@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.files import write_private
@@ -12,6 +13,9 @@ from mlpipe.stack.local import StackSettings
 
 FOREIGN = ("AIRFLOW_", "_AIRFLOW_", "AWS_", "MLFLOW_", "_MLFLOW_", "WEED_", "S3_", "PYTHON")
 """Beginnings of variables that the caller's shell may carry for other systems; none of them reaches the stack."""
+EXECUTOR = "LocalExecutor,gpu:gpu_executor.GpuExecutor"
+"""Airflow's own for light tasks, and the one that leases devices under the alias `gpu`."""
+AIRFLOW_CONFIG = Path(__file__).with_name("airflow.cfg")
 EXECUTOR_SETTINGS = "AIRFLOW__GPU_EXECUTOR__"
 """But these, which are this project's own."""
 
@@ -55,22 +59,19 @@ def _mlflow(settings: StackSettings, credentials: Credentials) -> dict[str, str]
 
 
 def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str]:
-    """Checked against airflow/config_templates/config.yml of 3.3.2, section by section."""
+    """What is of this machine; `airflow.cfg` has the rest."""
     sections: Mapping[str, Mapping[str, object]] = {
         "core": {
-            "executor": executor(settings),
+            "executor": EXECUTOR,
             "dags_folder": settings.dags,
-            "plugins_folder": settings.plugins,
-            "load_examples": False,
-            "dags_are_paused_at_creation": False,
+            # This project's are found by their entry points.
+            "plugins_folder": settings.airflow_home / "plugins",
             # LocalExecutor forks as many processes at its start.
             "parallelism": min(32, max(8, os.cpu_count() or 1)),
             "simple_auth_manager_users": f"{credentials.airflow_user}:admin",
             "simple_auth_manager_passwords_file": settings.airflow_home / "passwords.json",
             "fernet_key": credentials.airflow_fernet_key,
             "execution_api_server_url": f"{settings.airflow_url}/execution/",
-            # The default asks the name server for this machine's full name: seconds without a network.
-            "hostname_callable": "socket.gethostname",
             # Shorter than the default 30 s, so that an edited DAG shows soon.
             "min_serialized_dag_update_interval": 5,
             "dagbag_import_timeout": 120,
@@ -79,9 +80,6 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
         "logging": {
             "base_log_folder": settings.logs / "airflow",
             "dag_processor_child_process_log_directory": settings.logs / "airflow" / "dag_processor",
-            # One file per DAG and day would grow without limit; the supervisor rotates what is printed.
-            "dag_processor_log_target": "stdout",
-            "colored_console_log": False,
             # That no slot is open, at each heartbeat: the usual state of a machine that trains.
             "namespace_levels": "gpu_executor.GpuExecutor=WARNING",
         },
@@ -90,28 +88,15 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
             "port": settings.airflow_port,
             "base_url": settings.airflow_url,
             "secret_key": credentials.airflow_api_secret_key,
-            "workers": 1,
             "auto_refresh_interval": 2,
         },
         "api_auth": {"jwt_secret": credentials.airflow_jwt_secret},
         "scheduler": {
-            # A task killed with its supervisor is noticed after this many seconds.
-            "task_instance_heartbeat_timeout": 120,
             # Tasks of a killed scheduler run again after at most 30 (its health threshold) + 15 seconds.
             "orphaned_tasks_check_interval": 15,
-            # Training tasks may wait for a device for hours; their token lives as long.
-            "task_queued_timeout": 86_400,
-        },
-        "workers": {
-            # A restarted API server needs some ten seconds; a task must outlive that, and a busy machine.
-            "max_failed_heartbeats": 20,
-            "execution_api_retries": 8,
-            "execution_api_retry_wait_max": 15,
-            "execution_api_timeout": 30,
         },
         "dag_processor": {
             "dag_bundle_storage_path": settings.airflow_home / "bundles",
-            "refresh_interval": 30,
             "parsing_processes": 1,
             "dag_file_processor_timeout": 120,
         },
@@ -121,11 +106,4 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
         for section, options in sections.items()
         for option, value in options.items()
     }
-    return {"AIRFLOW_HOME": str(settings.airflow_home), **variables}
-
-
-def executor(settings: StackSettings) -> str:
-    """Airflow's executors: its own local one for light tasks, and the one that leases devices under the alias `gpu`."""
-    if (settings.plugins / "gpu_executor.py").is_file():
-        return "LocalExecutor,gpu:gpu_executor.GpuExecutor"
-    return "LocalExecutor"
+    return {"AIRFLOW_HOME": str(settings.airflow_home), "AIRFLOW_CONFIG": str(AIRFLOW_CONFIG), **variables}

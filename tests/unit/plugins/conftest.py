@@ -60,7 +60,7 @@ def airflow_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     return clean | {
         "AIRFLOW_HOME": str(tmp_path_factory.mktemp("airflow")),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
-        "AIRFLOW__CORE__PLUGINS_FOLDER": str(PLUGINS),
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(tmp_path_factory.mktemp("plugins")),  # entry points name them
         "AIRFLOW__API_AUTH__JWT_SECRET": "not-a-secret",
         # NEXT_AIRFLOW: a folder with another release of Airflow, which `make test-next-airflow` fills.
         "PYTHONPATH": os.pathsep.join([str(PLUGINS), *filter(None, [os.environ.get("NEXT_AIRFLOW")])]),

@@ -26,15 +26,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_holds_the_dags_the_plugins_and_its_types(installed: Path) -> None:
-    for name in ("dags/image_classification.py", "plugins/gpu_executor.py", "py.typed", "stack/commands.py"):
+    for name in ("dags/image_classification.py", "py.typed", "stack/commands.py", "stack/airflow.cfg"):
         assert (installed / "mlpipe" / name).is_file()
+    assert {path.stem for path in installed.glob("*.py")} == {path.stem for path in (PROJECT / "plugins").glob("*.py")}
     assert not list(installed.rglob("__pycache__"))
 
 
 def test_the_stack_finds_them_and_keeps_its_state_in_the_current_folder(installed: Path, tmp_path: Path) -> None:
     code = (
         "from mlpipe.stack.local import StackSettings; settings = StackSettings.load(); "
-        "print(settings.home, settings.dags, settings.plugins, sep='\\n')"
+        "print(settings.home, settings.dags, sep='\\n')"
     )
     environment = {name: value for name, value in os.environ.items() if name != "MLPIPE_HOME"}
     done = subprocess.run(
@@ -45,5 +46,5 @@ def test_the_stack_finds_them_and_keeps_its_state_in_the_current_folder(installe
         text=True,
         check=True,
     )
-    expected = [tmp_path / ".mlpipe", installed / "mlpipe" / "dags", installed / "mlpipe" / "plugins"]
+    expected = [tmp_path / ".mlpipe", installed / "mlpipe" / "dags"]
     assert [Path(line) for line in done.stdout.splitlines()] == expected
