@@ -23,7 +23,7 @@ from common import Logged, conditions, read_images, table
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
-from mlpipe.config import ModelConfig, RunParams
+from mlpipe.config import ModelConfig, NetworkSettings, RunParams
 from mlpipe.data.dataset import Dataset
 from mlpipe.models.registry import describe
 from mlpipe.models.weights import initial_network
@@ -41,6 +41,13 @@ def dataset(path: Path) -> Dataset:
     train, val = train_test_split(np.arange(len(labels)), test_size=NUM_VALIDATION, stratify=labels, random_state=0)
     training, validation = ((images_u8[rows], labels[rows]) for rows in (train, val))
     return Dataset.in_memory(tuple("abcdefghij"), training, validation)
+
+
+def settings(model: ModelConfig) -> NetworkSettings:
+    """Those of a network."""
+    if not isinstance(model.train, NetworkSettings):
+        raise TypeError(f"{model.name} is no network")
+    return model.train
 
 
 def by_recipe(architecture: str, seed: int = 0) -> ModelConfig:
@@ -66,11 +73,13 @@ def without_averaging(model: TrainedModel) -> TrainedModel:
 def ablations(recipe: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
     """What is changed in the recipe, in words and in settings."""
 
-    def changed(**settings: Any) -> ModelConfig:
-        return replace(recipe, train=replace(recipe.train, **settings))
+    train = settings(recipe)
+
+    def changed(**values: Any) -> ModelConfig:
+        return replace(recipe, train=replace(train, **values))
 
     yield "the recipe", recipe
-    if recipe.train.optimizer == "muon":
+    if train.optimizer == "muon":
         sgd = changed(optimizer="sgd", learning_rate=0.1, weight_decay=5e-4, batch_size=128)
         yield "SGD at 0.1, batches of 128, in place of Muon", sgd
         yield "the published form of the network", replace(recipe, variant="standard")
@@ -80,7 +89,7 @@ def ablations(recipe: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
     yield "crops alone, no flips", changed(augmentation="crop")
     yield "no weight decay", changed(weight_decay=0.0)
     yield "no label smoothing", changed(label_smoothing=0.0)
-    fifth = recipe.train.learning_rate / 5
+    fifth = train.learning_rate / 5
     yield "constant learning rate, a fifth of the peak", changed(schedule="constant", learning_rate=fifth)
 
 
@@ -130,17 +139,18 @@ def main() -> None:
     parser.add_argument("--ablation-epochs", type=int, help="0: none; default: the recipe's")
     arguments = parser.parse_args()
     recipe = by_recipe(arguments.model)
-    num_epochs = recipe.train.num_epochs if arguments.ablation_epochs is None else arguments.ablation_epochs
+    train = settings(recipe)
+    num_epochs = train.num_epochs if arguments.ablation_epochs is None else arguments.ablation_epochs
     data = dataset(arguments.data)
     print(f"# {arguments.model} by the recipe strong\n")
     print(conditions("torch", "lightning"), f"{torch.get_num_threads()} threads.\n")
     if arguments.seeds:
-        print(f"{arguments.model}, {recipe.train.num_epochs} epochs, 45,000 training images, 10,000 test images.\n")
+        print(f"{arguments.model}, {train.num_epochs} epochs, 45,000 training images, 10,000 test images.\n")
         print(seeds_table(data, arguments.data, arguments.model, arguments.seeds) + "\n", flush=True)
     if num_epochs:
         print(f"{arguments.model}, one change at a time, {num_epochs} epochs, seed 0, 5,000 validation images. Points")
         print("lost against the recipe, with mirror images: their standard error is over the images, not over seeds.\n")
-        print_ablation(data, replace(recipe, train=replace(recipe.train, num_epochs=num_epochs)))
+        print_ablation(data, replace(recipe, train=replace(train, num_epochs=num_epochs)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ def measure(num_inputs: int, num_outputs: int, size: int, rounds: int) -> list[s
         expected = F.conv2d(images, kernels, padding=1)
         error = float((convolve(images, kernels) - expected).abs().max() / expected.std())
     gradient = torch.randn_like(expected)
-    ways = {"PyTorch": partial(F.conv2d, padding=1), "Winograd": convolve}
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "PyTorch": partial(F.conv2d, padding=1),
+        "Winograd": convolve,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_number in range(rounds + 1):
         for name, way in ways.items():

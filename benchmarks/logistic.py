@@ -22,10 +22,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mlpipe.config import RunParams
 from mlpipe.models.estimators import logistic_regression
 from mlpipe.models.features import pixels
-from mlpipe.recipes import resolve
+from mlpipe.recipes import RECIPES
 
 
 def reference() -> Any:
@@ -33,8 +32,7 @@ def reference() -> Any:
 
 
 def ours(features: NDArray[np.float32]) -> Any:
-    (model,) = resolve(RunParams(dataset="cifar10", recipe="report", models="logistic_regression")).models
-    return logistic_regression.build(model.train, num_images=len(features), num_features=features.shape[1])
+    return logistic_regression.build(RECIPES["report"].linear, num_images=len(features), num_features=features.shape[1])
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ from mlpipe.recipes import resolve
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from airflow.sdk import Context
+
     from mlpipe.tracking.runs import TaskContext
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ def link_to_run(url: str) -> None:
     get_current_context()["ti"].xcom_push(key="mlflow_run_url", value=url)
 
 
-def close_runs(context: dict[str, Any]) -> None:
+def close_runs(context: Context) -> None:
     """End the MLflow runs that a failed DAG run left open."""
     from mlpipe.tracking.dag_runs import abandon
     from mlpipe.tracking.runs import TaskContext
@@ -186,7 +188,7 @@ def image_classification() -> None:
             get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra={"version": champion.version})
         return to_json(result)
 
-    evaluate(train.expand_kwargs(preprocess(download())))
+    evaluate(train.expand_kwargs(preprocess(download())))  # type: ignore[arg-type]  # an XComArg each
 
 
 image_classification()

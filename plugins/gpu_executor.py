@@ -52,7 +52,7 @@ from airflow.executors.base_executor import BaseExecutor
 from gpu_slots import Slot, find_devices, make_slots
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
@@ -101,7 +101,7 @@ class GpuExecutor(BaseExecutor):
         self.parallelism = len(self._slots)
 
     def _modules_to_preload(self) -> list[str]:
-        names = [name.strip() for name in self.conf.get("gpu_executor", "preload", fallback="").split(",")]
+        names = [name.strip() for name in (self.conf.get("gpu_executor", "preload", fallback="") or "").split(",")]
         for name in names:
             if name.partition(".")[0] in NOT_BEFORE_A_FORK:
                 raise AirflowConfigException(f"[gpu_executor] preload: {name} must be imported by each task itself")
@@ -121,8 +121,8 @@ class GpuExecutor(BaseExecutor):
                 break
             position = min(free, key=self._num_tasks_beside)
             # Airflow 3.4 has one dictionary of queues in place of the three attributes.
-            queues = getattr(self, "executor_queues", {}).values() or (self.queued_tasks, self.queued_callbacks)
-            for queue in queues:
+            queues: Iterable[dict[Any, Any]] = (self.queued_tasks, self.queued_callbacks)
+            for queue in getattr(self, "executor_queues", {}).values() or queues:
                 queue.pop(workload.key, None)
             self._leases[position] = _start_worker(workload, self._slots[position])
             self.running.add(workload.key)

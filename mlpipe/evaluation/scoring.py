@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,7 +187,7 @@ def metric_names(classes: Sequence[str]) -> list[str]:
     return names
 
 
-def _check(labels: NDArray, probabilities: NDArray, num_classes: int) -> None:
+def _check(labels: NDArray[Any], probabilities: NDArray[Any], num_classes: int) -> None:
     if num_classes < 2 or labels.ndim != 1 or not len(labels) or probabilities.shape != (len(labels), num_classes):
         raise ValueError(
             f"labels (N,) and probabilities (N, K) of K >= 2 classes and N >= 1 images are needed; got labels "

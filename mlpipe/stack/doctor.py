@@ -69,9 +69,7 @@ def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -
     )
     yield _temporary_space()
     yield _finding("GPU", gpus, "mend the driver, or install the torch that fits it: both must list the same devices")
-    yield _finding(
-        "executor", executors, "run `make install`, or install mlpipe[airflow] beside this Python"
-    )
+    yield _finding("executor", executors, "run `make install`, or install mlpipe[airflow] beside this Python")
     if Supervisor(settings).states():
         yield from _local_stack(settings)
     else:

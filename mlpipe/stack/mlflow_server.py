@@ -107,7 +107,7 @@ def create_app() -> FastAPI:
         where only this server can reach it: a client elsewhere would try for ten minutes and fail.
         """
 
-    handlers.MultipartDownloadMixin = NoStore  # type: ignore[misc, assignment]
+    handlers.MultipartDownloadMixin = NoStore  # type: ignore[assignment, misc]
     handlers.MultipartUploadMixin = NoStore  # type: ignore[misc, assignment]
     return auth.create_app()
 
