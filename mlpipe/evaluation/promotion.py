@@ -27,6 +27,16 @@ _CELLS_AT_ONCE = 4_000_000  # of confusion matrices: 32 MB
 BY_HAND = "Remove the alias, or move it by hand, if this model is to take its place."
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Overlap:
+    """Which of this run's images a champion was trained on."""
+
+    unseen: NDArray[np.bool_]
+    """(N,) the test images that it was not trained on."""
+    same_problem: bool = True
+    """Whether any image of its training is in this data set."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """Whether the candidate is to become the champion, and every reason for or against, in sentences."""
@@ -39,7 +49,7 @@ def decide(
     candidate: ModelResult,
     champion: ModelResult | Unmeasured | None,
     rules: PromotionConfig,
-    unseen: NDArray[np.bool_] | None = None,
+    overlap: Overlap | None = None,
 ) -> Decision:
     """Judge a candidate against chance and against the current champion on the same images.
 
@@ -47,14 +57,14 @@ def decide(
     on these images is never replaced: whether its users want that is theirs to say.
 
     Args:
-        unseen: (N,) the test images that the champion was not trained on; `None`: that is not known.
+        overlap: of the champion's training images and this data set; `None`: it is not known.
     """
     if champion is not None and champion.version == candidate.version:
         return Decision(False, (f"{candidate} is the champion already.",))
     broken = [name for name, value in candidate.evaluation.as_metrics().items() if not math.isfinite(value)]
     if broken:
         return Decision(False, (f"{candidate} was not measured: metrics are not finite: {', '.join(broken)}.",))
-    checks = [_above_chance(candidate.evaluation.predictions, rules), _beats(candidate, champion, rules, unseen)]
+    checks = [_above_chance(candidate.evaluation.predictions, rules), _beats(candidate, champion, rules, overlap)]
     return Decision(all(passed for passed, _ in checks), tuple(reason for _, reason in checks))
 
 
@@ -124,14 +134,19 @@ def _beats(
     candidate: ModelResult,
     champion: ModelResult | Unmeasured | None,
     rules: PromotionConfig,
-    unseen: NDArray[np.bool_] | None,
+    overlap: Overlap | None,
 ) -> tuple[bool, str]:
     if champion is None:
         return True, "It is the first champion."
     if isinstance(champion, Unmeasured):
         return False, f"The champion, {champion}, {champion.problem}. {BY_HAND}"
     labels = candidate.evaluation.predictions.labels
-    used = np.ones(len(labels), bool) if unseen is None else unseen
+    if overlap and not overlap.same_problem:
+        return False, (
+            f"The champion, {champion}, was trained on other images: none of them is in this data set, so it may solve "
+            f"another problem. Give this data set a name of its own (--name). {BY_HAND}"
+        )
+    used = overlap.unseen if overlap else np.ones(len(labels), bool)
     if not used.any():
         return False, f"The champion, {champion}, was trained on all of these test images. {BY_HAND}"
     new, old = (each.evaluation.predictions.correct[used] for each in (candidate, champion))
@@ -143,7 +158,7 @@ def _beats(
     verdict = f"is {'' if larger else 'not '}above {rules.min_improvement:g}"
     if larger and not sure:
         verdict = f"may be chance, and a champion is replaced where p is below {rules.significance:g}"
-    if unseen is None:
+    if overlap is None:
         left_out = " (which of them it was trained on is not known)"
     else:
         left_out = "" if used.all() else f" ({int((~used).sum()):,} that it was trained on were left out)"
@@ -224,7 +239,7 @@ class Promotion:
     decisions: Mapping[str, AliasDecision]
     """By alias."""
     champion: str | None
-    """Version of the champion after the run; `None`: there is none."""
+    """Version of the champion after the run; `None`: there is none, or it may solve another problem."""
     moved_champion: bool
     summary: str
 
@@ -234,28 +249,28 @@ def promote(
     ranked: Sequence[ModelResult],
     aliases: Aliases,
     remeasure: Callable[[str], ModelResult | Unmeasured],
-    unseen_by: Callable[[str], NDArray[np.bool_] | None],
+    overlap_with: Callable[[str], Overlap | None],
 ) -> Promotion:
     """Pass the best model, and the best of each architecture, through the gate; move aliases where rules say so.
 
     Args:
         ranked: this run's models, best first.
         remeasure: measures another version on the same images.
-        unseen_by: (N,) which of those a version was not trained on; `None`: that is not known.
+        overlap_with: of a version's training images and this data set; `None`: it is not known.
     """
     candidates = {CHAMPION: ranked[0]}
     for result in ranked:
         candidates.setdefault(result.architecture, result)
     known: dict[str, ModelResult | Unmeasured] = {result.version: result for result in ranked}
-    unseen: dict[str, NDArray[np.bool_] | None] = {}
+    overlaps: dict[str, Overlap | None] = {}
     decisions: dict[str, AliasDecision] = {}
     for alias, candidate in candidates.items():
         holder = aliases.holder(alias)
         if holder and holder not in known:
             known[holder] = remeasure(holder)
-        if holder and holder not in unseen:
-            unseen[holder] = unseen_by(holder)
-        decision = decide(candidate, known[holder] if holder else None, rules, unseen[holder] if holder else None)
+        if holder and holder not in overlaps:
+            overlaps[holder] = overlap_with(holder)
+        decision = decide(candidate, known[holder] if holder else None, rules, overlaps[holder] if holder else None)
         moved = decision.promote and rules.mode == "enabled"
         if moved:
             aliases.move(alias, candidate.version)
@@ -268,9 +283,11 @@ def promote(
             reasons=decision.reasons,
         )
     verdict = decisions[CHAMPION]
+    now = aliases.holder(CHAMPION)
+    before = overlaps.get(now) if now else None
     return Promotion(
         decisions=decisions,
-        champion=aliases.holder(CHAMPION),
+        champion=now if before is None or before.same_problem else None,
         moved_champion=verdict.moved,
         summary=_summary(ranked[0].name, verdict),
     )

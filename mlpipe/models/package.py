@@ -29,6 +29,7 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from numpy.typing import NDArray
 from torch import nn
 
+from mlpipe.data.archives import decode
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, portable
 from mlpipe.models.portable import DESCRIPTION_FILE, ESTIMATOR_FILE, WEIGHTS_FILE, ModelDescription
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "scikit-learn", "skops", "torch", "torchvision")
+ARTIFACTS = ("description", "parameters", "decoder", "code")
+"""Files of a logged model, in the order in which `ImageClassifier.load` takes them."""
+
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "safetensors", "scikit-learn", "skops", "torch", "torchvision")
 """What the files that travel import; given by name, for finding it out would load the model in yet another process."""
 
 TOLERANCE = 5e-3
@@ -79,7 +83,7 @@ def log_packaged_model(
             info = mlflow.pyfunc.log_model(
                 name=name,
                 python_model=portable.__file__,
-                artifacts=dict(zip(("description", "parameters", "code"), map(str, paths), strict=False)),
+                artifacts=dict(zip(ARTIFACTS, map(str, paths), strict=False)),
                 signature=signature(description.classes),
                 input_example=np.ascontiguousarray(example_images_u8[:2]),
                 pip_requirements=_requirements(description),
@@ -89,7 +93,7 @@ def log_packaged_model(
 
 
 def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, folder: Path) -> tuple[Path, ...]:
-    """Write description, weights and, unless an installed package has it, code; their paths. None holds a pickle."""
+    """Write the files of `ARTIFACTS`, code only if no installed package has it; their paths. None holds a pickle."""
     source, _, name = description.code.rpartition(":")
     code_path = _travelling_file(source)
     if code_path is not None:
@@ -104,7 +108,9 @@ def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, 
     else:
         parameters_path = folder / ESTIMATOR_FILE
         portable.import_skops().dump(predictor, parameters_path)
-    return (description_path, parameters_path) if code_path is None else (description_path, parameters_path, code_path)
+    decoder_path = Path(shutil.copy(decode.__file__, folder))
+    paths = (description_path, parameters_path, decoder_path)
+    return paths if code_path is None else (*paths, code_path)
 
 
 def _travelling_file(source: str) -> Path | None:
@@ -128,9 +134,9 @@ def signature(classes: tuple[str, ...]) -> ModelSignature:
     """Raw images in, label, confidence and probabilities out."""
     outputs = [ColSpec("string", "label"), ColSpec("float", "confidence")]
     outputs += [ColSpec("float", f"probability_{name}") for name in classes]
-    return ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, -1))]), outputs=Schema(list(outputs))
-    )
+    # Of objects, which MLflow passes on as they came. As uint8 its server would cut images that were divided by 255 to
+    # zeros, and answer; `ImageClassifier` refuses them.
+    return ModelSignature(inputs=Schema([TensorSpec(np.dtype(object), (-1,))]), outputs=Schema(list(outputs)))
 
 
 def download_packaged_model(model_uri: str, folder: Path) -> tuple[ModelDescription, Path]:

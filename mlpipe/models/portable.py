@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -40,6 +42,8 @@ FORMAT = 2
 
 TRUSTED_TYPES: tuple[str, ...] = ()
 """Types beyond skops' own list that an estimator file may hold: none."""
+
+DARK = "no pixel is above 1 of 255; if the image was divided by 255, give its raw pixels"
 
 PIXELS_PER_BATCH = 256 * 32 * 32
 """Bounds the memory of one forward pass: 256 images of 32×32, 16 of 128×128."""
@@ -72,6 +76,9 @@ class ModelDescription:
     version of this project logged the model."""
     outline: Literal["meta", "cpu"] = "cpu"
     """Device on which the network is built before its weights are read."""
+    file_size: int | None = None
+    """Height and width to which image files are decoded, pixels: those of the data set's images. `None`: `image_size`.
+    """
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
@@ -185,30 +192,39 @@ def import_skops() -> Any:
     return skops.io
 
 
+class BadInputError(ValueError, MlflowException):
+    """What a caller gave are no images; MLflow's server answers 400 with the reason."""
+
+    def __init__(self, message: str) -> None:
+        MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
+
+
 def check_images(values: Any) -> NDArray[np.uint8]:
     """Bring what a caller gave into (N, H, W, C) uint8, C being 1 or 3.
 
     Whole numbers of any type within 0..255 are accepted, so that lists and JSON work.
 
     Raises:
-        ValueError: another shape, or values that are not pixels.
+        BadInputError: another shape, or values that are not pixels.
     """
     images = np.asarray(values)
+    if images.dtype == object:  # as MLflow's server passes JSON on
+        images = np.array(images.tolist())
     if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(
+        raise BadInputError(
             f"images: shape {images.shape} is not (number, height, width, channels) with 1 or 3 channels; "
             "a single image needs a first axis of length 1, and channels come last"
         )
     if len(images) and not images.size:
-        raise ValueError(f"images: shape {images.shape} has no pixels")
+        raise BadInputError(f"images: shape {images.shape} has no pixels")
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind not in "iufb":
-        raise ValueError(f"images: values of type {images.dtype} are not pixels; give whole numbers from 0 to 255")
+        raise BadInputError(f"images: values of type {images.dtype} are not pixels; give whole numbers from 0 to 255")
     with np.errstate(invalid="ignore"):
         as_u8 = images.astype(np.uint8)
     if not np.array_equal(as_u8, images):
-        raise ValueError(
+        raise BadInputError(
             f"images: values from {images.min()} to {images.max()} of type {images.dtype} are not all whole numbers "
             "from 0 to 255; give raw pixels (if they were divided by 255, multiply them back)"
         )
@@ -221,17 +237,19 @@ class ImageClassifier(PythonModel):
     def load_context(self, context: Any) -> None:
         """Read what was logged with the model."""
         files = {name: Path(path) for name, path in context.artifacts.items()}
-        self.load(files["description"], files["parameters"], files.get("code"))
+        self.load(files["description"], files["parameters"], files.get("decoder"), files.get("code"))
 
-    def load(self, description: Path, parameters: Path, code: Path | None = None) -> None:
+    def load(self, description: Path, parameters: Path, decoder: Path | None = None, code: Path | None = None) -> None:
         """Read the files that make a model.
 
         Args:
             description: JSON of a `ModelDescription`.
             parameters: `.safetensors` of a network or `.skops` of an estimator.
+            decoder: the file that decodes image files; `None`: they are not labelled.
             code: the file that the description's `code` names; `None` where an installed package has it.
         """
         self.description = ModelDescription.read(description)
+        self.decoder = decoder
         self.device = torch.device("cpu")
         self.mean = self.std = torch.empty(0)
         function = load_function(self.description.code, code.parent if code else None)
@@ -274,21 +292,64 @@ class ImageClassifier(PythonModel):
                 them; or a sequence of N arrays (H, W, C) of different sizes.
 
         Returns:
-            N rows; `confidence` is the label's probability.
+            N rows; `confidence` is the label's probability. Where an image has no pixel above 1 of 255 there is a
+            column `note` that says so: it may have been divided by 255, and cut to whole numbers on its way here.
 
         Raises:
-            ValueError: the input is no such images.
+            BadInputError: the input is no such images.
         """
-        return self._frame(self.probabilities(model_input))
+        images = _as_arrays(model_input)
+        frame = self._frame(self.probabilities(images))
+        dark = [not len(image) or image.size == 0 or image.max() <= 1 for image in images]
+        if any(dark):
+            frame["note"] = [DARK if each else "" for each in dark]
+        return frame
+
+    def predict_files(self, files: Sequence[str | Path | bytes]) -> pd.DataFrame:
+        """Label image files, decoded as those of the data set were.
+
+        Args:
+            files: paths, or the bytes of files.
+
+        Returns:
+            A row per file: as `predict`, and `error`, which says why a file could not be read, or is empty; the other
+            columns of such a row are empty.
+
+        Raises:
+            RuntimeError: the model was logged by a version of this project that did not send its decoder along.
+        """
+        size = self.description.file_size or self.description.image_size
+        images_u8, errors = self._decoded(files, size)
+        good = np.array([not error for error in errors], bool)
+        frame = self._frame(self.probabilities(images_u8[good]))
+        frame.index = pd.Index(np.flatnonzero(good))
+        frame = frame.reindex(range(len(files)))
+        frame["error"] = errors
+        return frame
+
+    def _decoded(self, files: Sequence[str | Path | bytes], size: int) -> tuple[NDArray[np.uint8], list[str]]:
+        """(N, size, size, 3) pixels, and why a file has none, or an empty text."""
+        if self.decoder is None:
+            raise RuntimeError("this model labels arrays alone; register it anew to label files")
+        decode = load_function(f"{self.decoder.name}:decode_image", self.decoder.parent)
+        images_u8, errors = np.zeros((len(files), size, size, 3), np.uint8), []
+        for file, pixels in zip(files, images_u8, strict=True):
+            error = ""
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of large images, which are refused by their size
+                    decode(file if isinstance(file, bytes) else Path(file).read_bytes(), pixels, Counter())
+            except (OSError, ValueError) as reason:
+                error = reason.strerror or str(reason) if isinstance(reason, OSError) else str(reason)
+            errors.append(error)
+        return images_u8, errors
 
     def probabilities(self, images: Any) -> NDArray[np.float32]:
         """(N, number of classes) probabilities of images as in `predict`."""
-        if _differ_in_size(images):
-            parts = [self.probabilities(np.asarray(image)[None]) for image in images]
-            return np.concatenate(parts)
+        images = _as_arrays(images)
+        if isinstance(images, list):
+            return np.concatenate([self.probabilities(image[None]) for image in images])
         images_u8 = check_images(images)
-        if images_u8.size and images_u8.max() <= 1:
-            logger.warning("images: no pixel is above 1 in 0..255; were they divided by 255 before?")
         size = self.description.input_size or self.description.image_size
         num_pixels = max(size**2, images_u8.shape[1] * images_u8.shape[2])
         batch_size = max(1, PIXELS_PER_BATCH // num_pixels)
@@ -312,14 +373,14 @@ class ImageClassifier(PythonModel):
         return pd.DataFrame(columns)
 
 
-def _differ_in_size(images: Any) -> bool:
+def _as_arrays(images: Any) -> NDArray[Any] | list[NDArray[Any]]:
+    """One array, or a list of arrays where the images differ in size."""
     if isinstance(images, np.ndarray) and images.dtype != object:
-        return False
-    return (
-        isinstance(images, Sequence | np.ndarray)
-        and all(isinstance(image, np.ndarray) for image in images)
-        and len({image.shape for image in images}) > 1
-    )
+        return images
+    try:
+        return np.array(images.tolist() if isinstance(images, np.ndarray) else images)
+    except ValueError:  # of different sizes
+        return [np.array(image.tolist() if isinstance(image, np.ndarray) else image) for image in images]
 
 
 if __name__ != "mlpipe.models.portable":

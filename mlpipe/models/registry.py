@@ -38,6 +38,7 @@ def describe(model: ModelConfig, manifest: Manifest) -> ModelDescription:
         test_time_averaging=model.train.test_time_averaging if isinstance(model.train, NetworkSettings) else "none",
         code=entry.code,
         outline=entry.outline,
+        file_size=manifest.image_size,
     )
 
 

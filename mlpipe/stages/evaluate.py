@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from mlflow.exceptions import MlflowException
-from numpy.typing import NDArray
 
 from mlpipe.config import RunConfig
 from mlpipe.data.dataset import Dataset, Split, open_dataset
@@ -17,7 +16,7 @@ from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 from mlpipe.evaluation.comparison import compare
-from mlpipe.evaluation.promotion import promote
+from mlpipe.evaluation.promotion import Overlap, promote
 from mlpipe.evaluation.result import ModelResult
 from mlpipe.services import services_named
 from mlpipe.stages.messages import Champion, ComparedModels, RegisteredModel, TrainedVersion
@@ -72,7 +71,7 @@ def evaluate(
             comparison.rows,
             registry.RegistryAliases(registered),
             lambda version: remeasure(registered, version, test, classes),
-            lambda version: _unseen_by(registered, version, dataset, store, environment.cache_dir),
+            lambda version: _overlap(registered, version, dataset, store, environment.cache_dir),
         )
         summary = f"{comparison.summary()} {promotion.summary}"
         ranked = tuple(_with_test_metrics(models[row.name], row) for row in comparison.rows)
@@ -126,10 +125,8 @@ def _with_test_metrics(model: RegisteredModel, result: ModelResult) -> Registere
     return replace(model, metrics={**model.metrics, **result.evaluation.as_metrics()})
 
 
-def _unseen_by(
-    name: str, version: str, dataset: Dataset, store: ObjectStore, cache_dir: Path
-) -> NDArray[np.bool_] | None:
-    """(N,) the test images whose files a registered version was not trained on; `None`: that is not known."""
+def _overlap(name: str, version: str, dataset: Dataset, store: ObjectStore, cache_dir: Path) -> Overlap | None:
+    """Of a registered version's training images and this data set; `None`: it is not known."""
     digest = registry.by_version(name, version).tags.get("data_digest")
     if not digest:
         return None
@@ -137,4 +134,7 @@ def _unseen_by(
         seen = open_dataset(digest, store, cache_dir).trained_on_hashes()
     except (FileNotFoundError, KeyError, TypeError):
         return None
-    return ~np.isin(dataset.test_hashes(), seen)
+    is_seen = np.isin(dataset.test_hashes(), seen)
+    return Overlap(
+        unseen=~is_seen, same_problem=bool(is_seen.any() or np.isin(dataset.trained_on_hashes(), seen).any())
+    )

@@ -1,4 +1,7 @@
-"""One image file's bytes to pixels.
+"""One image file's bytes to pixels: when a data set is prepared, and when a logged model labels files.
+
+This file travels with every logged model, so it imports nothing of mlpipe. Where simplejpeg or pillow-heif is not
+installed it does without: Pillow decodes the same JPEG pixels, and HEIC is refused.
 
 Every file becomes 8-bit RGB of one size: turned upright by its EXIF orientation, transparency laid on white, the first
 picture of an animation, 16 bits cut to the upper 8, 32 bits scaled by their range, CMYK and palettes converted by
@@ -17,9 +20,13 @@ import zlib
 from collections import Counter
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 MAX_PIXELS = 89_478_485
 """Of one image; Pillow's own limit, a quarter of a gigabyte of RGB."""
@@ -89,8 +96,10 @@ def _formats(data: bytes | memoryview) -> tuple[str, ...]:
     """Pillow's names of the formats that are read; that of telephones needs a plugin, which is loaded on first use."""
     if bytes(data[4:8]) != b"ftyp" or bytes(data[8:12]) in (b"avif", b"avis"):
         return FORMATS
-    import pillow_heif
-
+    try:
+        import pillow_heif
+    except ImportError:
+        raise BadImageError("is HEIC, for which pillow-heif is not installed") from None
     pillow_heif.register_heif_opener()
     return (*FORMATS, "HEIF")
 
@@ -168,7 +177,7 @@ def _scaled(values: NDArray[np.integer | np.floating], remarks: Counter[str]) ->
 
 def _decode_plain(data: bytes | memoryview, pixels: NDArray[np.uint8]) -> bool:
     """The short way. `False`: the file is no plain JPEG, has another size, or is damaged; Pillow then judges it."""
-    if data[:2] != b"\xff\xd8" or not _is_plain_jpeg(data, len(pixels)):
+    if simplejpeg is None or data[:2] != b"\xff\xd8" or not _is_plain_jpeg(data, len(pixels)):
         return False
     try:
         simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=pixels, strict=True)

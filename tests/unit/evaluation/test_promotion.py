@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from mlpipe.config import PromotionConfig
-from mlpipe.evaluation.promotion import chance, chance_p_value, decide, other_classes, score
+from mlpipe.evaluation.promotion import Overlap, chance, chance_p_value, decide, other_classes, score
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import evaluate_predictions
 
@@ -118,10 +118,10 @@ def test_the_p_value_is_mcnemars():
 def test_the_champion_is_measured_on_images_that_it_was_not_trained_on():
     candidate, champion = measured(0.7), measured(0.75, version="1")  # right on what it was trained on, for instance
     unseen = np.arange(100) >= 50
-    decision = decide(candidate, champion, PromotionConfig(), unseen)
+    decision = decide(candidate, champion, PromotionConfig(), Overlap(unseen=unseen))
     assert "On the same 50 images (50 that it was trained on were left out)" in decision.reasons[-1]
     assert "0.5000: the difference of -0.1000" in decision.reasons[-1]
-    nothing = decide(candidate, champion, PromotionConfig(), np.zeros(100, bool))
+    nothing = decide(candidate, champion, PromotionConfig(), Overlap(unseen=np.zeros(100, bool)))
     assert "was trained on all of these test images" in nothing.reasons[-1]
     assert not nothing.promote
 
@@ -169,7 +169,9 @@ def test_the_permutation_test_is_the_exact_one_where_that_is_known():
 
 def test_what_the_champion_was_trained_on_is_said_where_it_is_not_known():
     candidate, champion = measured(0.9), measured(0.7, version="1")
-    unknown, known = (decide(candidate, champion, PromotionConfig(), u) for u in (None, np.ones(100, bool)))
+    unknown, known = (
+        decide(candidate, champion, PromotionConfig(), each) for each in (None, Overlap(unseen=np.ones(100, bool)))
+    )
     assert "which of them it was trained on is not known" in unknown.reasons[-1]
     assert "not known" not in known.reasons[-1]
 
@@ -177,3 +179,10 @@ def test_what_the_champion_was_trained_on_is_said_where_it_is_not_known():
 def test_the_difference_of_classes_is_named():
     assert other_classes(("a", "x"), ("a", "b")) == "does not know 'b' and knows 'x', which is no class here"
     assert other_classes(("a", "b", "x", "y"), ("b", "a")) == "knows 'x', 'y', which are no classes here"
+
+
+def test_a_champion_of_another_problem_with_the_same_classes_stays():
+    other = Overlap(unseen=np.ones(100, bool), same_problem=False)
+    decision = decide(measured(1.0), measured(0.0, version="1"), PromotionConfig(), other)
+    assert "was trained on other images: none of them is in this data set" in decision.reasons[-1]
+    assert not decision.promote

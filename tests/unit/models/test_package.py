@@ -61,14 +61,20 @@ def test_it_is_loaded_with_mlflow_alone_and_answers_alike(logged, images_u8, exp
 def test_it_has_signature_example_exact_requirements_and_no_pickle(logged, description) -> None:
     folder = Path(mlflow.artifacts.download_artifacts(logged.model_uri))
     info = mlflow.models.get_model_info(logged.model_uri)
-    assert info.signature.inputs.inputs[0].shape == (-1, -1, -1, -1)
-    assert info.signature.inputs.inputs[0].type == np.uint8
+    assert info.signature.inputs.inputs[0].type == np.dtype(object)  # as it came, so that the model can refuse it
     assert info.signature.outputs.input_names() == [
         "label", "confidence", *(f"probability_{name}" for name in description.classes)
     ]  # fmt: skip
     assert info.saved_input_example_info is not None
     files = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {"portable.py", "custom_cnn.py", "config.json", "weights.safetensors", "input_example.json"} <= files
+    assert {
+        "portable.py",
+        "decode.py",
+        "custom_cnn.py",
+        "config.json",
+        "weights.safetensors",
+        "input_example.json",
+    } <= files
     assert not [name for name in files if name.endswith((".pkl", ".pth", ".pt", ".pickle"))]
     requirements = (folder / "requirements.txt").read_text().split()
     assert {line.partition("==")[0] for line in requirements} == set(package.REQUIREMENTS)
@@ -77,9 +83,9 @@ def test_it_has_signature_example_exact_requirements_and_no_pickle(logged, descr
 
 def test_input_that_is_no_uint8_image_is_refused(logged) -> None:
     model = mlflow.pyfunc.load_model(logged.model_uri)
-    with pytest.raises(mlflow.MlflowException, match="dtype of input float64 does not match"):
-        model.predict(np.zeros((1, 32, 32, 3)))
-    with pytest.raises(mlflow.MlflowException, match="Shape of input"):
+    with pytest.raises(mlflow.MlflowException, match="if they were divided by 255, multiply them back"):
+        model.predict(np.full((1, 32, 32, 3), 0.5))
+    with pytest.raises(mlflow.MlflowException, match=r"shape \(32, 32, 3\) is not \(number, height, width, channels\)"):
         model.predict(np.zeros((32, 32, 3), np.uint8))
 
 
@@ -141,6 +147,10 @@ def test_mlflow_models_serve_answers_json(logged, images_u8, expected, tmp_path,
         for wrong in ([[[[300, 0, 0]]]], [[[0, 0, 0]]], "text"):
             refused = requests.post(f"{address}/invocations", json={"inputs": wrong}, timeout=60)
             assert refused.status_code == 400, json.dumps(wrong)
+        refused = requests.post(f"{address}/invocations", json={"inputs": (images_u8 / 255).tolist()}, timeout=60)
+        assert (refused.status_code, "divided by 255" in refused.json()["message"]) == (400, True)
+        dark = requests.post(f"{address}/invocations", json={"inputs": [[[[0, 1, 0]]]]}, timeout=60)
+        assert "divided by 255" in dark.json()["predictions"][0]["note"]
     finally:
         if server.poll() is None:
             os.killpg(server.pid, 15)

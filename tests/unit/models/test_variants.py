@@ -134,7 +134,7 @@ def test_registered_weights_bring_their_form(
 ) -> None:
     source = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=1, variant="small_images")
     described = replace(description, variant="small_images", image_size=32, input_size=48)
-    _, parameters, _ = package.write_files(described, source, tmp_path)
+    _, parameters, *_ = package.write_files(described, source, tmp_path)
     # The download is tested in test_package.py, against a real server.
     monkeypatch.setattr(package, "download_packaged_model", lambda uri, folder: (described, parameters))  # noqa: ARG005
     model = ModelConfig(architecture="custom_cnn", weights="models:/x/1", name="custom_cnn", train=NetworkSettings())

@@ -13,7 +13,7 @@ import pytest
 
 from mlpipe.config import PromotionConfig
 from mlpipe.data.dataset import Split
-from mlpipe.evaluation.promotion import Promotion, promote
+from mlpipe.evaluation.promotion import Overlap, Promotion, promote
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import evaluate_predictions
 from mlpipe.tracking import registry
@@ -46,7 +46,9 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mlflow.M
     mlflow.set_registry_uri("")
 
 
-def run(*models: tuple[str, str, int], remeasured: Any = None, **rules: Any) -> Promotion:
+def run(
+    *models: tuple[str, str, int], remeasured: Any = None, overlap: Overlap | None = None, **rules: Any
+) -> Promotion:
     """Promote among models given by name, version and number of right answers."""
 
     def again(version: str) -> ModelResult | Unmeasured:
@@ -55,7 +57,7 @@ def run(*models: tuple[str, str, int], remeasured: Any = None, **rules: Any) -> 
         return remeasure(NAME, version, Split.of(np.zeros((200, 8, 8, 3), np.uint8), LABELS), ("a", "b"))
 
     ranked = [result(*model) for model in models]
-    return promote(PromotionConfig(**rules), ranked, registry.RegistryAliases(NAME), again, lambda _: None)
+    return promote(PromotionConfig(**rules), ranked, registry.RegistryAliases(NAME), again, lambda _: overlap)
 
 
 def alias(client: mlflow.MlflowClient, name: str) -> str:
@@ -124,3 +126,12 @@ def test_a_deleted_champion_leaves_room_for_a_new_one(client: mlflow.MlflowClien
     client.delete_model_version(NAME, "2")
     assert registry.by_alias(NAME, "champion") is None
     assert run(("cnn", "3", 190)).moved_champion
+
+
+def test_a_champion_of_another_problem_stays_and_is_not_offered(client: mlflow.MlflowClient) -> None:
+    client.set_registered_model_alias(NAME, "champion", "1")
+    other = Overlap(unseen=np.ones(200, bool), same_problem=False)
+    promotion = run(("cnn", "3", 200), remeasured=0, overlap=other)
+    assert alias(client, "champion") == "1"
+    assert promotion.champion is None
+    assert "Give this data set a name of its own" in promotion.summary
