@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from airflow.sdk import (
     Asset,
@@ -69,12 +69,24 @@ def stage_code() -> Iterator[None]:
         yield
     except UserError as mistake:
         log.error("%s", mistake)
+        _note_failure(mistake)
         raise SystemExit(2) from None
     except ServiceUnavailableError as error:
         log.error("%s", error)
         raise
+    except Exception as error:
+        _note_failure(error)
+        raise
     finally:
         log.info("the stage has ended")
+
+
+def _note_failure(error: Exception) -> None:
+    """Say in MLflow why this task failed, where MLflow can be reached; the task's log has the same."""
+    from mlpipe.tracking.dag_runs import note_failure
+
+    with suppress(Exception):
+        note_failure(run_config(), origin(), error)
 
 
 def run_config() -> RunConfig:
@@ -97,14 +109,16 @@ def link_to_run(url: str) -> None:
 
 
 def close_runs(context: Context) -> None:
-    """End the MLflow runs that a failed DAG run left open."""
-    from mlpipe.tracking.dag_runs import abandon
+    """End the MLflow runs that an ended DAG run left open, whatever was cleared, marked or tried again by hand."""
+    from mlpipe.tracking.dag_runs import close
     from mlpipe.tracking.runs import TaskContext
 
     run = context["dag_run"]
     dataset = resolve(RunParams.from_mapping(run.conf or {})).data.name
-    reason = f"the DAG run failed: {context.get('reason') or 'see its tasks'}"
-    abandon(dataset, TaskContext(dag_id=run.dag_id, dag_run_id=run.run_id, task_id=""), reason)
+    status: Literal["FINISHED", "FAILED"] = "FINISHED" if context.get("reason") == "success" else "FAILED"
+    close(
+        dataset, TaskContext(dag_id=run.dag_id, dag_run_id=run.run_id, task_id=""), status, "see the failed task's log"
+    )
 
 
 @dag(
@@ -119,6 +133,7 @@ def close_runs(context: Context) -> None:
         "retry_policy": ExceptionRetryPolicy(rules=[MISTAKE]),
     },
     on_failure_callback=close_runs,
+    on_success_callback=close_runs,
     max_active_runs=16,
     doc_md=__doc__,
     tags=["image-classification", "mlflow"],

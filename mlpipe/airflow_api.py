@@ -38,8 +38,15 @@ class TaskInstance:
     """When its process began, in the last attempt."""
 
 
+class PausedError(UserError):
+    """A DAG is paused."""
+
+
 class AirflowApi:
     """A client of one Airflow server, logged in as one user."""
+
+    VARIABLES = ("MLPIPE_AIRFLOW_URL", "MLPIPE_AIRFLOW_USER", "MLPIPE_AIRFLOW_PASSWORD")
+    """Where it is, and its login."""
 
     def __init__(self, url: str, user: str, password: str) -> None:
         self.url = url.rstrip("/")
@@ -55,9 +62,8 @@ class AirflowApi:
         Raises:
             UserError: one of them is not set.
         """
-        names = ("MLPIPE_AIRFLOW_URL", "MLPIPE_AIRFLOW_USER", "MLPIPE_AIRFLOW_PASSWORD")
-        values = [os.environ.get(name) for name in names]
-        for name, value in zip(names, values, strict=True):
+        values = [os.environ.get(name) for name in cls.VARIABLES]
+        for name, value in zip(cls.VARIABLES, values, strict=True):
             if not value:
                 raise UserError(f"{name}: not set, and no local stack is up; run `mlpipe up`, or set it")
         return cls(*(value or "" for value in values))
@@ -65,15 +71,26 @@ class AirflowApi:
     def check_dag(self, dag_id: str) -> None:
         """
         Raises:
-            UserError: the DAG cannot be triggered: it was not parsed, it cannot be imported, or the server is away.
+            UserError: the DAG does not run when it is triggered: it was not parsed, it cannot be imported, it is
+                paused, or the server is away.
         """
         try:
-            self._call("GET", f"/api/v2/dags/{quote(dag_id)}")
+            if self._call("GET", f"/api/v2/dags/{quote(dag_id)}")["is_paused"]:
+                raise PausedError(
+                    f"the DAG {dag_id} is paused, so its runs wait until somebody unpauses it: in Airflow, or by "
+                    "`mlpipe run --unpause`"
+                )
+        except PausedError:
+            raise
         except UserError as error:
             for failed in self._call("GET", "/api/v2/importErrors")["import_errors"]:
                 last = failed["stack_trace"].strip().splitlines()[-1]
                 raise UserError(f"{failed['filename']} cannot be imported: {last}") from error
             raise
+
+    def unpause(self, dag_id: str) -> None:
+        """Let the DAG's runs begin."""
+        self._call("PATCH", f"/api/v2/dags/{quote(dag_id)}", {"is_paused": False})
 
     def trigger(self, dag_id: str, conf: dict[str, Any]) -> str:
         """Start a DAG run; returns its id.

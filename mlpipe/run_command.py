@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 
 from mlpipe.addresses import without_login
-from mlpipe.airflow_api import AirflowApi, TaskInstance
+from mlpipe.airflow_api import AirflowApi, PausedError, TaskInstance
 from mlpipe.config import RunParams
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE
@@ -63,7 +63,8 @@ def _scalar(hint: Any) -> type:
 @_form_options
 @click.command()
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
-def run(json_path: Path | None, **values: Any) -> None:
+@click.option("--unpause", is_flag=True, help="Unpause the DAG if it is paused.")
+def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
     """Trigger the DAG, show its progress and print the comparison."""
     path = _local_file(values["data_uri"])
     values["data_uri"] = str(path) if path else values["data_uri"]
@@ -74,6 +75,12 @@ def run(json_path: Path | None, **values: Any) -> None:
     console = _console()
     use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
+    try:
+        api.check_dag(DAG_ID)
+    except PausedError:
+        if not unpause:
+            raise
+        api.unpause(DAG_ID)
     if path and not os.environ.get(SHARED_FILES):
         values["data_uri"] = _upload(path, console)
     params = RunParams.from_mapping(values)
@@ -264,6 +271,8 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     if result["summary"]:
         console.print(result["summary"], markup=False, highlight=False)
+    for note in data.get("notes", ()):
+        console.print(f"Data: {note}", markup=False, highlight=False)
     console.print()
     for label, url in (
         ("Airflow", result["airflow_url"]),
@@ -272,13 +281,14 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
     ):
         console.print(f"{label:<9}{url}", soft_wrap=True, markup=False, highlight=False)
     if champion := result["champion"]:
-        console.print(
-            f"{'Champion':<9}{champion['name']} version {champion['version']}: "
-            f'mlflow.pyfunc.load_model("models:/{champion["name"]}@champion")',
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+        address = json.dumps(result["tracking_uri"])
+        lines = [
+            f"{'Champion':<9}{champion['name']} version {champion['version']}; in any Python that has MLflow:",
+            f"import mlflow; mlflow.set_tracking_uri({address}); "
+            f'model = mlflow.pyfunc.load_model("models:/{champion["name"]}@champion")',
+        ]
+        for line in lines:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @click.command()

@@ -1,7 +1,7 @@
-"""A DAG run that a person stops in Airflow leaves no open MLflow runs.
+"""A DAG run that a person ends in Airflow leaves no open MLflow runs.
 
 A task that runs at that moment is told to end and closes its own run. But nothing runs between two tasks or while they
-wait for a device, and Airflow calls a DAG's `on_failure_callback` only for failures that the scheduler finds. It does
+wait for a device, and Airflow calls a DAG's callbacks only for ends that the scheduler finds. It does
 tell its listeners, in the API server; MLflow takes seconds to import, so that is done in a process of its own.
 """
 
@@ -33,24 +33,34 @@ class StoppedDagRuns:
     @hookimpl
     def on_dag_run_failed(self, dag_run: DagRun, msg: str) -> None:
         """Close the MLflow runs of a DAG run that was set to failed by hand."""
-        if dag_run.dag_id != DAG_ID or BY_HAND not in msg:
-            return
-        from mlpipe.config import RunParams
-        from mlpipe.errors import UserError
-        from mlpipe.recipes import resolve
+        _close_runs(dag_run, msg, "KILLED", "the DAG run was stopped in Airflow")
 
-        try:
-            dataset = resolve(RunParams.from_mapping(dag_run.conf or {})).data.name
-        except UserError:  # then no task has opened an MLflow run
-            return
-        command = [sys.executable, "-m", "mlpipe.tracking.close_runs", dataset, dag_run.dag_id, dag_run.run_id]
-        threading.Thread(target=_run, args=(command,), daemon=True).start()
+    @hookimpl
+    def on_dag_run_success(self, dag_run: DagRun, msg: str) -> None:
+        """Close the MLflow runs of a DAG run that was set to success by hand."""
+        _close_runs(dag_run, msg, "FINISHED", "")
+
+
+def _close_runs(dag_run: DagRun, msg: str, *how: str) -> None:
+    """In a process of its own; `how` are the last arguments of `mlpipe.tracking.close_runs`."""
+    if dag_run.dag_id != DAG_ID or BY_HAND not in msg:
+        return
+    from mlpipe.config import RunParams
+    from mlpipe.errors import UserError
+    from mlpipe.recipes import resolve
+
+    try:
+        dataset = resolve(RunParams.from_mapping(dag_run.conf or {})).data.name
+    except UserError:  # then no task has opened an MLflow run
+        return
+    command = [sys.executable, "-m", "mlpipe.tracking.close_runs", dataset, dag_run.dag_id, dag_run.run_id, *how]
+    threading.Thread(target=_run, args=(command,), daemon=True).start()
 
 
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     if done.returncode:
-        log.error("MLflow runs of %s could not be closed: %s", command[-1], done.stderr[-2000:])
+        log.error("MLflow runs of %s could not be closed: %s", command[5], done.stderr[-2000:])
 
 
 class CancelledRunsPlugin(AirflowPlugin):

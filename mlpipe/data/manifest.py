@@ -64,6 +64,20 @@ class Manifest:
     """Names of a test image and of a training or validation image that show the same, in splits that were given."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of accuracies has to know of the data, a sentence each."""
+        found = []
+        if self.left_out:
+            total = self.num_train + self.num_val + self.num_test + len(self.left_out)
+            found.append(f"{len(self.left_out):,} of {total:,} images could not be used and were left out.")
+        if num_known := len({test for test, _ in self.near_duplicates}):
+            found.append(
+                f"{num_known:,} of {self.num_test:,} test images are also among the training or validation images, "
+                "so accuracies are too high."
+            )
+        return tuple(found)
+
     def key(self, name: str) -> str:
         """Where an array lies in the object store."""
         return array_key(self.digest, name)

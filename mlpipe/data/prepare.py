@@ -43,10 +43,22 @@ logger = logging.getLogger(__name__)
 MAX_BAD_IMAGES = 100
 """Unusable images, beyond those that are allowed, after which decoding stops."""
 MAX_LISTED = 1000
-"""Pairs of near-duplicates that the manifest names."""
+"""Pairs of near-duplicates that the manifest names, and unusable images that the log names."""
 BYTES_PER_COPY = 16 << 20
 PROGRESS_SECONDS = 10.0
 """Least time between two progress lines."""
+
+
+class DamagedImagesError(UserError):
+    """More images than allowed cannot be used."""
+
+    def __init__(self, message: str, images: tuple[tuple[str, str], ...]) -> None:
+        """
+        Args:
+            images: name and reason of each that was found.
+        """
+        super().__init__(message)
+        self.images = images
 
 
 def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> Manifest:
@@ -59,6 +71,7 @@ def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> 
 
     Raises:
         UserError: the source cannot be used; nothing is published then.
+        DamagedImagesError: too many of its images cannot be used.
     """
     digest = dataset_digest(data, source.kind, source.sha256)
     known = _published(digest, store)
@@ -147,7 +160,7 @@ def _write(
             *splits.notes,
             *_notes_of_duplicates(findings.hashes, pairs, across, splits),
         ),
-        left_out=tuple((images.name(index), why) for index, why in findings.bad),
+        left_out=scan.left_out(),
         near_duplicates=across[:MAX_LISTED],
     )
 
@@ -270,11 +283,18 @@ class _Scan:
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
                 logger.info("decoded %s of %s images", f"{part.stop:,}", f"{len(findings.hashes):,}")
+        for name, why in self.left_out()[:MAX_LISTED]:
+            logger.warning("cannot be used: %r %s", name, why)
         if len(findings.bad) > self._max_bad:
-            raise UserError(
+            raise DamagedImagesError(
                 f"{self._bad()}. At most {self._max_bad} may be left out (max_damaged {self._max_damaged:g}); "
-                "replace them, remove them, or raise max_damaged"
+                "replace them, remove them, or raise max_damaged",
+                self.left_out(),
             )
+
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """Images that cannot be used: name and reason."""
+        return tuple((self._images.name(index), why) for index, why in self.findings.bad)
 
     def notes(self) -> list[str]:
         """Sentences about single images."""

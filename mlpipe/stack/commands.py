@@ -102,7 +102,7 @@ def down() -> None:
 
 @click.command()
 def status() -> None:
-    """Show what runs; exit 1 when something does not."""
+    """Show what runs; exit 1 when something does not, or when the DAG is paused."""
     from rich.console import Console
     from rich.table import Table
 
@@ -127,6 +127,11 @@ def status() -> None:
     Console(highlight=False).print(table)
     if not all(name in states and states[name].state == "RUNNING" for name in COMPONENTS):
         sys.exit(1)
+    from mlpipe.airflow_api import AirflowApi
+    from mlpipe.stack.health import DAG_ID
+
+    login = settings.client_environment()
+    AirflowApi(*(login[name] for name in AirflowApi.VARIABLES)).check_dag(DAG_ID)
 
 
 def _duration(seconds: float) -> str:

@@ -237,8 +237,7 @@ def airflow_health(url: str) -> str:
 
 def dag(environ: Mapping[str, str]) -> str:
     """Log in, and see that the DAG can be triggered."""
-    names = ("MLPIPE_AIRFLOW_URL", "MLPIPE_AIRFLOW_USER", "MLPIPE_AIRFLOW_PASSWORD")
-    AirflowApi(*(environ.get(name, "") for name in names)).check_dag(DAG_ID)
+    AirflowApi(*(environ.get(name, "") for name in AirflowApi.VARIABLES)).check_dag(DAG_ID)
     return f"{DAG_ID} can be triggered"
 
 

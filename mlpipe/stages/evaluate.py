@@ -73,10 +73,12 @@ def evaluate(
             lambda version: remeasure(registered, version, test, classes),
             lambda version: _overlap(registered, version, dataset, store, environment.cache_dir),
         )
-        summary = f"{comparison.summary()} {promotion.summary}"
+        summary = " ".join([comparison.summary(), *dataset.manifest.warnings, promotion.summary])
         ranked = tuple(_with_test_metrics(models[row.name], row) for row in comparison.rows)
         link = runs.compare_url([model.run_id for model in ranked], parent.experiment_id)
-        log_comparison(parent, comparison, promotion, f"{origin.link} · [compare the runs]({link})\n\n{summary}")
+        log_comparison(
+            parent, comparison, promotion, f"{origin.link} · [compare the runs]({link})\n\n{summary}", data.notes
+        )
     champion = None
     if promotion.champion:
         uri = f"models:/{registered}/{promotion.champion}"

@@ -38,6 +38,8 @@ class PublishedData:
     num_val: int
     num_test: int
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What was found in it and what was left out, a sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import logging
 from mlpipe.config import RunConfig
 from mlpipe.data.dataset import open_dataset
 from mlpipe.data.manifest import Manifest
-from mlpipe.data.prepare import prepare_dataset
+from mlpipe.data.prepare import DamagedImagesError, prepare_dataset
 from mlpipe.data.sources.fetch import SourceRef
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.data.versions import DatasetVersion, record_version
@@ -17,8 +17,8 @@ from mlpipe.services import services_named
 from mlpipe.stages.messages import PublishedData
 from mlpipe.tracking import runs
 from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
-from mlpipe.tracking.data_run import log_data
-from mlpipe.tracking.runs import TaskContext
+from mlpipe.tracking.data_run import log_data, log_left_out
+from mlpipe.tracking.runs import TaskContext, TrackedRun
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,11 @@ def preprocess(config: RunConfig, origin: TaskContext, source: SourceRef, *, on_
     gc.freeze()  # else a full collection may walk through all that torch and MLflow made when they were imported
     environment = Environment.from_env()
     store = ObjectStore.from_environment(environment)
-    manifest = prepare_dataset(config.data, source, store)
+    try:
+        manifest = prepare_dataset(config.data, source, store)
+    except DamagedImagesError as error:
+        log_left_out(TrackedRun(parent_run(config, origin)), error.images)
+        raise
     dataset = open_dataset(manifest.digest, store, environment.cache_dir)
     version = record_version(dataset, store, environment.cache_dir)
     if version.change:
@@ -63,6 +67,7 @@ def preprocess(config: RunConfig, origin: TaskContext, source: SourceRef, *, on_
         num_val=manifest.num_val,
         num_test=manifest.num_test,
         classes=manifest.classes,
+        notes=manifest.notes,
     )
 
 

@@ -1,16 +1,18 @@
-"""`python -m mlpipe.tracking.close_runs NAME DAG_ID DAG_RUN_ID`: close the MLflow runs of a stopped DAG run.
+"""`python -m mlpipe.tracking.close_runs NAME DAG_ID DAG_RUN_ID STATUS REASON`: close the MLflow runs of a DAG run.
 
-NAME is that of the data set.
+NAME is that of the data set; STATUS is FINISHED, FAILED or KILLED.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-from mlpipe.tracking.dag_runs import abandon
+from mlpipe.tracking.dag_runs import close
 from mlpipe.tracking.runs import TaskContext
 
 if __name__ == "__main__":
-    dataset, dag_id, dag_run_id = sys.argv[1:]
-    origin = TaskContext(dag_id=dag_id, dag_run_id=dag_run_id, task_id="")
-    abandon(dataset, origin, "the DAG run was stopped in Airflow", killed=True)
+    dataset, dag_id, dag_run_id, *how = sys.argv[1:]
+    status, reason = how[0], how[1]
+    names: Any = status
+    close(dataset, TaskContext(dag_id=dag_id, dag_run_id=dag_run_id, task_id=""), names, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from mlflow.entities import Run
 
@@ -36,6 +37,17 @@ def parent_run(config: RunConfig, origin: TaskContext) -> Run:
     )
 
 
-def abandon(dataset: str, origin: TaskContext, reason: str, *, killed: bool = False) -> None:
-    """End the MLflow runs that a DAG run left open: they become FAILED or KILLED, with the reason."""
-    runs.abandon(experiment_name(dataset), origin, reason, killed=killed)
+def note_failure(config: RunConfig, origin: TaskContext, error: BaseException) -> None:
+    """Say on the parent run which task failed and why; it is forgotten when the task is tried again."""
+    experiment = runs.find_experiment(experiment_name(config.data.name))
+    if experiment and (run := runs.find_run(experiment, origin.key("parent"))):
+        runs.tracked(run.info.run_id).set_tags({"error": f"{origin.task_id}: {error}"[:5000]})
+
+
+def close(dataset: str, origin: TaskContext, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str) -> None:
+    """End the MLflow runs that an ended DAG run left open.
+
+    Args:
+        reason: for runs that do not say themselves why they failed.
+    """
+    runs.close(experiment_name(dataset), origin, status, reason)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from mlpipe.data import figures
 from mlpipe.data.dataset import Dataset
 from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.runs import TrackedRun
+
+
+def log_left_out(run: TrackedRun, images: Sequence[tuple[str, str]]) -> None:
+    """Log the name of each image that could not be used, with the reason."""
+    run.log_table({"image": [name for name, _ in images], "reason": [why for _, why in images]}, "left_out.json")
 
 
 def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:
@@ -38,10 +44,7 @@ def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:
         }
     )
     if manifest.left_out:
-        run.log_table(
-            {"image": [name for name, _ in manifest.left_out], "reason": [why for _, why in manifest.left_out]},
-            "left_out.json",
-        )
+        log_left_out(run, manifest.left_out)
     if manifest.near_duplicates:
         run.log_table(
             {

@@ -86,8 +86,14 @@ def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: s
         run.log_text("\n".join(evaluation.notes), "notes.txt")
 
 
-def log_comparison(run: TrackedRun, comparison: Comparison, promotion: Promotion, description: str) -> None:
-    """Put table, charts and the gate's reasons on the parent run."""
+def log_comparison(
+    run: TrackedRun, comparison: Comparison, promotion: Promotion, description: str, notes: Sequence[str]
+) -> None:
+    """Put table, charts and the gate's reasons on the parent run.
+
+    Args:
+        notes: on the data, a sentence each.
+    """
     best = comparison.rows[0]
     run.replace_metrics(  # a model that failed may have been trained since
         {
@@ -102,4 +108,5 @@ def log_comparison(run: TrackedRun, comparison: Comparison, promotion: Promotion
     run.log_text(comparison.csv(), "comparison.csv")
     run.log_text(comparison.markdown(), "comparison.md")
     run.log_dict({alias: asdict(decision) for alias, decision in promotion.decisions.items()}, "promotion.json")
-    run.describe(f"{description}\n\n{comparison.markdown()}")
+    table = comparison.markdown() + "".join(f"- Data: {note}\n" for note in notes)
+    run.describe(f"{description}\n\n{table}")

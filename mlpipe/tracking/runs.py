@@ -312,14 +312,20 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     mlflow.end_run(RunStatus.to_string(RunStatus.FINISHED))
 
 
-def abandon(experiment_name: str, origin: TaskContext, reason: str, *, killed: bool = False) -> None:
-    """End all open runs of a DAG run as FAILED, or as KILLED where somebody stopped it."""
+def find_experiment(name: str) -> str | None:
+    """Id of the experiment of that name, if there is one."""
+    experiment = mlflow.MlflowClient().get_experiment_by_name(name)
+    return experiment.experiment_id if experiment else None
+
+
+def close(experiment_name: str, origin: TaskContext, status: str, reason: str) -> None:
+    """End all open runs of a DAG run with a status; those that fail and do not say why are given the reason."""
     client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(experiment_name)
+    experiment = find_experiment(experiment_name)
     if experiment is None:
         return
-    status = RunStatus.to_string(RunStatus.KILLED if killed else RunStatus.FAILED)
     filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([experiment.experiment_id], filter_string):
-        client.set_tag(run.info.run_id, "error", reason[:5000])
+    for run in client.search_runs([experiment], filter_string):
+        if status != "FINISHED" and "error" not in run.data.tags:
+            client.set_tag(run.info.run_id, "error", reason[:5000])
         client.set_terminated(run.info.run_id, status)

@@ -138,14 +138,30 @@ def test_a_stranger_loads_the_champion(demo: dict[str, Any], environment: dict[s
     assert demo["champion"]
 
 
+def test_the_last_line_loads_the_champion_as_printed(demo: dict[str, Any], tmp_path: Path) -> None:
+    line = demo["printed"].splitlines()[-1]
+    code = f"{line}; import numpy; print(len(model.predict(numpy.full((2, 8, 8, 3), 9, numpy.uint8))))"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "2", done.stderr
+
+
 def test_predict_labels_files(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
     from PIL import Image
 
     path = tmp_path / "black.png"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
-    done = mlpipe(environment, "predict", demo["champion"]["model_uri"], str(path))
+    done = mlpipe(environment, "predict", demo["champion"]["model_uri"], str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "black.png" in done.stdout.replace("\n", "").replace(" ", "").replace("│", "")
+    (tmp_path / "a_page.png").write_text("<html>")
+    some = mlpipe(environment, "predict", demo["champion"]["model_uri"], str(tmp_path))
+    assert some.returncode == 2
+    assert "is not an image" in some.stdout
+    assert "black.png" in some.stdout.replace("\n", "").replace(" ", "").replace("│", "")
+    assert "1 of 2 files could not be read" in some.stderr
     missing = mlpipe(environment, "predict", "models:/nothing@champion", str(path))
     assert missing.returncode == 2
     assert "models:/nothing@champion" in missing.stderr
@@ -210,6 +226,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         time.sleep(1)
     for run in client.search_runs(experiments, f"{mine} and tags.stage = 'parent'"):
         assert run.info.status == "FAILED"
+        assert complaint in run.data.tags["error"]
 
 
 @pytest.mark.parametrize(
@@ -264,3 +281,8 @@ def test_a_folder_of_ones_own_has_its_name_its_champion_and_one_damaged_image(
     assert data_run.data.metrics["data/num_left_out"] == 1
     left_out = json.loads(Path(client.download_artifacts(data_run.info.run_id, "left_out.json")).read_text())
     assert left_out["data"] == [["dog/empty.png", "is empty (0 bytes)"]]
+    printed = " ".join(done.stdout.split())
+    assert "Data: 1 of 121 images cannot be used: 'dog/empty.png' is empty (0 bytes); left out" in printed
+    assert "1 of 121 images could not be used and were left out." in result["summary"]
+    note = client.get_run(result["parent_run_id"]).data.tags["mlflow.note.content"]
+    assert "- Data: 1 of 121 images cannot be used" in note

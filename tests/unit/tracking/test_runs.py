@@ -148,7 +148,7 @@ def test_abandoning_ends_what_is_open_and_nothing_else(experiment: str) -> None:
     done, parent, child = (opened(experiment, origin("a"), part) for part in ("data", "parent", "resnet18"))
     other = opened(experiment, origin("b"), "parent")
     mlflow.MlflowClient().set_terminated(done.info.run_id)
-    runs.abandon(mlflow.get_experiment(experiment).name, origin("a", task_id=""), "task failure")
+    runs.close(mlflow.get_experiment(experiment).name, origin("a", task_id=""), "FAILED", "task failure")
     assert [fetched(run).info.status for run in (done, parent, child, other)] == [
         "FINISHED",
         "FAILED",
