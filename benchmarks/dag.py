@@ -158,9 +158,9 @@ def main() -> None:
     if {len(demo.gaps) for demo in demos} == {len(GAPS)}:
         gaps = zip(*(demo.gaps for demo in demos), strict=True)
         rows += [[f"… {name}", spread(gap, 1)] for name, gap in zip(GAPS, gaps, strict=True)]
-    print("# The workflow beside its work\n")
+    print("# Workflow overhead\n")
     print("Demo run (recipe `quick` on digits) on the local stack, from the trigger's request to the DAG run's end.")
-    print("Outside stage code: no function of `mlpipe.stages` runs. Rounds in a row on one stack.\n")
+    print("Outside stage code: no function of `mlpipe.stages` runs. Consecutive rounds on one stack.\n")
     print(conditions("apache-airflow-core", "apache-airflow-task-sdk", "mlflow"), f"{rounds} rounds.\n")
     print(table(["demo run", "s, median (range)"], rows) + "\n")
     print(parse_times(2 * rounds + 1))
