@@ -96,7 +96,7 @@ def test_services_that_are_well(service: tuple[type[Service], dict[str, str]], s
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     findings = found({**variables, **aws, "MLPIPE_S3_BUCKET": store.bucket})
     assert all(finding.ok for finding in findings.values()), findings
-    assert "0, 1, 5,242,883 bytes came back byte for byte" in findings["S3 round trip"].detail
+    assert "0, 1, 5,242,883 bytes came back unchanged" in findings["S3 round trip"].detail
     assert handler.kept == {}
     assert store.list("doctor") == []
 
@@ -106,7 +106,7 @@ def test_a_service_that_spoils_what_it_keeps(service: tuple[type[Service], dict[
     handler.spoil = staticmethod(lambda content: content[:-1] + b"?")
     finding = found(variables)["MLflow artifact round trip"]
     assert not finding.ok
-    assert "came back as 1048577 others" in finding.detail
+    assert "came back as 1048577 other bytes" in finding.detail
     assert handler.kept == {}
 
 
@@ -215,7 +215,7 @@ def test_a_client_is_asked_for_no_package_of_the_stack(monkeypatch: pytest.Monke
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert "packages as asked for" in doctor.versions()
+    assert "packages as required" in doctor.versions()
     with pytest.raises(doctor.CheckFailedError, match="torch is missing"):
         doctor.versions(doctor.STACK_EXTRAS)
 
