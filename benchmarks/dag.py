@@ -137,7 +137,7 @@ def parse_times(rounds: int) -> str:
         }
     airflow, file = zip(*times, strict=True)
     rows = [["`import airflow.sdk`", spread(airflow, 2)], ["`dags/image_classification.py` after it", spread(file, 3)]]
-    rows += [[f"`import mlpipe.stages.{name}`, in its task alone", spread(imports[name], 2)] for name in STAGES]
+    rows += [[f"`import mlpipe.stages.{name}`, only in its task", spread(imports[name], 2)] for name in STAGES]
     return table(["in a fresh interpreter", "s, median (range)"], rows)
 
 

@@ -70,8 +70,7 @@ class RunParams:
         "Models",
         "Comma-separated names, each with optional initial weights: custom_cnn, logistic_regression, resnet18=random, "
         "resnet18=imagenet, any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth, or "
-        "a network of your own, e.g. /home/me/mynets.py:TinyNet. "
-        "Empty: the recipe's.",
+        "your own network, e.g. /home/me/mynets.py:TinyNet. Empty: the recipe's.",
         maxLength=4096,
     )
     epochs: int | None = describe(

@@ -256,7 +256,7 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, Architectur
             raise UserError(f"models: {entry!r} names no weights after '='; give random, imagenet or a URI")
         architecture = find(name)
         if architecture.default_weights == "none" and weights:
-            raise UserError(f"models: {redact_text(entry)!r}: {name} has no initial weights; write {name} alone")
+            raise UserError(f"models: {redact_text(entry)!r}: {name} has no initial weights; write only {name}")
         weights = weights or architecture.default_weights or default_weights
         if weights == "imagenet" and not architecture.has_imagenet_weights:
             raise UserError(f"models: '{name}=imagenet': no ImageNet weights exist for {name}; use random or a URI")

@@ -90,9 +90,7 @@ def _client(environ: Mapping[str, str]) -> Iterator[Finding]:
         remedy = "free some space, or set MLPIPE_CACHE_DIR to a folder on a larger disk"
         yield _finding("disk space", lambda: disk_space(MIN_FREE_BYTES, Path(cache).expanduser()), remedy)
     yield _temporary_space()
-    yield Finding(
-        name="executor", ok=True, detail="not checked: only that Airflow knows what runs its tasks, and where"
-    )
+    yield Finding(name="executor", ok=True, detail="not checked: that Airflow decides what runs its tasks, and where")
     yield from connections(environ, local=False)
 
 
