@@ -85,8 +85,8 @@ def ablations(recipe: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
         yield "the published form of the network", replace(recipe, variant="standard")
         yield "whole images from the first epoch on", changed(progressive_resizing=False)
     yield "no augmentation", changed(augmentation="none")
-    yield "flips alone, no crops", changed(augmentation="flip")
-    yield "crops alone, no flips", changed(augmentation="crop")
+    yield "flips only, no crops", changed(augmentation="flip")
+    yield "crops only, no flips", changed(augmentation="crop")
     yield "no weight decay", changed(weight_decay=0.0)
     yield "no label smoothing", changed(label_smoothing=0.0)
     fifth = train.learning_rate / 5
@@ -105,16 +105,14 @@ def seeds_table(data: Any, path: Path, architecture: str, num_seeds: int) -> str
         rows.append([str(seed), f"{plain:.4f}", f"{reached[-1]:.4f}", f"{seconds:.0f}"])
     deviation = f" ± {statistics.stdev(reached):.4f}" if num_seeds > 1 else ""
     rows.append(["mean, standard deviation", "", f"{statistics.mean(reached):.4f}{deviation}", ""])
-    return table(
-        ["seed", "test accuracy, images as they are", "with mirror images", "training and validation, s"], rows
-    )
+    return table(["seed", "test accuracy, plain images", "with mirror images", "training and validation, s"], rows)
 
 
 def print_ablation(data: Any, recipe: ModelConfig) -> None:
     """A row as soon as it is known."""
     val = data.val_split()
     images_u8, labels = np.asarray(val.images_u8[:]), np.asarray(val.labels)
-    head = ["changed", "validation accuracy, images as they are", "with mirror images", "points lost"]
+    head = ["changed", "validation accuracy, plain images", "with mirror images", "points lost"]
     print(table(head, []), flush=True)
     whole: NDArray[np.bool_] | None = None
     for name, config in ablations(recipe):
@@ -142,7 +140,7 @@ def main() -> None:
     train = settings(recipe)
     num_epochs = train.num_epochs if arguments.ablation_epochs is None else arguments.ablation_epochs
     data = dataset(arguments.data)
-    print(f"# {arguments.model} by the recipe strong\n")
+    print(f"# {arguments.model} with the recipe strong\n")
     print(conditions("torch", "lightning"), f"{torch.get_num_threads()} threads.\n")
     if arguments.seeds:
         print(f"{arguments.model}, {train.num_epochs} epochs, 45,000 training images, 10,000 test images.\n")

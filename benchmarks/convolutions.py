@@ -67,8 +67,8 @@ def main() -> None:
     keep_freed_memory()
     rows = [measure(*layer, arguments.rounds) for layer in LAYERS]
     print("# Convolutions in float32\n")
-    print(f"3×3, batch {BATCH_SIZE}, forward and both gradients: this project's, by Winograd's F(4×4, 3×3), against")
-    print("PyTorch's. Training uses it from 128 channels on, on processors without bfloat16. Error: the largest")
+    print(f"3×3, batch {BATCH_SIZE}, forward and both gradients: this project's, with Winograd's F(4×4, 3×3), against")
+    print("PyTorch's. Training uses it from 128 channels up, on processors without bfloat16. Error: the largest")
     print("difference of an output, in standard deviations of the outputs.\n")
     print(conditions("torch"), f"{torch.get_num_threads()} threads, {arguments.rounds} rounds.\n")
     head = ["layer", "PyTorch, ms, median (range)", "Winograd, ms", "PyTorch / Winograd", "error"]

@@ -137,7 +137,7 @@ def parse_times(rounds: int) -> str:
         }
     airflow, file = zip(*times, strict=True)
     rows = [["`import airflow.sdk`", spread(airflow, 2)], ["`dags/image_classification.py` after it", spread(file, 3)]]
-    rows += [[f"`import mlpipe.stages.{name}`, in its task alone", spread(imports[name], 2)] for name in STAGES]
+    rows += [[f"`import mlpipe.stages.{name}`, only in its task", spread(imports[name], 2)] for name in STAGES]
     return table(["in a fresh interpreter", "s, median (range)"], rows)
 
 
@@ -158,9 +158,9 @@ def main() -> None:
     if {len(demo.gaps) for demo in demos} == {len(GAPS)}:
         gaps = zip(*(demo.gaps for demo in demos), strict=True)
         rows += [[f"… {name}", spread(gap, 1)] for name, gap in zip(GAPS, gaps, strict=True)]
-    print("# The workflow beside its work\n")
+    print("# Workflow overhead\n")
     print("Demo run (recipe `quick` on digits) on the local stack, from the trigger's request to the DAG run's end.")
-    print("Outside stage code: no function of `mlpipe.stages` runs. Rounds in a row on one stack.\n")
+    print("Outside stage code: no function of `mlpipe.stages` runs. Consecutive rounds on one stack.\n")
     print(conditions("apache-airflow-core", "apache-airflow-task-sdk", "mlflow"), f"{rounds} rounds.\n")
     print(table(["demo run", "s, median (range)"], rows) + "\n")
     print(parse_times(2 * rounds + 1))

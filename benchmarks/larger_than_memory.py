@@ -117,14 +117,14 @@ def report(set_bytes: int, results: dict[str, list[dict[str, Any]]]) -> str:
         data, anonymous = (max(result[name] for result in each) / gib for name in ("data", "anonymous"))
         allowed = f"{LIMIT_BYTES / gib:.2f}" if kind == "mapped" else "none"
         rows.append([kind, allowed, f"{data:.2f}", f"{anonymous:.2f}", spread(rates[kind], 0)])
-    head = ["images", "limit, GiB", "allocated at most", "of it used at most", "images/s, median (range)"]
+    head = ["images", "limit, GiB", "peak allocated", "peak used of it", "images/s, median (range)"]
     ratios = paired(rates["mapped"], rates["in memory"])
     return "\n".join(
         [
             "# Larger than memory\n",
             f"{NUM_IMAGES:,} random images of {SIZE} × {SIZE} pixels ({set_bytes / gib:.2f} GiB), custom_cnn, batch "
             f"{BATCH_SIZE}, page cache warm;",
-            f"{NUM_BATCHES * BATCH_SIZE:,} images drawn from all of them, after as many to warm up. The limit is "
+            f"{NUM_BATCHES * BATCH_SIZE:,} images drawn from all of them, after as many for warm-up. The limit is "
             "RLIMIT_DATA: private writable memory. An",
             "array of all images does not fit under it (tried).\n",
             conditions("torch", "lightning", "numpy") + f" {len(ratios)} rounds.\n",

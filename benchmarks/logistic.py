@@ -59,7 +59,9 @@ def main() -> None:
         rows.append([name, spread(times[name], 1), *scores, str(int(np.max(estimator[-1].n_iter_)))])
     print("# Logistic regression\n")
     print(f"*reference*: `StandardScaler` and `LogisticRegression()` of scikit-learn. {len(features):,} images of")
-    print(f"{features.shape[1]:,} features, {len(parts['test'][1]):,} test images. No random number is left open: the")
+    print(
+        f"{features.shape[1]:,} features, {len(parts['test'][1]):,} test images. All random numbers are fixed, so the"
+    )
     print("accuracy is the same in every round.\n")
     print(conditions("scikit-learn", "numpy"), f"{arguments.rounds} rounds.\n")
     print(table(["model", "fit, s, median (range)", "training accuracy, %", "test accuracy, %", "iterations"], rows))

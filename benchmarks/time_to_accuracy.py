@@ -136,7 +136,7 @@ def equal_epochs(path: Path, rounds: int, num_workers: int) -> list[str]:
             for name, runs in in_turn(rounds, loops).items()
         }  # (seeds, epochs)
         rows = [[name, *(spread(list(each), 3) for each in values.T)] for name, values in reached.items()]
-        rows.append(["ours less reference", *map(mean_and_error, (reached["ours"] - reached["reference"]).T)])
+        rows.append(["ours minus reference", *map(mean_and_error, (reached["ours"] - reached["reference"]).T)])
         lines += [table([f"{architecture}: test accuracy after epoch", *map(str, range(1, number + 1))], rows), ""]
     return lines
 
@@ -170,7 +170,7 @@ def main() -> None:
         print("Equal epochs and settings (recipe report, random weights):\n")
         print("\n".join(equal_epochs(*how)), flush=True)
     if arguments.only != "epochs":
-        print("Seconds of training, evaluation apart, until 71.38 %; ours is custom_cnn of quick over three epochs:\n")
+        print("Seconds of training, without evaluation, until 71.38 %; ours: custom_cnn, quick, three epochs:\n")
         print(time_to_target(*how))
 
 

@@ -248,7 +248,7 @@ def main() -> None:
     print("# Training throughput\n")
     print("*reference*: a Lightning module, torchvision transforms per image, `DataLoader` with the best of 0, 1, 2")
     print("persistent workers, Adam. *bare*: our network, precision and allocator, tensors in memory, fused Adam, and")
-    print("no framework. One epoch after an epoch to warm up; the loops take turns in each of the rounds.\n")
+    print("no framework. Each loop runs a warm-up epoch, then a measured one; the loops take turns in each round.\n")
     print(conditions("torch", "torchvision", "lightning"))
     print(f"{torch.get_num_threads()} threads, {choose_precision('auto')}.")
     for setting in SETTINGS:

@@ -1,6 +1,6 @@
 """Download and preprocess images, train the chosen models side by side, evaluate and compare them.
 
-Wiring only: what runs after what, with which parameters. The work is in `mlpipe.stages`.
+This file only wires tasks: their order and parameters. `mlpipe.stages` does the work.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ EXECUTORS = conf.get("core", "executor", fallback="")
 
 
 def training_pod(option: str) -> str | None:
-    """An option of `[training_pod]`, which only Kubernetes asks for."""
+    """An option of `[training_pod]`, which only Kubernetes uses."""
     return conf.get("training_pod", option, fallback=None)
 
 
 DATASETS = AssetAlias("image_datasets")
 CHAMPIONS = AssetAlias("champions")
 
-MISTAKE = RetryRule(exception=SystemExit, action=RetryAction.FAIL, reason="a mistake that trying again does not mend")
+MISTAKE = RetryRule(exception=SystemExit, action=RetryAction.FAIL, reason="a retry cannot fix this mistake")
 
 
 def _stop(signal_number: int, _: object) -> NoReturn:
@@ -58,10 +58,10 @@ def _stop(signal_number: int, _: object) -> NoReturn:
 
 @contextmanager
 def stage_code() -> Iterator[None]:
-    """Log when a stage starts and ends. Its user's mistake is one line without a traceback, and is not tried again.
+    """Log when a stage starts and ends. A user error becomes one log line without a traceback and is not retried.
 
-    A service that is away is one line as well, and is tried again. When Airflow stops the task, the stage's own code
-    ends by an exception: it has five seconds to close its MLflow run.
+    A service that does not answer also becomes one line, and is retried. When Airflow stops the task, an exception ends
+    the stage's own code, which has five seconds to close its MLflow run.
     """
     log.info("the stage starts")
     signal.signal(signal.SIGTERM, _stop)
@@ -90,12 +90,12 @@ def _note_failure(error: Exception) -> None:
 
 
 def run_config() -> RunConfig:
-    """The run as its form describes it."""
+    """The run that its form describes."""
     return resolve(RunParams.from_mapping(get_current_context()["params"]))
 
 
 def origin() -> TaskContext:
-    """The task that runs, for the tags of its MLflow run."""
+    """The current task, for the tags of its MLflow run."""
     from mlpipe.tracking.runs import TaskContext
 
     ti = get_current_context()["ti"]
@@ -103,7 +103,7 @@ def origin() -> TaskContext:
 
 
 def link_to_run(url: str) -> None:
-    """Give the task its button to the MLflow run, and its log a link, while it still runs."""
+    """Link the running task's button and log to its MLflow run."""
     log.info("MLflow run: %s", url)
     get_current_context()["ti"].xcom_push(key="mlflow_run_url", value=url)
 
@@ -128,7 +128,7 @@ def close_runs(context: Context) -> None:
     default_args={
         "retries": 2,
         "retry_delay": timedelta(seconds=10),
-        "retry_exponential_backoff": 2.0,  # the factor: tries begin some 15 and 30 seconds after the failure before
+        "retry_exponential_backoff": 2.0,  # the factor: retries begin about 15 and 30 seconds after a failure
         "max_retry_delay": timedelta(minutes=5),
         "retry_policy": ExceptionRetryPolicy(rules=[MISTAKE]),
     },
@@ -139,7 +139,7 @@ def close_runs(context: Context) -> None:
     tags=["image-classification", "mlflow"],
 )
 def image_classification() -> None:
-    @task(doc_md="Bring the source's bytes into object storage.", multiple_outputs=False)
+    @task(doc_md="Copy the source into object storage.", multiple_outputs=False)
     def download() -> dict[str, Any]:
         from mlpipe.stages import download as stage
         from mlpipe.stages.messages import to_json
@@ -150,8 +150,8 @@ def image_classification() -> None:
     @task(
         doc_md="Decode, check, split and publish the images; log them to MLflow.",
         outlets=[DATASETS],
-        # One at a time: of two that are given the same images, the second finds them published. And Airflow 3.3 fails
-        # a task whose event names a new asset in the same moment as another task's does.
+        # One at a time, so the second of two tasks with the same images finds them published. Also, Airflow 3.3 fails a
+        # task if another task's event names the same new asset at the same moment.
         max_active_tis_per_dag=1,
     )
     def preprocess(source: dict[str, Any]) -> list[dict[str, Any]]:
@@ -187,7 +187,7 @@ def image_classification() -> None:
         multiple_outputs=False,
         trigger_rule="all_done_min_one_success",
         outlets=[CHAMPIONS],
-        # One at a time: it compares with the champion and moves aliases, which MLflow cannot do in one step.
+        # One at a time: MLflow cannot compare with the champion and move aliases in one step.
         max_active_tis_per_dag=1,
         **evaluation_task(EXECUTORS, training_pod),
     )

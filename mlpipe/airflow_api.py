@@ -1,4 +1,4 @@
-"""The few calls to Airflow's REST API that the command line needs."""
+"""The calls to Airflow's REST API that the command line needs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from urllib3.util import Retry
 from mlpipe.errors import UserError
 
 TIMEOUT = 30
-"""Seconds until a call without an answer is given up."""
+"""Seconds to wait for an answer to a call."""
 
 
 AIRFLOWS_OWN_LOGGERS = ("task", "task.stderr")
-"""What they log as errors are not the messages of the task itself."""
+"""Airflow's own loggers: their error lines are not the task's own messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class TaskInstance:
     seconds: float | None
     """Duration of the last attempt."""
     started: datetime | None
-    """When its process began, in the last attempt."""
+    """When the process of the last attempt began."""
 
 
 class PausedError(UserError):
@@ -96,7 +96,7 @@ class AirflowApi:
         """Start a DAG run; returns its id.
 
         Raises:
-            UserError: the server refuses the parameters, or has no such DAG.
+            UserError: the server refuses the parameters or does not have the DAG.
         """
         answer = self._call("POST", f"/api/v2/dags/{quote(dag_id)}/dagRuns", {"logical_date": None, "conf": conf})
         return str(answer["dag_run_id"])
@@ -106,11 +106,11 @@ class AirflowApi:
         return str(self.dag_run(dag_id, run_id)["state"])
 
     def dag_run(self, dag_id: str, run_id: str) -> dict[str, Any]:
-        """The DAG run as Airflow describes it: `state`, `queued_at`, `start_date`, `end_date` and more."""
+        """Airflow's description of the DAG run: `state`, `queued_at`, `start_date`, `end_date` and more."""
         return dict(self._call("GET", _run_path(dag_id, run_id)))
 
     def task_instances(self, dag_id: str, run_id: str) -> list[TaskInstance]:
-        """All tasks of the DAG run, in the order in which they started."""
+        """All tasks of the DAG run, in the order of their starts."""
         rows = self._call("GET", f"{_run_path(dag_id, run_id)}/taskInstances?limit=200")["task_instances"]
         rows.sort(key=lambda row: (row["start_date"] or "9", row["task_id"], row["map_index"]))
         return [
@@ -129,7 +129,7 @@ class AirflowApi:
         ]
 
     def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
-        """What an unmapped task returned; `None` where it returned nothing."""
+        """The return value of an unmapped task; `None` if it returned nothing."""
         path = f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task_id)}/xcomEntries/return_value?deserialize=false"
         try:
             return self._call("GET", path)["value"]
@@ -152,7 +152,7 @@ class AirflowApi:
         return None
 
     def log(self, dag_id: str, run_id: str, task: TaskInstance) -> list[dict[str, Any]]:
-        """Lines of the log of a task's last attempt, each with `timestamp`, `level`, `event` and more."""
+        """Log lines of a task's last attempt, each with `timestamp`, `level`, `event` and more."""
         path = (
             f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task.task_id)}/logs/{task.try_number}"
             f"?map_index={task.map_index}&full_content=true"

@@ -14,7 +14,7 @@ from mlpipe.stack import commands
 
 class _Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line; a user's mistake is one line, without a traceback, and exit status 2."""
+        """Run the command line. A user error prints one line without a traceback and exits with status 2."""
         try:
             return super().main(*args, **kwargs)
         except UserError as error:

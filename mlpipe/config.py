@@ -1,8 +1,8 @@
-"""What a run is: the form its user fills in, and the validated description that the stages work from.
+"""The run's form, and the validated configuration that the stages use.
 
 `RunParams` is the single source of the trigger form, the command-line options and their checks.
-`mlpipe.recipes.resolve` turns it into a `RunConfig`, in which nothing is left open.
-Only the standard library is loaded: this module is read each time Airflow parses the DAG.
+`mlpipe.recipes.resolve` turns it into a complete `RunConfig`.
+Airflow loads this module each time it parses the DAG, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PromotionMetric = Literal["accuracy", "balanced_accuracy"]
 SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
 """standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
-normalisation, torchvision's resnets begin with a 3×3 convolution without stride and shrink by pooling."""
+normalization; torchvision's resnets begin with a 3×3 convolution without stride and halve their maps by pooling."""
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MAX_MODELS = 16
@@ -36,7 +36,7 @@ def describe(default: Any, title: str, description: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunParams:
-    """What a user chooses when triggering a run. `None` means: as the recipe or the data set says."""
+    """A user's choices for a run. `None`: the recipe or the data set decides."""
 
     dataset: str = describe(
         "digits",
@@ -47,14 +47,14 @@ class RunParams:
     data_uri: str | None = describe(
         None,
         "Data URI",
-        "Path, file://, http(s):// or s3:// of a zip, a tar or a folder (s3://bucket/folder/): <class>/…, "
-        "train/<class>/… and test/<class>/…, or images with a CSV. Required for images.",
+        "Path, file://, http(s):// or s3:// address of a zip, a tar or a folder (s3://bucket/folder/) with <class>/…, "
+        "train/<class>/… and test/<class>/…, or images and a CSV. Required for images.",
         maxLength=2048,
     )
     name: str | None = describe(
         None,
         "Name",
-        "Name of the data set: its experiment, registered model and asset are called by it. "
+        "Name of the data set, also used for its experiment, registered model and asset. "
         "Empty: digits, cifar10, or the name of the archive or folder.",
         pattern="^[a-z0-9][a-z0-9_-]{0,47}$",
         maxLength=48,
@@ -63,15 +63,14 @@ class RunParams:
         "quick",
         "Recipe",
         "quick: minutes on a laptop, offline, random weights. report: Adam, 0.001, 10 epochs, the three models "
-        "of the report (resnet18 from ImageNet weights). strong: the best that ten epochs give on photographs.",
+        "of the report (resnet18 from ImageNet weights). strong: best accuracy in ten epochs on photographs.",
     )
     models: str | None = describe(
         None,
         "Models",
         "Comma-separated names, each with optional initial weights: custom_cnn, logistic_regression, resnet18=random, "
         "resnet18=imagenet, any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth, or "
-        "a network of your own, e.g. /home/me/mynets.py:TinyNet. "
-        "Empty: the recipe's.",
+        "your own network, e.g. /home/me/mynets.py:TinyNet. Empty: the recipe's.",
         maxLength=4096,
     )
     epochs: int | None = describe(
@@ -90,48 +89,50 @@ class RunParams:
     early_stopping: int | None = describe(
         None,
         "Early stopping",
-        "Epochs without a better validation accuracy after which training ends. Empty: the recipe's.",
+        "Training stops after this many epochs without a better validation accuracy. Empty: the recipe's.",
         minimum=1,
         maximum=1000,
     )
     image_size: int | None = describe(
         None,
         "Image size",
-        "Height and width in pixels to which all images are brought. Empty: 32.",
+        "Height and width of all images after resizing, in pixels. Empty: 32.",
         minimum=8,
         maximum=512,
     )
     max_damaged: float = describe(
         0.01,
         "Damaged images",
-        "Share of the images that may be unusable: they are left out and named. 0 refuses any.",
+        "Largest allowed share of unusable images, which are left out and named. 0 refuses any.",
         minimum=0,
         maximum=1,
     )
     small_classes: SmallClasses = describe(
         "refuse",
         "Small classes",
-        "Classes with too few images, or that are in only one of train and test. refuse: an error with the numbers. "
-        "leave_out: the data set is made without them.",
+        "Classes with too few images, or present in only one of train and test. refuse: an error with the numbers. "
+        "leave_out: the data set excludes them.",
     )
     devices: int | None = describe(
         None,
         "Devices",
-        "Devices that train one network together: GPUs of one host; without GPUs, processes. Empty: 1.",
+        "Devices that train one network together: GPUs of one host or, without GPUs, processes. Empty: 1.",
         minimum=1,
         maximum=64,
     )
-    seed: int = describe(0, "Seed", "Of initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1)
+    seed: int = describe(
+        0, "Seed", "Seeds initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1
+    )
     promotion: PromotionMode = describe(
         "enabled",
         "Promotion",
-        "disabled: no alias moves. dry_run: the decision is logged, no alias moves. "
+        "disabled: no alias moves. dry_run: only logs the decision; no alias moves. "
         "enabled: the best model becomes @champion if it passes the gate.",
     )
     promotion_metric: PromotionMetric = describe(
         "accuracy",
         "Promotion metric",
-        "What the gate compares. balanced_accuracy counts each class alike, however many images it has.",
+        "The gate's metric. balanced_accuracy weights all classes equally, however many images they have.",
     )
 
     @classmethod
@@ -139,13 +140,13 @@ class RunParams:
         """Check values from a form, a JSON body or a command line.
 
         Raises:
-            UserError: an unknown key or a value of the wrong type or out of range; names the field,
-                the value and what is allowed.
+            UserError: a key is unknown, or a value has the wrong type or is out of range; the message names the
+                field, the value and what is allowed.
         """
         known = cls.json_schema()
         for key in values:
             if key not in known:
-                raise UserError(f"{key}: unknown parameter; the known ones are {', '.join(known)}")
+                raise UserError(f"{key}: unknown parameter; known parameters are {', '.join(known)}")
         return cls(**{key: _checked(key, value, known[key]) for key, value in values.items()})
 
     @classmethod
@@ -176,7 +177,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if "pattern" in schema:
         return (
             f"text of at most {schema['maxLength']} characters a-z, 0-9, _ and -, "
-            "of which the first is a letter or digit, or nothing"
+            "starting with a letter or digit, or nothing"
         )
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
@@ -225,26 +226,26 @@ def _checked(key: str, value: Any, schema: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how they are prepared. With the bytes of the source, it decides a data set's digest."""
+    """The images and their preparation. This and the source's bytes determine the data set's digest."""
 
     dataset: str
     """Kind of source, a name of `mlpipe.data.sources.catalog.KNOWN`."""
     name: str = ""
-    """Name of the data set: of its MLflow experiment, registered model and asset; empty: that of the kind of source."""
+    """Name of the data set, its MLflow experiment, registered model and asset; empty: the kind of source."""
     uri: str | None = None
-    """Where the archive is; `None`: the data set's own source."""
+    """Address of the archive or folder; `None`: the data set's own source."""
     image_size: int = 32
     """Height and width of the prepared images, pixels."""
     validation_fraction: float = 0.1
-    """Share of the training images held out to choose checkpoints by, stratified."""
+    """Share of the training images held out to choose checkpoints; file hashes decide."""
     test_fraction: float = 0.2
-    """Share of all images that becomes the test split where the source has none, stratified."""
+    """Share of all images that becomes the test split if the source has none; file hashes decide."""
     split_seed: int = 0
-    """Seed of both splits; apart from the run's seed, so that runs with other seeds see the same data."""
+    """Seed of both splits; separate from the run's seed, so runs with different seeds use the same data."""
     max_damaged: float = 0.01
-    """Share of the images that may be unusable and are then left out, 0 to 1."""
+    """Largest allowed share of unusable images, 0 to 1; they are left out."""
     small_classes: SmallClasses = "refuse"
-    """What happens to classes with too few images, or that are in only one of train and test."""
+    """How to treat classes with too few images, or present in only one of train and test."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.dataset)
@@ -252,53 +253,53 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
-    """How a network is trained."""
+    """Settings for training a network."""
 
     num_epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 64
     """Images in one optimizer step."""
     learning_rate: float = 1e-3
-    """Step size; the peak one where a schedule varies it."""
+    """Step size; the peak, if a schedule varies it."""
     optimizer: str = "adam"
-    """Update rule, a name of `mlpipe.training.optimizers.OPTIMIZERS`."""
+    """Update rule: a key of `mlpipe.training.optimizers.OPTIMIZERS`."""
     weight_decay: float = 0.0
-    """Coefficient of the L2 penalty; with muon, share of a convolution's weights that a step takes away, times the
+    """Coefficient of the L2 penalty; with muon, each step shrinks a convolution's weights by this share times the
     learning rate."""
     schedule: Literal["constant", "one_cycle"] = "constant"
-    """Learning rate over the steps."""
+    """Course of the learning rate over the steps."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, 0 to 1."""
     augmentation: Literal["none", "crop", "flip", "flip_crop"] = "none"
     """Random changes of the training images: shifted crop, horizontal flip, or both."""
     test_time_averaging: Literal["none", "flip"] = "none"
-    """flip: the model averages the probabilities of an image and of its mirror image when it predicts."""
+    """flip: predictions average the probabilities of an image and its mirror image."""
     progressive_resizing: bool = False
-    """Whether the first half of the epochs sees the training images at half of their height and width."""
+    """Whether the first half of the epochs trains on images at half height and width."""
     early_stopping_patience: int | None = None
-    """Epochs without a better val/accuracy after which training ends; `None`: never."""
+    """Training stops after this many epochs without a better val/accuracy; `None`: never."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """Arithmetic; auto is bfloat16 where the processor has it in hardware."""
+    """Arithmetic; auto: bfloat16 if the processor has it in hardware."""
     num_devices: int = 1
-    """GPUs of one host that train together, or processes where there is no GPU; each batch is divided among them."""
+    """GPUs of one host, or processes without a GPU, that train together; they share each batch."""
     seed: int = 0
-    """Of initial weights, batch order and augmentation."""
+    """Seed of initial weights, batch order and augmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:
-    """How a linear model is fitted."""
+    """Settings for fitting a linear model."""
 
     num_components: int = 256
-    """Principal components of the features that are kept at most."""
+    """Maximum number of the features' principal components."""
     inverse_regularization: float = 1.0
-    """scikit-learn's C: the smaller, the stronger the L2 penalty."""
+    """scikit-learn's C: smaller values mean a stronger L2 penalty."""
     max_iterations: int = 100
-    """Limit of the solver."""
+    """Iteration limit of the solver."""
     augmentation: Literal["none", "flip"] = "none"
-    """flip: the model is fitted to each training image and to its mirror image."""
+    """flip: fit the model to each training image and its mirror image."""
     seed: int = 0
-    """Of the random projections, the solver, and the choice among too many images."""
+    """Seed of the random projections, the solver, and the choice among too many images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,38 +307,38 @@ class ModelConfig:
     """One model of a run."""
 
     architecture: str
-    """As `mlpipe.models.architectures.find` takes it: custom_cnn, resnet18, or /path/mynets.py:TinyNet."""
+    """Argument of `mlpipe.models.architectures.find`: custom_cnn, resnet18, or /path/mynets.py:TinyNet."""
     weights: str
-    """What it starts from: random, imagenet, a URI; none for estimators that have no initial weights."""
+    """Initial weights: random, imagenet, a URI; none for estimators, which have no initial weights."""
     name: str
-    """Unique in the run: the architecture, or architecture and weights where one architecture runs twice."""
+    """Unique in the run: the architecture, or architecture and weights if an architecture runs twice."""
     variant: Variant = "standard"
-    """Form of the network; `models:/…` weights bring their own."""
+    """Form of the network; `models:/…` weights set their own."""
     input_size: int | None = None
-    """Height and width to which the network enlarges its images, pixels; `None`: as they are stored."""
+    """Height and width to which the network enlarges its images, pixels; `None`: the stored size."""
     train: NetworkSettings | LinearSettings
-    """A network's, or those of an estimator."""
+    """Training settings of the network or estimator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromotionConfig:
-    """When the best model of a run becomes the champion."""
+    """Rules for making a run's best model the champion."""
 
     mode: PromotionMode = "enabled"
     """disabled, dry_run (decide and log) or enabled (decide, log and move the alias)."""
     metric: PromotionMetric = "accuracy"
-    """What is compared, on the test images."""
+    """Metric of the comparison, on the test images."""
     min_accuracy_over_chance: float = 0.05
     """The metric must exceed that of the best constant answer by this much, 0 to 1."""
     min_improvement: float = 0.0
-    """It must exceed the current champion's, measured on the same images, by more than this, 0 to 1."""
+    """It must exceed the current champion's metric on the same images by more than this, 0 to 1."""
     significance: float = 0.05
-    """A lead whose p value is not below this promotes nobody; 1: any lead will do."""
+    """The lead's p value must be below this; 1: any lead suffices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run with nothing left open."""
+    """The complete configuration of a run."""
 
     recipe: RecipeName
     data: DataConfig
@@ -345,10 +346,10 @@ class RunConfig:
     promotion: PromotionConfig
 
     def model(self, name: str) -> ModelConfig:
-        """The model of that name.
+        """The model with this name.
 
         Raises:
-            UserError: no model of the run has it.
+            UserError: no model of the run has this name.
         """
         for model in self.models:
             if model.name == name:

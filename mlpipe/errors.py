@@ -1,4 +1,4 @@
-"""What can be mended from outside: by the user, or by time."""
+"""Errors that the user or a later attempt can fix."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import unicodedata
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a parameter, a file, an address.
+    """A mistake in the user's input: a parameter, a file, an address.
 
-    The message is one line and says which value, what is allowed and what to do next.
-    Callers at the edge (the CLI, the DAG) print it without a traceback and do not retry.
+    The message is one line. It names the value, what is allowed and what to do next.
+    The CLI and the DAG print it without a traceback and do not retry.
     """
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.split())
-        # What the user gave is quoted in it, and must not steer a terminal.
+        # The message quotes user input, which must not send control characters to a terminal.
         super().__init__("".join(c if unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in line))
 
 
 class ServiceUnavailableError(ConnectionError):
-    """A service that this project needs does not answer; trying again later may help.
+    """A service that this project needs does not answer; a later attempt may succeed.
 
-    The message is one line and says which, and what to do when it stays away.
+    The message is one line. It names the service and says what to do if it stays down.
     """
 
 
 class StoppedError(BaseException):
-    """The task is told to end, by a person or by whatever runs it.
+    """A person or the task runner stops the task.
 
-    No `Exception`, as `KeyboardInterrupt` is none: nothing may take it for a failure of the work itself.
+    Like `KeyboardInterrupt`, it is not an `Exception`, so no handler mistakes it for a failure of the work itself.
     """

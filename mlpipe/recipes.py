@@ -1,4 +1,4 @@
-"""Named runs: what we ran, apart from what exists."""
+"""Recipes: named sets of models and settings."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from mlpipe.models.architectures import OWN_FILE, RESNETS, Architecture, find
 from mlpipe.training.optimizers import check_optimizer
 
 MAX_SMALL_IMAGE = 64
-"""Height and width up to which images are small, pixels."""
+"""Largest height and width of small images, pixels."""
 MIN_LARGE_IMAGE = 96
-"""Height and width from which pretrained networks get images as they are, pixels."""
+"""Smallest height and width of images that pretrained networks do not enlarge, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A set of models and the settings that they are trained with."""
+    """A set of models and their training settings."""
 
     models: str
-    """As in the form's field: names with optional initial weights."""
+    """Names with optional initial weights, as in the form field."""
     default_weights: str
-    """Initial weights of networks that name none."""
+    """Initial weights of networks without given weights."""
     network: NetworkSettings
     """Settings of every network."""
     linear: LinearSettings = field(default_factory=LinearSettings)
     """Settings of every linear model."""
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of single networks that start from random numbers, over `network`."""
+    """Settings of single networks with random weights; these override `network`."""
     pretrained: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of networks that start from weights, over `network`."""
+    """Settings of networks with other initial weights; these override `network`."""
     pretrained_input_size: int | None = None
-    """Height and width to which those enlarge their images, pixels."""
+    """Height and width to which pretrained networks enlarge their images, pixels."""
     small_images_variants: bool = False
-    """Whether networks with random weights take the form for small images where they have one."""
+    """Whether networks with random weights use their form for small images, if they have one."""
 
 
 RECIPES: dict[RecipeName, Recipe] = {
@@ -102,7 +102,7 @@ RECIPES: dict[RecipeName, Recipe] = {
             "custom_cnn": {"batch_size": 256, "learning_rate": 0.5},  # its logits are divided by 8
         },
         small_images_variants=True,
-        # From the literature, for no ImageNet weights were at hand: images below 96×96 are shown at 128×128, without
+        # From the literature, because no ImageNet weights were available: enlarge images below 96×96 to 128×128, no
         # weight decay (Kolesnikov et al., "Big Transfer", ECCV 2020); SGD with Nesterov momentum, batches of 256 and a
         # rate of 0.01 (Kornblith et al., "Do Better ImageNet Models Transfer Better?", CVPR 2019).
         pretrained={"batch_size": 256, "learning_rate": 0.01, "weight_decay": 0.0},
@@ -112,7 +112,7 @@ RECIPES: dict[RecipeName, Recipe] = {
 
 
 def resolve(params: RunParams) -> RunConfig:
-    """Fill in what the user left open from the recipe.
+    """Fill in empty fields from the recipe.
 
     Raises:
         UserError: the model list is malformed, or fields contradict each other.
@@ -145,14 +145,14 @@ def resolve(params: RunParams) -> RunConfig:
 
 ARCHIVE_SUFFIX = re.compile(r"(\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz))+$", re.IGNORECASE)
 MAX_NAME = 48
-"""Characters of a data set's name."""
+"""Maximum number of characters in a data set's name."""
 
 
 def dataset_name(dataset: str, data_uri: str | None) -> str:
-    """Name of a data set that its user gave none: `pets` for images at `s3://bucket/Pets.tar.gz`.
+    """Default name of a data set: `pets` for images at `s3://bucket/Pets.tar.gz`.
 
     Raises:
-        UserError: nothing of the address can be a name.
+        UserError: the address gives no valid name.
     """
     if catalog.find(dataset).data_uri != "required" or data_uri is None:
         return dataset
@@ -175,7 +175,7 @@ def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
         if architectures.count(architecture) > 1:
             name += f"_{weights_slug(weights)}"
         if name in (model.name for model in models):
-            raise UserError(f"models: {name!r} is given more than once; each model and its weights may appear once")
+            raise UserError(f"models: {name!r} is given more than once; each model with its weights may appear once")
         pretrained = weights not in ("random", "none")
         small = recipe.small_images_variants and not pretrained and image_size <= MAX_SMALL_IMAGE
         models.append(
@@ -195,10 +195,10 @@ def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
 def _settings(
     params: RunParams, recipe: Recipe, architecture: Architecture, *, pretrained: bool
 ) -> NetworkSettings | LinearSettings:
-    """The recipe's settings, and over them the form's.
+    """The recipe's settings; the form's values override them.
 
     Raises:
-        ValueError: the recipe names an optimizer that there is not.
+        ValueError: the recipe names an unknown optimizer.
     """
     if architecture.kind == "estimator":
         return replace(recipe.linear, seed=params.seed)
@@ -234,10 +234,10 @@ def _without_flips(recipe: Recipe) -> Recipe:
 
 
 def parse_models(text: str, default_weights: str) -> list[tuple[str, Architecture, str]]:
-    """Read `custom_cnn,resnet18=imagenet`: of each model what was written, its architecture and its initial weights.
+    """Parse `custom_cnn,resnet18=imagenet` into each model's written name, architecture and initial weights.
 
     Raises:
-        UserError: an empty list, too many models, a malformed or unknown name, or weights that the model does not have.
+        UserError: the list is empty or too long, a name is malformed or unknown, or a model has no such weights.
     """
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if not entries or len(entries) > MAX_MODELS:
@@ -248,20 +248,19 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, Architectur
     for position, entry in enumerate(entries):
         name, equals, weights = (part.strip() for part in entry.partition("="))
         if not MODEL_NAME.fullmatch(name) and not OWN_FILE.fullmatch(name):
-            if any("://" in before for before in entries[:position]):  # it may be the rest of an address
+            if any("://" in before for before in entries[:position]):  # it may be part of an address
                 raise UserError(
-                    f"models: entry {position + 1} of the list is not a model name; "
-                    "write a comma within an address as %2C"
+                    f"models: entry {position + 1} of the list is not a model name; write a comma in an address as %2C"
                 )
             raise UserError(
-                f"models: {redact_text(name)[:80]!r} is not a model name; names are like custom_cnn, "
+                f"models: {redact_text(name)[:80]!r} is not a model name; examples are custom_cnn, "
                 "logistic_regression, resnet18, resnet18=random or mynets.py:TinyNet"
             )
         if equals and not weights:
             raise UserError(f"models: {entry!r} names no weights after '='; give random, imagenet or a URI")
         architecture = find(name)
         if architecture.default_weights == "none" and weights:
-            raise UserError(f"models: {redact_text(entry)!r}: {name} has no initial weights; write {name} alone")
+            raise UserError(f"models: {redact_text(entry)!r}: {name} has no initial weights; write only {name}")
         weights = weights or architecture.default_weights or default_weights
         if weights == "imagenet" and not architecture.has_imagenet_weights:
             raise UserError(f"models: '{name}=imagenet': no ImageNet weights exist for {name}; use random or a URI")
@@ -270,6 +269,6 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, Architectur
 
 
 def weights_slug(weights: str) -> str:
-    """A name part for initial weights: `imagenet`, `random`, or the last part of a URI."""
+    """Name part for initial weights: `imagenet`, `random`, or the last part of a URI."""
     last = re.split(r"[?#]", redact_uri(weights))[0].rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^a-z0-9]+", "_", last.lower()).strip("_")[:40] or "weights"

@@ -31,9 +31,9 @@ FILES_PER_CALL = 1024
 """Image files that are decoded at once; a bound of memory."""
 POLL_SECONDS = 0.5
 LONGEST_POLL_SECONDS = 10.0
-"""A night's training is not asked after twice a second: that would take a tenth of a core from it."""
+"""Polling a long training twice a second would take a tenth of a core from it."""
 WIDTH_OF_A_FILE = 120
-"""Columns where the output is no terminal."""
+"""Columns if the output is not a terminal."""
 
 WIDTH_FOR_ALL_COLUMNS = 110
 
@@ -41,7 +41,7 @@ DONE = {"success": "[green]✔[/]", "failed": "[red]✘[/]", "upstream_failed": 
 
 
 def _form_options(command: click.Command) -> click.Command:
-    """Give the command one option for each field of the form."""
+    """Give the command one option for each form field."""
     hints = get_type_hints(RunParams)
     for name, schema in RunParams.json_schema().items():
         kind: Any = click.Choice(schema["enum"]) if "enum" in schema else _scalar(hints[name])
@@ -71,7 +71,7 @@ def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
     values["models"] = _with_whole_paths(values["models"])
     resolve(RunParams.from_mapping(values))
     if json_path is not None and not json_path.parent.is_dir():
-        raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; make it first")
+        raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; create it first")
     console = _console()
     use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
@@ -90,7 +90,7 @@ def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
     try:
         state, tasks = _follow(api, run_id, console)
     except KeyboardInterrupt:
-        raise UserError("stopped watching; the DAG run goes on in Airflow, where it can be stopped") from None
+        raise UserError("stopped watching; the DAG run continues, and you can stop it in Airflow") from None
     result = _result(api, run_id, state, tasks, time.monotonic() - began)
     if json_path is not None:
         _write(json_path, result)
@@ -112,7 +112,7 @@ def _console() -> Console:
 
 
 def use_local_stack(variable: str) -> None:
-    """Where the environment does not name a server, take the addresses and login of this folder's stack."""
+    """If the environment names no server, use the addresses and login of this folder's stack."""
     if os.environ.get(variable):
         return
     for name, value in StackSettings.load().client_environment().items():
@@ -120,17 +120,17 @@ def use_local_stack(variable: str) -> None:
 
 
 def _local_file(uri: str | None) -> Path | None:
-    """The file on this machine that a path names; `None` where an address or nothing is given."""
+    """The local file or folder at a path; `None` for an address or no value."""
     if uri is None or "://" in uri:
         return None
     path = Path(uri).expanduser().resolve()
     if not path.exists():
-        raise UserError(f"data_uri: nothing at {str(path)!r}; give the path of a zip, a tar or a folder, or a URI")
+        raise UserError(f"data_uri: {str(path)!r} does not exist; give the path of a zip, a tar or a folder, or a URI")
     return path
 
 
 def _with_whole_paths(models: str | None) -> str | None:
-    """The list of models with the whole paths of the user's networks, which the workers read."""
+    """The list of models with absolute paths to the user's network files, which the workers read."""
     entries = []
     for entry in (models or "").split(","):
         name, *weights = entry.strip().split("=", 1)
@@ -144,7 +144,7 @@ def _with_whole_paths(models: str | None) -> str | None:
 
 
 def _upload(path: Path, console: Console) -> str:
-    """Hand a file to workers on other machines; its address there."""
+    """Upload a file or folder for workers on other machines; returns its address there."""
     if path.is_dir():
         return _upload_folder(path, console)
     from mlpipe.data.storage.store import file_sha256
@@ -153,7 +153,7 @@ def _upload(path: Path, console: Console) -> str:
     check_local(path, field="data_uri")
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise UserError(
-            f"data_uri: the workers cannot read {path}, and there is no MLflow server to upload it to; "
+            f"data_uri: the workers cannot read {path}, and no MLflow server is set for the upload; "
             "set MLFLOW_TRACKING_URI, or give an s3:// or https:// address"
         )
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -198,7 +198,7 @@ def _follow(api: AirflowApi, run_id: str, console: Console) -> tuple[str, list[T
 
 
 def _pause(waited: float) -> float:
-    """Seconds until the next look: a hundredth of the time waited so far."""
+    """Seconds until the next poll: a hundredth of the time waited so far, within limits."""
     return min(max(POLL_SECONDS, waited / 100), LONGEST_POLL_SECONDS)
 
 
@@ -252,7 +252,7 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"{data['name']}: {data['num_test']:,} test images, {len(data['classes'])} classes", title_justify="left"
     )
-    # Names are folded before a number is cut off; in a narrow terminal two columns stay out.
+    # Long names wrap, so numbers are never cut off. A narrow terminal shows two columns less.
     macro = ("precision", "recall", "f1") if console.width >= WIDTH_FOR_ALL_COLUMNS else ("f1",)
     for column in ("model", "weights"):
         table.add_column(column, overflow="fold")

@@ -13,7 +13,7 @@ from mlpipe.errors import UserError
 from mlpipe.stack.local import StackSettings
 
 COMPONENTS = ("seaweedfs", "mlflow", "api-server", "scheduler", "dag-processor", "triggerer")
-"""As in `components.NAMES`, which a test holds; that module is not loaded just to show the help."""
+"""Equal to `components.NAMES` (a test checks it); the help does not load that module."""
 
 LABELS = {
     "seaweedfs": "SeaweedFS (S3)",
@@ -36,9 +36,9 @@ def _port_option(name: str, what: str) -> Callable[[Callable[..., None]], Callab
 @_port_option("airflow", "Airflow's UI and API")
 @_port_option("mlflow", "MLflow's UI and API")
 @_port_option("s3", "the object store's S3 API")
-@click.option("--timeout", default=180.0, show_default=True, help="Seconds until a start counts as failed.")
+@click.option("--timeout", default=180.0, show_default=True, help="Seconds to wait before the start fails.")
 def up(airflow_port: int | None, mlflow_port: int | None, s3_port: int | None, timeout: float) -> None:
-    """Start the local stack, or what of it does not run, and wait until it can be used."""
+    """Start the local stack or its missing components, and wait until it is ready."""
     from rich.console import Console
 
     from mlpipe.stack import lifecycle
@@ -91,7 +91,7 @@ def down() -> None:
     began = time.monotonic()
     settings = StackSettings.load()
     if not lifecycle.is_running(settings):
-        console.print(f"nothing of the stack in {_shown(settings.home)} runs")
+        console.print(f"the stack in {_shown(settings.home)} is not running")
         return
     with console.status("Stopping the local stack"):
         left = lifecycle.down(settings)
@@ -142,8 +142,8 @@ def _duration(seconds: float) -> str:
 
 @click.command()
 @click.argument("component", required=False, type=click.Choice(COMPONENTS))
-@click.option("-f", "--follow", is_flag=True, help="Go on printing what is added, until interrupted.")
-@click.option("-n", "--lines", default=40, show_default=True, help="How many last lines to begin with.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines until interrupted.")
+@click.option("-n", "--lines", default=40, show_default=True, help="Number of last lines to print first.")
 def logs(component: str | None, follow: bool, lines: int) -> None:
     """Print the last lines of the components' logs."""
     from mlpipe.stack.lifecycle import tail
@@ -186,7 +186,7 @@ def _follow(paths: dict[str, Path], ends: dict[str, tuple[int, int]]) -> None:
 
 @click.command()
 def doctor() -> None:
-    """Check versions, disk, every connection and the executor, and say how to mend what fails."""
+    """Check versions, disk, every connection and the executor, and say how to fix failures."""
     from rich.console import Console
 
     from mlpipe.stack.doctor import diagnose

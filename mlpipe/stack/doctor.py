@@ -1,10 +1,11 @@
-"""Checks of an installation and its running stack, each with the way to mend what it finds."""
+"""Checks of an installation and its running stack; each says how to fix a failure."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,38 +26,38 @@ from mlpipe.stack.service_environment import EXECUTOR, service_environment
 from mlpipe.stack.supervisor import Supervisor
 
 MIN_FREE_BYTES = 5 * 2**30
-"""For data sets, models and checkpoints."""
+"""Space for data sets, models and checkpoints."""
 MIN_FREE_TEMPORARY_BYTES = 2**30
-"""For the archive, model or checkpoint that is on its way."""
+"""Space for an archive, model or checkpoint in transfer."""
 STACK_EXTRAS = ("training", "airflow", "local-stack")
 REINSTALL = "run `make install` (or `uv pip sync requirements.lock`)"
 ROUND_TRIP_SIZES = (0, 1, 5 * 2**20 + 3)
-"""Bytes: nothing, the least, and more than one part of an upload."""
+"""Bytes: empty, one byte, and more than one part of an upload."""
 COMMAND_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One check."""
+    """The result of one check."""
 
     name: str
     ok: bool
     detail: str
-    """What was found."""
+    """The result in words."""
     remedy: str = ""
-    """What to do when it is not well, or when it is but might be better."""
+    """How to fix a failure or a warning."""
 
 
 class CheckFailedError(Exception):
-    """A check failed; its text says what was found."""
+    """A check failed; the message says why."""
 
 
 class CheckWarningError(CheckFailedError):
-    """A check found what works, though not as it should be."""
+    """A check found something that works, but should be improved."""
 
 
 def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Run all checks, the cheap ones first: of this machine, then of the stack that `mlpipe run` would talk to."""
+    """Run all checks, cheap ones first: this machine, then the stack that `mlpipe run` would use."""
     url = environ.get("MLPIPE_AIRFLOW_URL", "").rstrip("/")
     if url and not _runs_here(url, settings):
         yield from _client(environ)
@@ -65,7 +66,9 @@ def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -
     yield _finding("programs", programs, "run `make install`")
     folders = (settings.home, settings.home / "cache")
     yield _finding(
-        "disk space", lambda: disk_space(MIN_FREE_BYTES, *folders), "free some, or set MLPIPE_HOME to a larger disk"
+        "disk space",
+        lambda: disk_space(MIN_FREE_BYTES, *folders),
+        "free some space, or set MLPIPE_HOME to a folder on a larger disk",
     )
     yield _temporary_space()
     yield _finding("GPU", gpus, "mend the driver, or install the torch that fits it: both must list the same devices")
@@ -73,24 +76,22 @@ def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -
     if Supervisor(settings).states():
         yield from _local_stack(settings)
     else:
-        yield Finding(name="stack", ok=False, detail="does not run", remedy="run `mlpipe up`")
+        yield Finding(name="stack", ok=False, detail="is not running", remedy="run `mlpipe up`")
 
 
 def _runs_here(url: str, settings: StackSettings) -> bool:
-    """Whether this is the address of the local stack. A machine that never started one may lack supervisor."""
+    """Whether the local stack runs at this address. A machine that never started one may lack supervisor."""
     return url == settings.airflow_url and bool(settings.remembered() and Supervisor(settings).states())
 
 
 def _client(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """What a machine needs from which runs are started on a stack elsewhere."""
+    """Checks for a machine that starts runs on a stack elsewhere."""
     yield _finding("versions", versions, REINSTALL)
     if cache := environ.get("MLPIPE_CACHE_DIR"):
-        remedy = "free some, or set MLPIPE_CACHE_DIR to a larger disk"
+        remedy = "free some space, or set MLPIPE_CACHE_DIR to a folder on a larger disk"
         yield _finding("disk space", lambda: disk_space(MIN_FREE_BYTES, Path(cache).expanduser()), remedy)
     yield _temporary_space()
-    yield Finding(
-        name="executor", ok=True, detail="not checked: that Airflow alone knows what runs its tasks, and where"
-    )
+    yield Finding(name="executor", ok=True, detail="not checked: that Airflow decides what runs its tasks, and where")
     yield from connections(environ, local=False)
 
 
@@ -98,32 +99,32 @@ def _temporary_space() -> Finding:
     return _finding(
         "temporary files",
         lambda: disk_space(MIN_FREE_TEMPORARY_BYTES, Path(tempfile.gettempdir())),
-        "free some, or set TMPDIR to a folder of a larger disk",
+        "free some space, or set TMPDIR to a folder on a larger disk",
     )
 
 
 def _local_stack(settings: StackSettings) -> Iterator[Finding]:
     health = Health(settings, Credentials.load(settings.credentials_path))
     for name in NAMES:
-        remedy = f"see `mlpipe logs {name}`; `mlpipe up` starts what is missing"
+        remedy = f"see `mlpipe logs {name}`; `mlpipe up` starts missing components"
         yield _finding(name, lambda name=name: _healthy(health.problem(name)), remedy)  # type: ignore[misc]
     yield from connections(settings.client_environment(), local=True)
     yield _finding("secrets", lambda: secrets(settings), f"chmod 600 {settings.credentials_path}")
 
 
 def connections(environ: Mapping[str, str], *, local: bool) -> Iterator[Finding]:
-    """Use every service as a client does, at the addresses of these variables.
+    """Use every service as a client does, at the addresses in these variables.
 
     Args:
-        local: whether they are those of the local stack, whose logs `mlpipe logs` shows.
+        local: whether the variables belong to the local stack, whose logs `mlpipe logs` shows.
     """
 
     def logs(component: str = "") -> str:
         return f" (`{f'mlpipe logs {component}'.rstrip()}`)" if local else ""
 
     url = environ["MLPIPE_AIRFLOW_URL"].rstrip("/")
-    yield _finding("Airflow health", lambda: airflow_health(url), f"see the logs of what is named{logs()}")
-    yield _finding("DAG", lambda: dag(environ), "see the message; the DAG processor's log has more")
+    yield _finding("Airflow health", lambda: airflow_health(url), f"see the logs of the named components{logs()}")
+    yield _finding("DAG", lambda: dag(environ), "see the message; the DAG processor's log has details")
     mlflow_log = f"see MLflow's log{logs('mlflow')}"
     for name, variable, check, remedy in (
         ("S3 round trip", "AWS_ENDPOINT_URL_S3", s3_round_trip, f"see the store's log{logs('seaweedfs')}"),
@@ -137,8 +138,9 @@ def connections(environ: Mapping[str, str], *, local: bool) -> Iterator[Finding]
 
 
 def versions(extras: Sequence[str] = ()) -> str:
-    """Compare what is installed with what this project, with these extras, asks for."""
+    """Compare installed packages with the requirements of this project and these extras."""
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
     wrong, checked = [], 0
     for requirement in map(Requirement, importlib.metadata.requires("mlpipe") or []):
@@ -151,15 +153,17 @@ def versions(extras: Sequence[str] = ()) -> str:
             installed = "missing"
         if not requirement.specifier.contains(installed):
             wrong.append(f"{requirement.name} is {installed}, not {requirement.specifier}")
-    if sys.version_info[:2] != (3, 11):
-        wrong.append(f"Python is {sys.version.split()[0]}, not 3.11")
+    python = platform.python_version()
+    allowed = importlib.metadata.metadata("mlpipe")["Requires-Python"]
+    if not SpecifierSet(allowed).contains(python):
+        wrong.append(f"Python is {python}, not {allowed}")
     if wrong:
         raise CheckFailedError("; ".join(wrong))
-    return f"Python {sys.version.split()[0]}, {checked} packages as asked for; Docker is not needed"
+    return f"Python {python}, {checked} packages as required; Docker is not needed"
 
 
 def programs() -> str:
-    """Find the programs of the stack."""
+    """Find the stack's programs."""
     try:
         return ", ".join(Path(program(name)).name for name in ("weed", "airflow"))
     except UserError as error:
@@ -167,7 +171,7 @@ def programs() -> str:
 
 
 def disk_space(needed: int, *folders: Path) -> str:
-    """Bytes to spare where these folders are, or will be."""
+    """Free space on the disks that hold, or will hold, these folders."""
     places = [next(path for path in (folder, *folder.parents) if path.exists()) for folder in folders]
     free = {place: shutil.disk_usage(place).free for place in {place.stat().st_dev: place for place in places}.values()}
     text = ", ".join(f"{amount / 2**30:.1f} GiB free at {place}" for place, amount in free.items())
@@ -177,7 +181,7 @@ def disk_space(needed: int, *folders: Path) -> str:
 
 
 def gpus() -> str:
-    """NVIDIA devices as the executor counts them, and whether a training would find as many."""
+    """NVIDIA devices that the executor counts and that torch sees."""
     if shutil.which("nvidia-smi") is None:
         return "none: CPU slots"
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -192,7 +196,7 @@ def gpus() -> str:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
     )
     found, *build = result.stdout.split() or ["0", "missing", "None"]
-    # CUDA_VISIBLE_DEVICES may hide some from both this process and a training.
+    # CUDA_VISIBLE_DEVICES may hide devices from both this process and a training.
     if int(found) == 0 and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         raise CheckFailedError(
             f"nvidia-smi lists {len(names)} × {names[0]}, but torch {build[0]} (CUDA {build[1]}) sees none"
@@ -225,7 +229,7 @@ def executors() -> str:
 
 
 def airflow_health(url: str) -> str:
-    """Ask Airflow how its parts are."""
+    """Ask Airflow for the health of its components."""
     with _direct() as http:
         answer = http.get(f"{url}/api/v2/monitor/health", timeout=COMMAND_SECONDS)
         answer.raise_for_status()
@@ -265,12 +269,12 @@ def s3_round_trip(environ: Mapping[str, str]) -> str:
         finally:
             client.delete_object(Bucket=bucket, Key=key)
         if back != content:
-            raise CheckFailedError(f"an object of {size} bytes came back as {len(back)} others")
-    return f"objects of {', '.join(f'{size:,}' for size in ROUND_TRIP_SIZES)} bytes came back byte for byte"
+            raise CheckFailedError(f"an object of {size} bytes came back as {len(back)} other bytes")
+    return f"objects of {', '.join(f'{size:,}' for size in ROUND_TRIP_SIZES)} bytes came back unchanged"
 
 
 def mlflow_version(environ: Mapping[str, str]) -> str:
-    """Compare MLflow's version on the server with the one here."""
+    """Compare the MLflow versions on the server and here."""
     with _direct() as http:
         answer = http.get(
             f"{environ['MLFLOW_TRACKING_URI'].rstrip('/')}/version",
@@ -285,7 +289,7 @@ def mlflow_version(environ: Mapping[str, str]) -> str:
 
 
 def artifact_round_trip(environ: Mapping[str, str]) -> str:
-    """Send a file through MLflow's proxy, as a client without S3 keys does, and compare what comes back."""
+    """Send a file through MLflow's proxy, as a client without S3 keys does, and compare the returned bytes."""
     content = os.urandom(2**20 + 1)
     base = f"{environ['MLFLOW_TRACKING_URI'].rstrip('/')}/api/2.0/mlflow-artifacts/artifacts/doctor"
     url = f"{base}/{hashlib.sha256(content).hexdigest()}"
@@ -298,17 +302,17 @@ def artifact_round_trip(environ: Mapping[str, str]) -> str:
         finally:
             http.delete(url, timeout=COMMAND_SECONDS)
     if answer.content != content:
-        raise CheckFailedError(f"an artifact of {len(content)} bytes came back as {len(answer.content)} others")
-    return f"a file of {len(content):,} bytes came back byte for byte"
+        raise CheckFailedError(f"an artifact of {len(content)} bytes came back as {len(answer.content)} other bytes")
+    return f"a file of {len(content):,} bytes came back unchanged"
 
 
 def secrets(settings: StackSettings) -> str:
-    """Nobody else may read the secrets."""
+    """Check that only their owner can read the secrets."""
     for path in (settings.credentials_path, settings.airflow_home / "passwords.json"):
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
-            raise CheckFailedError(f"{path} can be read by others (mode {mode:o})")
-    return "readable by their owner only"
+            raise CheckFailedError(f"other users can read {path} (mode {mode:o})")
+    return "only their owner can read them"
 
 
 def _mlflow_login(environ: Mapping[str, str]) -> tuple[str, str] | None:
@@ -317,7 +321,7 @@ def _mlflow_login(environ: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _direct() -> requests.Session:
-    """Services of this project are not behind the proxy that the environment may name."""
+    """A session without the environment's proxy: this project's services are not behind it."""
     session = requests.Session()
     session.trust_env = False
     return session

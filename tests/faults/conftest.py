@@ -26,12 +26,11 @@ NUM_ROWS = 22
 
 HEADER = """# What happens when things break
 
-The rows are written by the tests marked `faults` as they run (`make test-faults`). Those of the object store's full
-disk are about the functions that the stages write with, called as a stage calls them, and a real SeaweedFS on a disk of
-100 MB. All others are DAG runs on real digits by the processes of the local stack; what is killed, taken away or
-stopped is so while the named stage's own code is at work. “Whole” means: the DAG run ends in success with one MLflow
-parent run, one run for the data and for each model, all of them finished; one registered version for each model; no
-metric step written twice or missing; no checkpoint left behind.
+The tests marked `faults` write these rows as they run (`make test-faults`). The rows about a full disk test the
+functions that stages write with, called as a stage calls them, on a real SeaweedFS with a disk of 100 MB. All other
+rows are DAG runs on real digits in the local stack; each fault happens while the named stage's own code runs.
+“Complete” means: the DAG run succeeds; it has one MLflow parent run, one run for the data and one for each model, all
+finished; each model has one registered version; no metric step is missing or written twice; no checkpoint remains.
 
 | Fault | During | What happened |
 | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""MLflow goes away and does not come back by itself."""
+"""MLflow goes down and does not come back by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_a_training_outlives_the_loss_of_mlflow(lab: Lab, table: Table) -> None:
     lab.take_away("mlflow")
     try:
         ended = until(
-            lambda: ended_state(lab.api.dag_run_state("image_classification", run_id)), "the end of its tries", 600
+            lambda: ended_state(lab.api.dag_run_state("image_classification", run_id)), "the end of its attempts", 600
         )
         assert ended == "failed"
         row = lab.task(run_id, "custom_cnn")
@@ -39,8 +39,8 @@ def test_a_training_outlives_the_loss_of_mlflow(lab: Lab, table: Table) -> None:
     ]
     assert kept <= resumed <= EPOCHS
     table.add(
-        "MLflow, kill -9, away for good",
+        "MLflow, kill -9, down for good",
         "training",
-        f"The task failed after {row['try_number']} tries and said what to do. With MLflow back and the task cleared "
-        f"it went on after epoch {resumed} of {EPOCHS}. Whole.",
+        f"The task failed after {row['try_number']} attempts and said what to do. After MLflow returned and the task "
+        f"was cleared, it resumed after epoch {resumed} of {EPOCHS}. Complete.",
     )

@@ -43,10 +43,10 @@ def test_a_stopped_dag_run_leaves_killed_mlflow_runs(stage: str, lab: Lab, table
         assert states["custom_cnn"] == "KILLED"
     assert set(states.values()) <= {"KILLED", "FINISHED"}
     table.add(
-        "DAG run stopped by a person",
+        "User stops the DAG run",
         WORD_FOR[stage],
-        "Its open MLflow runs ended as KILLED; what was done stays FINISHED. Airflow's own state of the DAG run was "
-        f"{ended}; it may be success, where the scheduler was at work on it at that moment.",
+        "Its open MLflow runs ended as KILLED; finished ones stay FINISHED. Airflow's own state of the DAG run was "
+        f"{ended}; it may be success if the scheduler was processing the run at that moment.",
     )
 
 
@@ -83,7 +83,7 @@ def test_ten_dag_runs_at_once_on_one_new_data_set(lab: Lab, table: Table, tmp_pa
     table.add(
         f"{NUM_AT_ONCE} DAG runs at once",
         "all stages",
-        f"All whole, with at most {most} tries of a task; {NUM_AT_ONCE} versions, the aliases on the best of them.",
+        f"All complete, attempts per task at most {most}; {NUM_AT_ONCE} versions, the aliases on the best.",
     )
     table.add(
         f"{NUM_AT_ONCE} DAG runs at once on one new data set",
@@ -112,6 +112,6 @@ def test_one_of_three_models_fails(lab: Lab, unbroken: str, table: Table, tmp_pa
     table.add(
         "One of three models cannot be trained",
         "training",
-        "The other two were compared and registered; the report names the failed one; its task is red in the DAG run, "
-        "and its log has the reason in one line.",
+        "The other two were compared and registered. The report names the failed one; its task is red in the DAG run, "
+        "and its log gives the reason in one line.",
     )

@@ -123,8 +123,8 @@ def test_while_a_data_set_is_published(disk: SmallDisk, tmp_path: Path, table: T
     table.add(
         "Object store's disk full",
         "preprocessing",
-        "`prepare_dataset`, called as the stage calls it, asked for room in one line and published nothing; with room "
-        "it published the data set.",
+        "`prepare_dataset`, called as the stage calls it, asked for disk space in one line and published nothing; with "
+        "space it published the data set.",
     )
 
 
@@ -153,6 +153,6 @@ def test_while_a_checkpoint_is_saved(disk: SmallDisk, table: Table) -> None:
     table.add(
         "Object store's disk full",
         "training, saving a checkpoint",
-        "`CheckpointStore.save`, called as the stage calls it, asked for room in one line; the checkpoint before it "
-        "stayed whole, and the next one was saved when there was room.",
+        "`CheckpointStore.save`, called as the stage calls it, asked for disk space in one line; the previous "
+        "checkpoint stayed intact, and the next one was saved once there was space.",
     )

@@ -45,8 +45,8 @@ def test_a_killed_training_goes_on_where_it_was(lab: Lab, unbroken: str, table: 
     table.add(
         "Training task, kill -9",
         f"training, epoch {seen + 1} of {EPOCHS}",
-        f"The second try went on after epoch {resumed} in the same MLflow run. Whole; the final weights are byte for "
-        "byte those of an unbroken run with the same seed.",
+        f"The second attempt resumed after epoch {resumed} in the same MLflow run. Complete; the final weights equal "
+        "those of an uninterrupted run with the same seed, byte for byte.",
     )
 
 
@@ -85,9 +85,8 @@ def test_a_component_is_killed_in_each_stage(component: str, lab: Lab, table: Ta
                 # No client asks again whose answer was cut off in the middle, so the task does.
                 cut_off = "IncompleteRead" in str(lab.log_of(run_id, model, 1))
                 assert cut_off, f"{component} was away for {SECONDS_AWAY} s, and {model} did not wait for it"
-        count = "its first try" if tries[stage] == 1 else f"try {tries[stage]}"
         table.add(
-            f"{NAMES[component]}, kill -9" + (f", away for {SECONDS_AWAY} s" if away else ""),
+            f"{NAMES[component]}, kill -9" + (f", down for {SECONDS_AWAY} s" if away else ""),
             word,
-            f"Usable again after {seconds[stage]:.0f} s; the stage ended in {count}. Whole.",
+            f"Usable again after {seconds[stage]:.0f} s; the stage ended in attempt {tries[stage]}. Complete.",
         )

@@ -68,7 +68,7 @@ def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: 
     assert run_command._local_file("a.zip") == tmp_path / "a.zip"
     assert run_command._local_file("s3://bucket/a.zip") is None
     assert run_command._local_file(None) is None
-    with pytest.raises(UserError, match="data_uri: nothing at"):
+    with pytest.raises(UserError, match="data_uri: .* does not exist"):
         run_command._local_file("b.zip")
 
 

@@ -33,13 +33,13 @@ class DataSource:
 KNOWN: tuple[DataSource, ...] = (
     DataSource(
         name="digits",
-        description="the handwritten digits that scikit-learn ships (offline)",
+        description="scikit-learn's handwritten digits (offline)",
         module="mlpipe.data.sources.digits",
         mirror_images_keep_label=False,
     ),
     DataSource(
         name="cifar10",
-        description="the official archive, downloaded, or the one at the data URI",
+        description="the official archive, downloaded or at the data URI",
         module="mlpipe.data.sources.cifar10",
         data_uri="optional",
     ),

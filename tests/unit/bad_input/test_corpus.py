@@ -119,7 +119,7 @@ IMAGES = [
 ]
 
 PARAMETERS = [
-    values("unknown key", "epoch: unknown parameter; the known ones are .*epochs", epoch=3),
+    values("unknown key", "epoch: unknown parameter; known parameters are .*epochs", epoch=3),
     values("images without address", "data_uri: empty, but the data set 'images' needs", dataset="images"),
     values("digits with an address", "data_uri: .* is not used by the data set 'digits'", data_uri="/tmp/x.zip"),
     values("empty list of models", "models: 0 models", models=","),

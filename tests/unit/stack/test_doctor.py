@@ -96,7 +96,7 @@ def test_services_that_are_well(service: tuple[type[Service], dict[str, str]], s
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     findings = found({**variables, **aws, "MLPIPE_S3_BUCKET": store.bucket})
     assert all(finding.ok for finding in findings.values()), findings
-    assert "0, 1, 5,242,883 bytes came back byte for byte" in findings["S3 round trip"].detail
+    assert "0, 1, 5,242,883 bytes came back unchanged" in findings["S3 round trip"].detail
     assert handler.kept == {}
     assert store.list("doctor") == []
 
@@ -106,7 +106,7 @@ def test_a_service_that_spoils_what_it_keeps(service: tuple[type[Service], dict[
     handler.spoil = staticmethod(lambda content: content[:-1] + b"?")
     finding = found(variables)["MLflow artifact round trip"]
     assert not finding.ok
-    assert "came back as 1048577 others" in finding.detail
+    assert "came back as 1048577 other bytes" in finding.detail
     assert handler.kept == {}
 
 
@@ -215,14 +215,14 @@ def test_a_client_is_asked_for_no_package_of_the_stack(monkeypatch: pytest.Monke
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert "packages as asked for" in doctor.versions()
+    assert "packages as required" in doctor.versions()
     with pytest.raises(doctor.CheckFailedError, match="torch is missing"):
         doctor.versions(doctor.STACK_EXTRAS)
 
 
 def test_the_address_of_the_stack_that_runs_here_is_no_other_stack(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"MLPIPE_AIRFLOW_URL": f"{settings.airflow_url}/"}
-    monkeypatch.setattr(doctor, "executors", lambda _: "resolved")
+    monkeypatch.setattr(doctor, "executors", lambda: "resolved")
     monkeypatch.setattr(doctor, "_local_stack", lambda _: iter([Finding(name="local", ok=True, detail="")]))
     monkeypatch.setattr(doctor.Supervisor, "states", lambda _: ["one"])
     settings.create_folders()
@@ -238,7 +238,7 @@ def test_folders_of_one_disk_are_one_line(tmp_path: Path) -> None:
 def test_a_stack_that_does_not_run(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**60)
     monkeypatch.setattr(doctor, "MIN_FREE_TEMPORARY_BYTES", 2**60)
-    monkeypatch.setattr(doctor, "executors", lambda _: "resolved")
+    monkeypatch.setattr(doctor, "executors", lambda: "resolved")
 
     findings = {finding.name: finding for finding in diagnose(settings, {})}
 

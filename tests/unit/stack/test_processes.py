@@ -101,7 +101,7 @@ def test_stopping_names_the_stack_that_does_not_run(settings, monkeypatch):
     result = CliRunner().invoke(commands.down)
 
     assert result.exit_code == 0
-    assert "nothing of the stack in" in result.output
+    assert "is not running" in result.output
 
 
 def test_status_of_what_does_not_run_is_a_failure(settings, monkeypatch):
