@@ -40,7 +40,7 @@ class Service(http.server.BaseHTTPRequestHandler):
         elif self.path == "/version":
             self._answer(200, self.version.encode())
         elif "/dags/" in self.path:
-            self._answer(404 if self.import_error else 200, b'{"detail": "no such DAG"}')
+            self._answer(404 if self.import_error else 200, b'{"detail": "no such DAG", "is_paused": false}')
         else:
             self._answer(200, type(self).spoil(self.kept[self.path]))
 

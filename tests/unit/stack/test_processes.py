@@ -101,7 +101,7 @@ def test_stopping_names_the_stack_that_does_not_run(settings, monkeypatch):
     result = CliRunner().invoke(commands.down)
 
     assert result.exit_code == 0
-    assert "is not running" in result.output
+    assert "is not running" in " ".join(result.output.split())
 
 
 def test_status_of_what_does_not_run_is_a_failure(settings, monkeypatch):
