@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str],
             description="Image classifiers of this workflow: raw uint8 images in, a label, its confidence and a "
             "probability per class out. `@champion` is the best one so far.",
         )
+        _warn_if_it_was_there(name, run_id)
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
@@ -61,6 +65,18 @@ def register(name: str, *, model_uri: str, run_id: str, tags: Mapping[str, str],
     for copy in copies:
         client.delete_model_version(name, copy.version)
     return first
+
+
+def _warn_if_it_was_there(name: str, run_id: str) -> None:
+    """A new registered model has no champion; where earlier runs had made versions of it, somebody took it away."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    if client.search_runs([experiment], f"tags.model_version LIKE '{name}/%'", max_results=1):
+        logger.warning(
+            "the registered model %s is gone, though earlier runs made versions of it: was it renamed or deleted in "
+            "MLflow? A new one is made, which has no champion. To keep the old champion, rename that model back",
+            name,
+        )
 
 
 def find(name: str, run_id: str) -> RegisteredVersion | None:

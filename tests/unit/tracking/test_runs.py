@@ -196,6 +196,19 @@ def test_registering_again_gives_the_same_version(experiment: str) -> None:
     assert (holder.uri, holder.tags["model"]) == (f"models:/toy-classifier/{versions[0].version}", "resnet18")
 
 
+def test_a_registered_model_that_was_renamed_is_missed(experiment: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = opened(experiment, origin())
+    with runs.active(run) as tracked:
+        logged = mlflow.pyfunc.log_model(name="m", python_model=lambda model_input: model_input, pip_requirements=[])
+        made = {"model_uri": logged.model_uri, "run_id": run.info.run_id, "tags": {}, "description": ""}
+        registry.register("moved-classifier", **made)
+        assert "is gone" not in caplog.text
+        tracked.set_tags({"model_version": "moved-classifier/1"})
+    mlflow.MlflowClient().rename_registered_model("moved-classifier", "renamed")
+    registry.register("moved-classifier", **made)
+    assert "moved-classifier is gone, though earlier runs made versions of it" in caplog.text
+
+
 def test_a_model_that_was_never_registered_is_discarded(experiment: str) -> None:
     run = opened(experiment, origin())
     with runs.active(run):
