@@ -1,6 +1,7 @@
 """Images that show the same: copies, and copies that were compressed or scaled anew.
 
-Two images count as one picture where their thumbnails of 8×8 grey values hardly differ. Which thumbnails may be so near
+Two images count as one picture where their files are equal, or where their thumbnails of 8×8 grey values hardly differ.
+Thumbnails with little contrast, as of textures and noise, all look alike and say nothing. Which thumbnails may be so near
 is found by a k-d tree of their lowest cosine frequencies, as perceptual hashes use them (C. Zauner, "Implementation and
 Benchmarking of Perceptual Image Hash Functions", 2010): a distance there is never above that of the thumbnails.
 """
@@ -18,6 +19,9 @@ SIDE = 8
 """Height and width of a thumbnail."""
 MAX_DIFFERENCE = 2.0
 """Root mean square of the difference of two thumbnails up to which they show the same, of 255 grey levels."""
+
+MIN_CONTRAST = 8.0
+"""Standard deviation of a thumbnail from which it tells pictures apart, grey levels."""
 
 NEIGHBOURS = 8
 """Images that each image is compared with at most: plain pictures are all alike."""
@@ -48,16 +52,26 @@ def thumbnails(sums: NDArray[np.uint32], size: int) -> NDArray[np.uint8]:
     return ((sums @ _CHANNELS + weights // 2) // weights).astype(np.uint8).reshape(-1, SIDE * SIDE)
 
 
-def near_duplicates(thumbnails_u8: NDArray[np.uint8]) -> NDArray[np.int64]:
+def near_duplicates(thumbnails_u8: NDArray[np.uint8], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Pairs (P, 2) of positions of images that show the same, the smaller position first.
 
-    Of several equal thumbnails (N, 64), each is paired with the first one alone; of others, each is compared with those
+    Of several equal files or thumbnails, each is paired with the first one alone; of others, each is compared with those
     that are nearest.
+
+    Args:
+        thumbnails_u8: (N, 64)
+        hashes: (N,) of the image files' bytes.
     """
-    different, first, which = np.unique(thumbnails_u8, axis=0, return_index=True, return_inverse=True)
-    which = which.reshape(-1)
-    later = np.setdiff1d(np.arange(len(which)), first)
-    equal = np.stack([first[which[later]], later], axis=1)
+    _, first_file, which_file = np.unique(hashes, return_index=True, return_inverse=True)
+    later = np.setdiff1d(np.arange(len(hashes)), first_file)
+    same_file = np.stack([first_file[which_file.reshape(-1)[later]], later], axis=1)
+    # One of each file, where its thumbnail tells pictures apart.
+    told_apart = np.sort(first_file[thumbnails_u8[first_file].std(axis=1) >= MIN_CONTRAST])
+    if not len(told_apart):
+        return same_file.astype(np.int64)
+    different, first, which = np.unique(thumbnails_u8[told_apart], axis=0, return_index=True, return_inverse=True)
+    later = np.setdiff1d(np.arange(len(told_apart)), first)
+    equal = np.stack([first[which.reshape(-1)[later]], later], axis=1)
     values = different.astype(np.float64)
     radius = MAX_DIFFERENCE * SIDE
     frequencies = values @ _LOWEST
@@ -65,7 +79,8 @@ def near_duplicates(thumbnails_u8: NDArray[np.uint8]) -> NDArray[np.int64]:
     one, other = np.nonzero(nearest < len(values))[0], nearest[nearest < len(values)]
     near = np.unique(np.sort(np.stack([one, other], axis=1)[one != other], axis=1), axis=0)
     near = near[np.linalg.norm(values[near[:, 0]] - values[near[:, 1]], axis=1) <= radius]
-    return np.concatenate([equal, np.sort(first[near], axis=1)]).astype(np.int64)
+    similar = np.concatenate([equal, np.sort(first[near], axis=1)])
+    return np.concatenate([same_file, told_apart[similar]]).astype(np.int64)
 
 
 def group_numbers(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:

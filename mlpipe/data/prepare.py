@@ -170,7 +170,7 @@ def _split(images: ImageSet, findings: _Findings, data: DataConfig) -> tuple[Spl
     labels = images.labels.copy()
     labels[[index for index, _ in findings.bad]] = -1
     used = np.flatnonzero(labels >= 0)
-    pairs = used[near_duplicates(findings.thumbnails_u8[used])]
+    pairs = used[near_duplicates(findings.thumbnails_u8[used], findings.hashes[used])]
     groups = group_numbers(pairs, len(labels))
     known = DecodedImages(
         classes=images.classes,

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mlpipe.data.archives.decode import resize_pixels
+from mlpipe.data.imageset import content_hash
 from mlpipe.data.near_duplicates import cell_sums, group_numbers, near_duplicates, thumbnails
 
 
@@ -18,7 +19,8 @@ def picture(seed: int, size: int = 64) -> Image.Image:
 
 def pairs_of(images: list[Image.Image]) -> list[list[int]]:
     pixels = np.stack([resize_pixels(np.asarray(image), 32) for image in images])
-    return sorted(near_duplicates(thumbnails(cell_sums(pixels), 32)).tolist())
+    hashes = np.array([content_hash(image.tobytes()) for image in images], np.uint64)
+    return sorted(near_duplicates(thumbnails(cell_sums(pixels), 32), hashes).tolist())
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -44,6 +46,12 @@ def test_copies_are_found_once_each() -> None:
 def test_plain_pictures_of_other_brightness_differ() -> None:
     plain = [Image.new("RGB", (32, 32), (value, value, value)) for value in (0, 128, 255)]
     assert pairs_of(plain) == []
+
+
+def test_noise_and_textures_of_one_brightness_are_different_pictures() -> None:
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(100, 125, (32, 32, 3), np.uint8)) for _ in range(50)]
+    assert pairs_of([*noise, noise[3]]) == [[3, 50]]
 
 
 @pytest.mark.parametrize("size", [8, 13, 512])
