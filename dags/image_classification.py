@@ -98,8 +98,9 @@ def origin() -> TaskContext:
     """The current task, for the tags of its MLflow run."""
     from mlpipe.tracking.runs import TaskContext
 
-    ti = get_current_context()["ti"]
-    return TaskContext(dag_id=ti.dag_id, dag_run_id=ti.run_id, task_id=ti.task_id, try_number=ti.try_number)
+    context = get_current_context()
+    ti, user = context["ti"], context["dag_run"].triggering_user_name
+    return TaskContext(dag_id=ti.dag_id, dag_run_id=ti.run_id, task_id=ti.task_id, try_number=ti.try_number, user=user)
 
 
 def link_to_run(url: str) -> None:
@@ -198,9 +199,14 @@ def image_classification() -> None:
         with stage_code():
             versions = [from_json(TrainedVersion, each) for each in trained]
             result = stage.evaluate(run_config(), origin(), versions, on_run=link_to_run)
+        ti = get_current_context()["ti"]
+        ti.xcom_push(key="mlflow_comparison_url", value=result.compare_url)
+        if result.champion:
+            ti.xcom_push(key="mlflow_champion_url", value=result.champion.url)
         if champion := result.promoted:
             asset = Asset(name=champion.name, uri=f"mlflow://registered-models/{champion.name}/champion")
-            get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra={"version": champion.version})
+            extra: dict[str, Any] = {"version": champion.version, "url": champion.url, "summary": result.summary}
+            get_current_context()["outlet_events"][CHAMPIONS].add(asset, extra=extra)
         return to_json(result)
 
     evaluate(train.expand_kwargs(preprocess(download())))  # type: ignore[arg-type]  # an XComArg each

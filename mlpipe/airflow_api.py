@@ -101,6 +101,15 @@ class AirflowApi:
         answer = self._call("POST", f"/api/v2/dags/{quote(dag_id)}/dagRuns", {"logical_date": None, "conf": conf})
         return str(answer["dag_run_id"])
 
+    def dag_runs(self, dag_id: str, number: int) -> list[dict[str, Any]]:
+        """The newest DAG runs, as Airflow describes them."""
+        path = f"/api/v2/dags/{quote(dag_id)}/dagRuns?order_by=-run_after&limit={number}"
+        return list(self._call("GET", path)["dag_runs"])
+
+    def stop(self, dag_id: str, run_id: str) -> None:
+        """Set a DAG run to failed, which stops its tasks."""
+        self._call("PATCH", _run_path(dag_id, run_id), {"state": "failed"})
+
     def dag_run_state(self, dag_id: str, run_id: str) -> str:
         """`queued`, `running`, `success` or `failed`."""
         return str(self.dag_run(dag_id, run_id)["state"])

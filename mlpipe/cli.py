@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlpipe import run_command
+from mlpipe import run_command, runs_commands
 from mlpipe.errors import UserError
 from mlpipe.stack import commands
 
@@ -31,6 +31,11 @@ def main() -> None:
 for command in (
     run_command.run,
     run_command.predict,
+    runs_commands.models,
+    runs_commands.recipes,
+    runs_commands.runs,
+    runs_commands.watch,
+    runs_commands.stop,
     commands.up,
     commands.down,
     commands.status,

@@ -153,11 +153,25 @@ class RunParams:
     def json_schema(cls) -> dict[str, dict[str, Any]]:
         """JSON schema and default of each field, as the arguments of an Airflow `Param`."""
         hints = get_type_hints(cls)
-        return {f.name: {"default": f.default, **_schema_of(hints[f.name]), **f.metadata} for f in fields(cls)}
+        return {
+            f.name: {"default": f.default, "section": _section(f.name), **_schema_of(hints[f.name]), **f.metadata}
+            for f in fields(cls)
+        }
 
     def to_mapping(self) -> dict[str, Any]:
         """The inverse of `from_mapping`."""
         return asdict(self)
+
+
+_SECTIONS = {
+    "What": ("dataset", "data_uri", "name", "recipe", "models"),
+    "How": ("epochs", "seed", "image_size", "promotion"),
+}
+
+
+def _section(field_name: str) -> str:
+    """The form's section in which a field is."""
+    return next((section for section, names in _SECTIONS.items() if field_name in names), "Advanced")
 
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number"}
@@ -344,6 +358,8 @@ class RunConfig:
     data: DataConfig
     models: tuple[ModelConfig, ...]
     promotion: PromotionConfig
+    form: Mapping[str, Any] = field(default_factory=dict)
+    """What the user filled in, without secrets of addresses; for people to read."""
 
     def model(self, name: str) -> ModelConfig:
         """The model with this name.

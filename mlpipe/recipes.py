@@ -140,6 +140,11 @@ def resolve(params: RunParams) -> RunConfig:
         ),
         models=_models(params, image_size),
         promotion=PromotionConfig(mode=params.promotion, metric=params.promotion_metric),
+        form={
+            name: redact_text(value) if isinstance(value, str) else value
+            for name, value in params.to_mapping().items()
+            if value is not None
+        },
     )
 
 

@@ -72,7 +72,7 @@ def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
     resolve(RunParams.from_mapping(values))
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; create it first")
-    console = _console()
+    console = new_console()
     use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
     try:
@@ -84,13 +84,21 @@ def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
     if path and not os.environ.get(SHARED_FILES):
         values["data_uri"] = _upload(path, console)
     params = RunParams.from_mapping(values)
-    began = time.monotonic()
     run_id = api.trigger(DAG_ID, params.to_mapping())
     console.print(f"Airflow run  {api.url}/dags/{DAG_ID}/runs/{run_id}", soft_wrap=True, highlight=False)
+    follow(api, run_id, console, json_path)
+
+
+def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | None = None) -> None:
+    """Show a DAG run until it ends, and print its comparison; exit with 1 where it failed."""
+    began = time.monotonic()
     try:
         state, tasks = _follow(api, run_id, console)
     except KeyboardInterrupt:
-        raise UserError("stopped watching; the DAG run continues, and you can stop it in Airflow") from None
+        raise UserError(
+            f"stopped watching; the DAG run continues. `mlpipe watch {run_id}` shows it again, "
+            f"`mlpipe stop {run_id}` ends it"
+        ) from None
     result = _result(api, run_id, state, tasks, time.monotonic() - began)
     if json_path is not None:
         _write(json_path, result)
@@ -104,7 +112,8 @@ def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
         raise SystemExit(1)
 
 
-def _console() -> Console:
+def new_console() -> Console:
+    """Where to print; wide enough for whole tables where the output is a file."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH_OF_A_FILE)
@@ -329,7 +338,7 @@ def predict(model_uri: str, images: tuple[Path, ...]) -> None:
                 else (escape(row["label"]), f"{row['confidence']:.4f}")
             )
             table.add_row(escape(str(path)), *cells)
-    _console().print(table)
+    new_console().print(table)
     if num_bad:
         raise UserError(f"IMAGE: {num_bad} of {len(paths)} files could not be read; the table says why")
 

@@ -1,4 +1,4 @@
-"""Airflow's pages lead to MLflow: a button from a task to its run, and MLflow in the navigation.
+"""Airflow's pages lead to MLflow: buttons on tasks, and MLflow in the navigation.
 
 A task gives its button a target by `ti.xcom_push(key="mlflow_run_url", value=url)`, best when its run begins: the API
 server looks the value up when the page asks for it, so the button is there while the task still runs. A retry clears it
@@ -22,24 +22,27 @@ if TYPE_CHECKING:
     from airflow.models.taskinstancekey import TaskInstanceKey
     from airflow.serialization.definitions.mappedoperator import Operator
 
-RUN_URL_XCOM_KEY = "mlflow_run_url"
-"""Key under which a task pushes the address of its MLflow run."""
+LINKS = {
+    "MLflow run": "mlflow_run_url",
+    "Comparison": "mlflow_comparison_url",
+    "Champion": "mlflow_champion_url",
+}
+"""Buttons, and the keys under which tasks push the addresses that they lead to."""
 
 UI_URL_VARIABLES = ("MLPIPE_MLFLOW_UI_URL", "MLFLOW_TRACKING_URI")
 """Where a browser finds MLflow: the first of these that is an http(s) address."""
 
 
 @attrs.define
-class MlflowRunLink(BaseOperatorLink):
-    """The button on a task's page."""
+class MlflowLink(BaseOperatorLink):
+    """A button on a task's page."""
 
-    @property
-    def name(self) -> str:
-        return "MLflow run"
+    name: str
+    key: str
 
     @property
     def xcom_key(self) -> str:
-        return RUN_URL_XCOM_KEY
+        return self.key
 
     def get_link(self, operator: Operator, *, ti_key: TaskInstanceKey) -> str:  # type: ignore[override]
         """Address that the task pushed, or an empty string, which hides the button.
@@ -58,16 +61,19 @@ class MlflowLinksPlugin(AirflowPlugin):
     """Registers the button and the navigation entry."""
 
     name = "mlflow_links"
-    global_operator_extra_links = [MlflowRunLink()]  # noqa: RUF012 - declared by AirflowPlugin
+    global_operator_extra_links = [MlflowLink(name, key) for name, key in LINKS.items()]  # noqa: RUF012 - declared by AirflowPlugin
 
     @property
     def external_views(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """MLflow in the navigation; without `url_route` Airflow opens it in a new tab. Nothing where no address is set.
 
+        It is in the menu of plugins: at the top level Airflow 3.3 makes a button of it that does nothing.
+
         A property, so that the environment is read when the page is shown.
         """
         url = mlflow_ui_url()
-        return [{"name": "MLflow", "href": url, "destination": "nav", "nav_top_level": True}] if url else []
+        href = f"{(url or '').rstrip('/')}/#/experiments?workflowType=machine_learning"
+        return [{"name": "MLflow", "href": href, "destination": "nav"}] if url else []
 
 
 def mlflow_ui_url() -> str | None:

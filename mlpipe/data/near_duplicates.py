@@ -1,9 +1,10 @@
 """Images that show the same: copies, and copies that were compressed or scaled anew.
 
-Two images count as one picture where their files are equal, or where their thumbnails of 8×8 grey values hardly differ.
-Thumbnails with little contrast, as of textures and noise, all look alike and say nothing. Which thumbnails may be so near
-is found by a k-d tree of their lowest cosine frequencies, as perceptual hashes use them (C. Zauner, "Implementation and
-Benchmarking of Perceptual Image Hash Functions", 2010): a distance there is never above that of the thumbnails.
+Two images count as one picture where their files are equal, or where their thumbnails of 8×8 grey values hardly
+differ. Thumbnails with little contrast, as of textures and noise, all look alike and say nothing. Which thumbnails may
+be so near is found by a k-d tree of their lowest cosine frequencies, as perceptual hashes use them (C. Zauner,
+"Implementation and Benchmarking of Perceptual Image Hash Functions", 2010): a distance there is never above that of the
+thumbnails.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def thumbnails(sums: NDArray[np.uint32], size: int) -> NDArray[np.uint8]:
 def near_duplicates(thumbnails_u8: NDArray[np.uint8], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Pairs (P, 2) of positions of images that show the same, the smaller position first.
 
-    Of several equal files or thumbnails, each is paired with the first one alone; of others, each is compared with those
-    that are nearest.
+    Of several equal files or thumbnails, each is paired with the first one alone; of others, each is compared with
+    those that are nearest.
 
     Args:
         thumbnails_u8: (N, 64)

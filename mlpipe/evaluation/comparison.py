@@ -71,6 +71,12 @@ class Comparison:
         parts.append("\n".join(f"- {_cell(note)}" for note in notes))
         return "\n\n".join(part for part in parts if part) + "\n"
 
+    def plain_table(self) -> str:
+        """The models with their accuracies, a line each, for a log."""
+        width = max(len(row.display_name) for row in self.rows)
+        lines = [f"{row.display_name:<{width}}  {row.evaluation.accuracy_text}" for row in self.rows]
+        return "\n".join([f"{'model':<{width}}  accuracy (95 % interval)", *lines])
+
     def csv(self) -> str:
         """The table with all digits, one row for each model, the failed ones last."""
         stream = io.StringIO()

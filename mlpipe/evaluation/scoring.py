@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -73,17 +71,18 @@ class Evaluation:
         return self.predictions.confusion
 
     def as_metrics(self) -> dict[str, float]:
-        """The numbers under the names that every model shares, fit for MLflow; classes without test images left out."""
+        """Scores and limits of intervals under the names that every model shares."""
         metrics = {f"test/{name}": value for name, value in self.scores.items()}
         for name, interval in self.intervals.items():
             metrics[f"test/{name}_ci_low"] = interval.low
             metrics[f"test/{name}_ci_high"] = interval.high
-        for name, scores in zip(metric_names(self.classes), self.per_class, strict=True):
-            if scores.support:
-                metrics[f"test/precision/{name}"] = scores.precision
-                metrics[f"test/recall/{name}"] = scores.recall
-                metrics[f"test/f1/{name}"] = scores.f1
         return metrics
+
+    @property
+    def accuracy_text(self) -> str:
+        """Accuracy with its interval, for people: 97.5 % (95.8 to 98.9)."""
+        low, high = self.intervals["accuracy"]
+        return f"{100 * self.accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def evaluate_predictions(
@@ -165,26 +164,6 @@ def bootstrap_intervals(
         low, high = proportion_confint(num_right, total, alpha=alpha, method="beta")
         intervals["accuracy"] = Interval(float(low), float(high))
     return intervals
-
-
-def metric_names(classes: Sequence[str]) -> list[str]:
-    """Class names as parts of metric names, distinct also where letter case does not count, in the same order.
-
-    MLflow allows letters and digits of any script, `_`, `-`, `.` and space; other characters become `_`.
-    """
-    names: list[str] = []
-    taken: set[str] = set()
-    for index, name in enumerate(classes):
-        plain = re.sub(r"[^\w.\- ]", "_", unicodedata.normalize("NFC", name)).strip()[:100].rstrip()
-        if not plain.strip("."):
-            plain = f"class {index}"  # "." and ".." would be folders
-        candidate, attempt = plain, 0
-        while candidate.casefold() in taken:
-            candidate = f"{plain}_{index}" + ("" if attempt == 0 else f"_{attempt}")
-            attempt += 1
-        taken.add(candidate.casefold())
-        names.append(candidate)
-    return names
 
 
 def _check(labels: NDArray[Any], probabilities: NDArray[Any], num_classes: int) -> None:

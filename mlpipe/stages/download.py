@@ -28,7 +28,7 @@ def download(config: RunConfig, origin: TaskContext, *, on_run: OnRun) -> Source
     source = fetch_source(config.data, ObjectStore.from_environment(Environment.from_env()))
     parent = TrackedRun(parent_run(config, origin))
     on_run(parent.url)
-    parent.log_params({"recipe": config.recipe, "models": ",".join(model.name for model in config.models)})
+    parent.log_params({**config.form, "recipe": config.recipe, "models": ",".join(m.name for m in config.models)})
     data = asdict(config.data) | {"uri": redact_uri(config.data.uri or "")}
     parent.log_params({f"data/{name}": value for name, value in data.items()})
     return source

@@ -19,7 +19,7 @@ from mlpipe.evaluation.comparison import compare
 from mlpipe.evaluation.promotion import Overlap, promote
 from mlpipe.evaluation.result import ModelResult
 from mlpipe.services import services_named
-from mlpipe.stages.messages import Champion, ComparedModels, RegisteredModel, TrainedVersion
+from mlpipe.stages.messages import Champion, ComparedModels, PublishedData, RegisteredModel, TrainedVersion
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.dag_runs import OnRun, parent_run
 from mlpipe.tracking.data_input import log_input
@@ -73,16 +73,26 @@ def evaluate(
             lambda version: remeasure(registered, version, test, classes),
             lambda version: _overlap(registered, version, dataset, store, environment.cache_dir),
         )
+        for row in comparison.rows:
+            registry.describe(
+                registered,
+                row.version,
+                _version_text(row, data, registered),
+                {"accuracy": f"{row.evaluation.accuracy:.4f}"},
+            )
         summary = " ".join([comparison.summary(), *dataset.manifest.warnings, promotion.summary])
         ranked = tuple(_with_test_metrics(models[row.name], row) for row in comparison.rows)
-        link = runs.compare_url([model.run_id for model in ranked], parent.experiment_id)
+        link = runs.compare_url(parent.run_id, parent.experiment_id)
         log_comparison(
             parent, comparison, promotion, f"{origin.link} · [compare the runs]({link})\n\n{summary}", data.notes
         )
+    logger.info("%s", comparison.plain_table())
+    logger.info("%s", summary)
     champion = None
     if promotion.champion:
         uri = f"models:/{registered}/{promotion.champion}"
-        champion = Champion(name=registered, version=promotion.champion, model_uri=uri)
+        page = runs.version_url(registered, promotion.champion)
+        champion = Champion(name=registered, version=promotion.champion, model_uri=uri, url=page)
     return ComparedModels(
         parent_run_id=parent.run_id,
         parent_url=parent.url,
@@ -120,6 +130,15 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> M
         weights=model.weights,
         train_seconds=model.train_seconds,
         images_per_second=model.images_per_second,
+    )
+
+
+def _version_text(row: ModelResult, data: PublishedData, registered: str) -> str:
+    """What the page of a registered version says."""
+    return (
+        f"{row.display_name}: {row.evaluation.accuracy_text} right on {row.evaluation.num_images:,} test images of "
+        f"{data.name}, {len(data.classes)} classes.\n\n"
+        f'`mlflow.pyfunc.load_model("models:/{registered}/{row.version}")`'
     )
 
 

@@ -79,6 +79,8 @@ class Champion:
     """Of the registered model."""
     version: str
     model_uri: str
+    url: str
+    """Its page in the MLflow UI."""
 
 
 @dataclass(frozen=True, kw_only=True)

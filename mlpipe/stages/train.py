@@ -62,7 +62,13 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         log_input(dataset.manifest, data.uri, context="training")
         checkpoints = CheckpointStore(store, tracked.run_id)
         trained = _fit(model, description, dataset, tracked, start, checkpoints)
-        tracked.log_metrics({"train_seconds": trained.train_seconds, "best_epoch": trained.best_epoch})
+        tracked.log_metrics(
+            {
+                "train_seconds": trained.train_seconds,
+                "best/epoch": trained.best_epoch,
+                "best/val_accuracy": trained.metrics["val/accuracy"],
+            }
+        )
         version = registry.find(registry.registered_name(data.name), tracked.run_id)
         if version is None:
             registry.discard_logged_models(run)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from mlpipe.data.dataset import Split
 from mlpipe.errors import UserError
@@ -15,7 +16,7 @@ from mlpipe.evaluation import figures
 from mlpipe.evaluation.comparison import Comparison
 from mlpipe.evaluation.promotion import CHAMPION, Promotion, other_classes
 from mlpipe.evaluation.result import ModelResult, Unmeasured
-from mlpipe.evaluation.scoring import Evaluation, evaluate_predictions
+from mlpipe.evaluation.scoring import ClassScores, Evaluation, evaluate_predictions
 from mlpipe.tracking import registry
 from mlpipe.tracking.runs import TrackedRun, is_unreachable, tracked
 
@@ -73,7 +74,20 @@ def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> M
 def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: str | None) -> None:
     """Add test metrics and pictures to the run that trained the model."""
     run, evaluation, name = tracked(run_id), result.evaluation, result.name
-    run.log_metrics(evaluation.as_metrics(), model_id=model_id)
+    # Limits and classes go into tables: MLflow draws a chart of each metric.
+    run.log_metrics({f"test/{metric}": value for metric, value in evaluation.scores.items()}, model_id=model_id)
+    run.set_tags({"test accuracy": evaluation.accuracy_text})
+    run.log_table(
+        {
+            "metric": list(evaluation.intervals),
+            "value": [evaluation.scores[metric] for metric in evaluation.intervals],
+            "low": [interval.low for interval in evaluation.intervals.values()],
+            "high": [interval.high for interval in evaluation.intervals.values()],
+        },
+        "intervals.json",
+    )
+    columns = zip(*evaluation.per_class, strict=True)
+    run.log_table(dict(zip(ClassScores._fields, map(list, columns), strict=True)), "per_class.json")
     run.log_figure(figures.confusion_matrix_figure(evaluation, name), "confusion_matrix.png")
     frame = pd.DataFrame(evaluation.confusion, index=evaluation.classes, columns=evaluation.classes)
     run.log_text(frame.to_csv(index_label="true \\ predicted"), "confusion_matrix.csv")
@@ -101,6 +115,10 @@ def log_comparison(
             "num_models": len(comparison.rows),
             "num_failed_models": len(comparison.failed),
         }
+    )
+    recipe = run.tags.get("recipe", "")
+    run.set_tags(
+        {MLFLOW_RUN_NAME: f"{100 * best.evaluation.accuracy:.1f} % {best.name} · {recipe} · {run.started:%H:%M}"}
     )
     run.set_tags({"best_model": best.display_name, "promotion": str(promotion.decisions[CHAMPION].moved)})
     run.log_figure(figures.comparison_figure(comparison), "comparison.png")

@@ -124,6 +124,14 @@ def by_version(name: str, version: str) -> RegisteredVersion:
     return _version(mlflow.MlflowClient().get_model_version(name, version))
 
 
+def describe(name: str, version: str, text: str, tags: Mapping[str, str]) -> None:
+    """Set what the version's page says, and add tags."""
+    client = mlflow.MlflowClient()
+    client.update_model_version(name, version, text)
+    for tag, value in tags.items():
+        client.set_model_version_tag(name, version, tag, value)
+
+
 @dataclass(frozen=True)
 class RegistryAliases:
     """Aliases of one registered model; see `mlpipe.evaluation.promotion.Aliases`."""

@@ -7,18 +7,18 @@ try before it, on whatever machine it comes to.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import mlflow
 import requests
@@ -30,7 +30,15 @@ from mlflow.environment_variables import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+    MLFLOW_USER,
+)
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.addresses import without_login
@@ -42,6 +50,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+TRAINING_VIEW = "workflowType=machine_learning"
+"""In an address of the MLflow UI: its view for model training. A new browser begins with the one for GenAI."""
 
 SYSTEM_METRICS_INTERVAL = 5
 """Seconds between two samples of CPU, memory and GPU."""
@@ -55,6 +66,8 @@ class TaskContext:
     dag_run_id: str
     task_id: str
     try_number: int = 1
+    user: str | None = None
+    """Who triggered the DAG run; `None`: nobody, or it is not known."""
 
     @property
     def url(self) -> str | None:
@@ -80,6 +93,10 @@ class TaskContext:
             "task_id": self.task_id,
             "try_number": str(self.try_number),
             "git_sha": git_sha(),
+            MLFLOW_SOURCE_NAME: f"Airflow DAG {self.dag_id}",
+            MLFLOW_SOURCE_TYPE: "JOB",
+            MLFLOW_GIT_COMMIT: git_sha().removesuffix("-dirty"),
+            **({MLFLOW_USER: self.user} if self.user else {}),
         }
         return tags | ({"airflow_url": self.url} if self.url else {})
 
@@ -101,13 +118,26 @@ def git_sha() -> str:
 
 def run_url(run: Run) -> str:
     """Address of a run in the MLflow UI."""
-    return f"{_ui_url()}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{_ui_url()}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{TRAINING_VIEW}"
 
 
-def compare_url(run_ids: Sequence[str], experiment: str) -> str:
-    """Address of MLflow's page that sets runs side by side."""
-    asked = f"runs={quote(json.dumps(list(run_ids)))}&experiments={quote(json.dumps([experiment]))}"
-    return f"{_ui_url()}/#/compare-runs?{asked}"
+def compare_url(parent_run_id: str, experiment: str) -> str:
+    """Address of MLflow's charts of the models below a parent run, by accuracy on the test images.
+
+    Its page for comparing runs begins with a system metric.
+    """
+    asked = {
+        "compareRunsMode": "CHART",
+        "searchFilter": f"tags.mlflow.parentRunId = '{parent_run_id}' and tags.stage = 'train'",
+        "orderByKey": "metrics.`test/accuracy`",
+        "orderByAsc": "false",
+    }
+    return f"{_ui_url()}/#/experiments/{experiment}/runs?{TRAINING_VIEW}&{urlencode(asked, quote_via=quote)}"
+
+
+def version_url(name: str, version: str) -> str:
+    """Address of a registered version in the MLflow UI."""
+    return f"{_ui_url()}/#/models/{quote(name)}/versions/{version}?{TRAINING_VIEW}"
 
 
 def _ui_url() -> str:
@@ -194,6 +224,16 @@ class TrackedRun:
     def url(self) -> str:
         return run_url(self._run)
 
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """As they were when this attempt opened the run."""
+        return self._run.data.tags
+
+    @property
+    def started(self) -> datetime:
+        """When the run began, in this machine's time zone."""
+        return datetime.fromtimestamp(self._run.info.start_time / 1000).astimezone()
+
     @cached_property
     def _client(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient()
@@ -237,7 +277,7 @@ class TrackedRun:
     def log_dict(self, value: Mapping[str, Any], path: str) -> None:
         self._client.log_dict(self.run_id, dict(value), path)
 
-    def log_table(self, columns: Mapping[str, Sequence[str]], path: str) -> None:
+    def log_table(self, columns: Mapping[str, Sequence[object]], path: str) -> None:
         """Write a table that the run's page shows; nothing where an earlier attempt wrote it, for it would grow."""
         if path not in {file.path for file in self._client.list_artifacts(self.run_id)}:
             self._client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)

@@ -5,15 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from mlflow.utils.validation import _validate_metric
 from scipy.stats import bootstrap
 from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from mlpipe.errors import UserError
-from mlpipe.evaluation.scoring import bootstrap_intervals, evaluate_predictions, metric_names
+from mlpipe.evaluation.scoring import bootstrap_intervals, evaluate_predictions
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -58,7 +55,7 @@ def test_rows_of_the_confusion_matrix_are_the_truth():
 def test_class_order_is_that_of_the_indices_not_of_the_names():
     evaluation = evaluate_predictions(np.array([0, 1, 1]), probabilities_for([0, 1, 0], 2), ("zebra", "ant"), seed=0)
     assert [(scores.name, scores.support) for scores in evaluation.per_class] == [("zebra", 1), ("ant", 2)]
-    assert evaluation.as_metrics()["test/recall/ant"] == 0.5
+    assert evaluation.per_class[1].recall == 0.5
 
 
 def test_a_class_never_predicted_counts_as_zero_and_is_noted_without_warnings():
@@ -75,7 +72,6 @@ def test_a_class_without_images_is_left_out_and_noted():
     assert np.isnan(evaluation.per_class[2].recall)
     assert evaluation.scores["recall_macro"] == 0.75
     metrics = evaluation.as_metrics()
-    assert "test/f1/owl" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())
     assert any("Without test images" in note and "owl" in note for note in evaluation.notes)
 
@@ -183,24 +179,9 @@ def test_metric_names_are_the_shared_ones():
     assert set(metrics) == {
         *(f"test/{name}" for name in (*scores, "balanced_accuracy", "log_loss", "calibration_error")),
         *(f"test/{name}_ci_{side}" for name in scores for side in ("low", "high")),
-        *(f"test/{name}/{label}" for name in ("precision", "recall", "f1") for label in CLASSES),
     }
     assert all(type(value) is float for value in metrics.values())
     assert metrics["test/accuracy_ci_low"] < metrics["test/accuracy"] < metrics["test/accuracy_ci_high"]
-
-
-def test_class_names_of_any_script_stay_readable_and_apart():
-    names = metric_names(["apple tree", "猫", "a/b", "a:b", "A_B", "..", "", "हिन्दी", "x" * 300, "x" * 301, "tab\t"])
-    assert names[:6] == ["apple tree", "猫", "a_b", "a_b_3", "A_B_4", "class 5"]
-    assert len({name.casefold() for name in names}) == len(names)
-
-
-@given(st.lists(st.text(max_size=120), min_size=2, max_size=8))
-def test_metric_names_are_distinct_and_mlflow_takes_them(classes):
-    names = metric_names(classes)
-    assert len({name.casefold() for name in names}) == len(classes)
-    for name in names:
-        _validate_metric(f"test/precision/{name}", 0.5, 0, 0)
 
 
 @pytest.mark.parametrize(

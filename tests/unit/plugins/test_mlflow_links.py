@@ -22,10 +22,10 @@ def linked():
     @task
     def tracked():
         from airflow.utils.session import create_session
-        from mlflow_links import RUN_URL_XCOM_KEY
+        from mlflow_links import LINKS
 
         ti = get_current_context()["ti"]
-        ti.xcom_push(key=RUN_URL_XCOM_KEY, value="http://127.0.0.1:5000/#/experiments/1/runs/abc")
+        ti.xcom_push(key=LINKS["MLflow run"], value="http://127.0.0.1:5000/#/experiments/1/runs/abc")
         with open({seen!r}, "w") as file:  # while the task still runs
             file.write(__import__("links_seen").of("tracked", -1))
 
@@ -80,6 +80,8 @@ print("RESULT " + json.dumps({"tasks": answer, "plugin": plugin.model_dump(mode=
 
 RunAirflow = Callable[..., str]
 
+PAGE = "/#/experiments?workflowType=machine_learning"
+
 
 @pytest.fixture
 def run_airflow(airflow_environment: dict[str, str]) -> RunAirflow:
@@ -116,7 +118,11 @@ def test_buttons_of_a_real_dag_run(run_airflow: RunAirflow, tmp_path: Path) -> N
     result = answer_of(run_airflow("-c", ASK, **environment))
 
     assert json.loads(seen.read_text()) == {
-        "links": {"MLflow run": "http://127.0.0.1:5000/#/experiments/1/runs/abc"},
+        "links": {
+            "MLflow run": "http://127.0.0.1:5000/#/experiments/1/runs/abc",
+            "Comparison": None,
+            "Champion": None,
+        },
         "state": "running",
     }
     assert {name: task["links"]["MLflow run"] for name, task in result["tasks"].items()} == {
@@ -132,7 +138,7 @@ def test_buttons_of_a_real_dag_run(run_airflow: RunAirflow, tmp_path: Path) -> N
 
     (view,) = result["plugin"]["external_views"]
     assert view["name"] == "MLflow"
-    assert view["href"] == "http://127.0.0.1:5000"  # without the secret
+    assert view["href"] == "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"  # without the secret
     assert view["destination"] == "nav"
     assert view["url_route"] is None  # with one, the page would frame it
 
@@ -152,7 +158,8 @@ with DAG("d", schedule=None) as dag:
 again = DagSerialization.from_json(DagSerialization.to_json(dag))
 print("RESULT " + json.dumps({name: list(again.get_task(name).extra_links) for name in ("plain", "mapped")}))
 """
-    assert answer_of(run_airflow("-c", script)) == {"plain": ["MLflow run"], "mapped": ["MLflow run"]}
+    links = ["Champion", "Comparison", "MLflow run"]
+    assert answer_of(run_airflow("-c", script)) == {"plain": links, "mapped": links}
 
 
 def test_navigation_leads_where_the_environment_says_and_loads_nothing(run_airflow: RunAirflow) -> None:
@@ -160,8 +167,8 @@ def test_navigation_leads_where_the_environment_says_and_loads_nothing(run_airfl
     cases: list[tuple[dict[str, str], list[str]]] = [
         ({}, []),
         ({"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}, []),
-        ({"MLFLOW_TRACKING_URI": local}, [local]),
-        ({"MLFLOW_TRACKING_URI": local, "MLPIPE_MLFLOW_UI_URL": public}, [public]),
+        ({"MLFLOW_TRACKING_URI": local}, [local + PAGE]),
+        ({"MLFLOW_TRACKING_URI": local, "MLPIPE_MLFLOW_UI_URL": public}, [public + PAGE]),
     ]
     script = f"""
 import json, os, sys

@@ -162,7 +162,10 @@ def test_links_lead_to_both_pages(experiment: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MLPIPE_MLFLOW_UI_URL", "http://localhost:5000/")
     monkeypatch.setenv("MLPIPE_AIRFLOW_UI_URL", "http://localhost:8080/")
     run = opened(experiment, origin())
-    assert runs.run_url(run) == f"http://localhost:5000/#/experiments/{experiment}/runs/{run.info.run_id}"
+    assert (
+        runs.run_url(run)
+        == f"http://localhost:5000/#/experiments/{experiment}/runs/{run.info.run_id}?{runs.TRAINING_VIEW}"
+    )
     assert run.data.tags["airflow_url"] == "http://localhost:8080/dags/image_classification/runs/manual__1"
 
 
@@ -170,7 +173,7 @@ def test_links_hold_no_login(experiment: str, monkeypatch: pytest.MonkeyPatch) -
     run = opened(experiment, origin())
     for variable in ("MLFLOW_TRACKING_URI", "MLPIPE_MLFLOW_UI_URL"):
         monkeypatch.setenv(variable, "https://us3r:passw0rd@mlflow:5000/")
-        for url in (runs.run_url(run), runs.compare_url([run.info.run_id], experiment)):
+        for url in (runs.run_url(run), runs.compare_url(run.info.run_id, experiment)):
             assert url.startswith("https://mlflow:5000/#/")
 
 

@@ -1,0 +1,73 @@
+"""`mlpipe models`, `recipes`, `runs`, `watch` and `stop`: what can be run, and what is running."""
+
+from __future__ import annotations
+
+import click
+from rich.markup import escape
+from rich.table import Column, Table
+
+from mlpipe import run_command
+from mlpipe.airflow_api import AirflowApi
+from mlpipe.models.architectures import KNOWN, TORCHVISION
+from mlpipe.recipes import RECIPES
+
+DAG_ID = run_command.DAG_ID
+
+
+@click.command()
+def models() -> None:
+    """List the models that a run can train."""
+    table = Table("model", "kind", "initial weights")
+    for entry in KNOWN:
+        if entry.name not in TORCHVISION or entry.name == "resnet18":
+            weights = ["random"] * (entry.kind == "network") + ["imagenet"] * entry.has_imagenet_weights
+            table.add_row(entry.name, entry.kind, ", ".join(weights) or "none")
+    console = run_command.new_console()
+    console.print(table)
+    others = ", ".join(name for name in TORCHVISION if name != "resnet18")
+    console.print(f"As resnet18, the other torchvision networks: {others}.", highlight=False)
+    console.print("Your own: /path/mynets.py:TinyNet. With weights: resnet18=s3://bucket/weights.pth.", highlight=False)
+
+
+@click.command()
+def recipes() -> None:
+    """List the recipes: named settings of a run."""
+    table = Table("recipe", Column("models", overflow="fold"), "weights", "epochs", "optimizer")
+    for name, recipe in RECIPES.items():
+        network = recipe.network
+        table.add_row(name, recipe.models, recipe.default_weights, str(network.num_epochs), network.optimizer)
+    run_command.new_console().print(table)
+
+
+def _api() -> AirflowApi:
+    run_command.use_local_stack("MLPIPE_AIRFLOW_URL")
+    return AirflowApi.from_env()
+
+
+@click.command()
+@click.option("-n", "--number", default=10, show_default=True, help="How many, the newest first.")
+def runs(number: int) -> None:
+    """List DAG runs."""
+    table = Table(Column("run", overflow="fold"), "state", "data set", Column("models", overflow="fold"))
+    for found in _api().dag_runs(DAG_ID, number):
+        form = found["conf"] or {}
+        data, chosen = form.get("name") or form.get("dataset"), form.get("models") or form.get("recipe")
+        table.add_row(escape(found["dag_run_id"]), found["state"], escape(data or ""), escape(chosen or ""))
+    run_command.new_console().print(table)
+
+
+@click.command()
+@click.argument("run_id")
+def watch(run_id: str) -> None:
+    """Show a DAG run until it ends, as `mlpipe run` does; Ctrl-C leaves it alone."""
+    api = _api()
+    api.dag_run_state(DAG_ID, run_id)  # refused where there is no such run
+    run_command.follow(api, run_id, run_command.new_console())
+
+
+@click.command()
+@click.argument("run_id")
+def stop(run_id: str) -> None:
+    """Stop a DAG run; its MLflow runs end as KILLED, and what was trained stays."""
+    _api().stop(DAG_ID, run_id)
+    run_command.new_console().print(f"stopped {run_id}", markup=False, highlight=False)
