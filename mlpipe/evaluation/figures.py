@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -288,6 +288,28 @@ def _no_mistakes(title: str, num_images: int) -> Figure:
     figure = new_figure(5.6, 2.6, title)
     figure.text(0.5, 0.5, "✓", fontsize=40, color=GOOD, ha="center", va="center")
     figure.text(0.5, 0.22, f"All {num_images:,} test images are right.", fontsize=12, ha="center", va="center")
+    return figure
+
+
+def learning_curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Validation accuracy by epoch of all models.
+
+    Args:
+        curves: epochs and accuracies, 0 to 1, by model's name.
+    """
+    width, height = 10.6, 4.2
+    with figure_style():
+        figure = new_figure(width, height, "Learning curves", "Accuracy on the validation images, %")
+        axes = figure.subplots()
+        figure.subplots_adjust(
+            left=0.7 / width, right=1 - 0.3 / width, top=heading_space(height, 0.9), bottom=0.7 / height
+        )
+        for number, (name, curve) in enumerate(curves.items()):
+            epochs, accuracies = [step for step, _ in curve], [100 * value for _, value in curve]
+            axes.plot(epochs, accuracies, marker="o", markersize=4, color=SERIES[number % len(SERIES)], label=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.legend(loc="lower right", ncols=2)
     return figure
 
 

@@ -17,16 +17,27 @@ from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 from mlpipe.evaluation.comparison import compare
 from mlpipe.evaluation.promotion import Overlap, promote
+from mlpipe.evaluation.report import Picture
 from mlpipe.evaluation.result import ModelResult
 from mlpipe.services import services_named
 from mlpipe.stages.messages import Champion, ComparedModels, PublishedData, RegisteredModel, TrainedVersion
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.dag_runs import OnRun, parent_run
 from mlpipe.tracking.data_input import log_input
-from mlpipe.tracking.evaluation_run import OtherClassesError, log_comparison, log_evaluation, measure, remeasure
+from mlpipe.tracking.evaluation_run import (
+    OtherClassesError,
+    log_comparison,
+    log_evaluation,
+    measure,
+    remeasure,
+    validation_curve,
+)
 from mlpipe.tracking.runs import TaskContext
 
 logger = logging.getLogger(__name__)
+
+MODELS_WITH_PICTURES = 4
+"""Of the best models so many have pictures in the report; all have them in their runs."""
 
 
 @services_named()
@@ -50,6 +61,7 @@ def evaluate(
     models = {each.model.name: each.model for each in trained}
     failed = {model.name: "its training failed" for model in config.models if model.name not in models}
     results: list[ModelResult] = []
+    pictures: dict[str, list[Picture]] = {}
     with runs.active(parent_run(config, origin)) as parent:
         on_run(parent.url)
         log_input(dataset.manifest, data.uri, context="testing")
@@ -60,7 +72,7 @@ def evaluate(
             except UserError as error:
                 failed[model.name] = str(error)
                 continue
-            log_evaluation(result, test, run_id=model.run_id, model_id=model.model_id)
+            pictures[model.name] = log_evaluation(result, test, run_id=model.run_id, model_id=model.model_id)
             results.append(result)
         if not results:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
@@ -83,8 +95,21 @@ def evaluate(
         summary = " ".join([comparison.summary(), *dataset.manifest.warnings, promotion.summary])
         ranked = tuple(_with_test_metrics(models[row.name], row) for row in comparison.rows)
         link = runs.compare_url(parent.run_id, parent.experiment_id)
+        best = comparison.rows[0]
         log_comparison(
-            parent, comparison, promotion, f"{origin.link} · [compare the runs]({link})\n\n{summary}", data.notes
+            parent,
+            comparison,
+            promotion,
+            title=f"{data.name}: {', '.join(row.name for row in comparison.rows)}",
+            verdict=summary,
+            notes=data.notes,
+            curves={row.name: validation_curve(models[row.name].run_id) for row in comparison.rows},
+            of_models={row.name: pictures[row.name] for row in comparison.rows[:MODELS_WITH_PICTURES]},
+            snippet=(
+                f'import mlflow\n\nmlflow.set_tracking_uri("{runs.ui_url()}")\n'
+                f'model = mlflow.pyfunc.load_model("models:/{registered}/{best.version}")'
+            ),
+            links={"Charts in MLflow": link} | ({"DAG run in Airflow": origin.url} if origin.url else {}),
         )
     logger.info("%s", comparison.plain_table())
     logger.info("%s", summary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import mlflow
@@ -15,6 +15,7 @@ from mlpipe.errors import UserError
 from mlpipe.evaluation import figures
 from mlpipe.evaluation.comparison import Comparison
 from mlpipe.evaluation.promotion import CHAMPION, Promotion, other_classes
+from mlpipe.evaluation.report import Picture, render
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import ClassScores, Evaluation, evaluate_predictions
 from mlpipe.tracking import registry
@@ -71,8 +72,8 @@ def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> M
     return Unmeasured(name=label, version=version, problem=problem)
 
 
-def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: str | None) -> None:
-    """Add test metrics and pictures to the run that trained the model."""
+def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: str | None) -> list[Picture]:
+    """Add test metrics and pictures to the run that trained the model; those pictures that go into the report."""
     run, evaluation, name = tracked(run_id), result.evaluation, result.name
     # Limits and classes go into tables: MLflow draws a chart of each metric.
     run.log_metrics({f"test/{metric}": value for metric, value in evaluation.scores.items()}, model_id=model_id)
@@ -88,25 +89,47 @@ def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: s
     )
     columns = zip(*evaluation.per_class, strict=True)
     run.log_table(dict(zip(ClassScores._fields, map(list, columns), strict=True)), "per_class.json")
-    run.log_figure(figures.confusion_matrix_figure(evaluation, name), "confusion_matrix.png")
+    confusion = run.log_figure(figures.confusion_matrix_figure(evaluation, name), "confusion_matrix.png")
     frame = pd.DataFrame(evaluation.confusion, index=evaluation.classes, columns=evaluation.classes)
     run.log_text(frame.to_csv(index_label="true \\ predicted"), "confusion_matrix.csv")
     run.log_figure(figures.reliability_figure(evaluation, name), "calibration.png")
     worst = figures.mistakes_figure(
         test.images_u8, test.labels, evaluation.predictions.probabilities, evaluation.classes, name
     )
-    run.log_figure(worst, "worst_mistakes.png")
+    mistakes = run.log_figure(worst, "worst_mistakes.png")
     if evaluation.notes:
         run.log_text("\n".join(evaluation.notes), "notes.txt")
+    return [Picture(title="Confusion matrix", png=confusion), Picture(title="Worst mistakes", png=mistakes)]
+
+
+def validation_curve(run_id: str) -> list[tuple[int, float]]:
+    """Epochs and validation accuracies of a model's training; one point for an estimator."""
+    return tracked(run_id).history("val/accuracy")
 
 
 def log_comparison(
-    run: TrackedRun, comparison: Comparison, promotion: Promotion, description: str, notes: Sequence[str]
+    run: TrackedRun,
+    comparison: Comparison,
+    promotion: Promotion,
+    *,
+    title: str,
+    verdict: str,
+    notes: Sequence[str],
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    of_models: Mapping[str, Sequence[Picture]],
+    snippet: str,
+    links: Mapping[str, str],
 ) -> None:
-    """Put table, charts and the gate's reasons on the parent run.
+    """Put table, charts, the gate's reasons and the report on the parent run.
 
     Args:
+        title: of the report.
+        verdict: the result in sentences.
         notes: on the data, a sentence each.
+        curves: by model's name, as `validation_curve` gives them.
+        of_models: pictures by model's name.
+        snippet: Python that loads the best model.
+        links: addresses by what they lead to.
     """
     best = comparison.rows[0]
     run.replace_metrics(  # a model that failed may have been trained since
@@ -122,9 +145,26 @@ def log_comparison(
     )
     run.set_tags({"best_model": best.display_name, "promotion": str(promotion.decisions[CHAMPION].moved)})
     run.log_figure(figures.comparison_figure(comparison), "comparison.png")
-    run.log_figure(figures.per_class_figure(comparison), "f1_per_class.png")
+    pictures = [
+        Picture(title="F1 by class", png=run.log_figure(figures.per_class_figure(comparison), "f1_per_class.png"))
+    ]
+    if any(curves.values()):
+        figure = figures.learning_curves_figure(curves)
+        pictures.insert(0, Picture(title="Learning curves", png=run.log_figure(figure, "learning_curves.png")))
+    page = render(
+        comparison,
+        title=title,
+        verdict=verdict,
+        notes=notes,
+        pictures=pictures,
+        of_models=of_models,
+        snippet=snippet,
+        links=links,
+    )
+    run.log_text(page, "report.html")
     run.log_text(comparison.csv(), "comparison.csv")
     run.log_text(comparison.markdown(), "comparison.md")
     run.log_dict({alias: asdict(decision) for alias, decision in promotion.decisions.items()}, "promotion.json")
     table = comparison.markdown() + "".join(f"- Data: {note}\n" for note in notes)
-    run.describe(f"{description}\n\n{table}")
+    ways = " · ".join(f"[{label}]({url})" for label, url in links.items())
+    run.describe(f"{verdict}\n\n{table}\n{ways}")

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def git_sha() -> str:
 
 def run_url(run: Run) -> str:
     """Address of a run in the MLflow UI."""
-    return f"{_ui_url()}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{TRAINING_VIEW}"
+    return f"{ui_url()}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{TRAINING_VIEW}"
 
 
 def compare_url(parent_run_id: str, experiment: str) -> str:
@@ -132,15 +133,15 @@ def compare_url(parent_run_id: str, experiment: str) -> str:
         "orderByKey": "metrics.`test/accuracy`",
         "orderByAsc": "false",
     }
-    return f"{_ui_url()}/#/experiments/{experiment}/runs?{TRAINING_VIEW}&{urlencode(asked, quote_via=quote)}"
+    return f"{ui_url()}/#/experiments/{experiment}/runs?{TRAINING_VIEW}&{urlencode(asked, quote_via=quote)}"
 
 
 def version_url(name: str, version: str) -> str:
     """Address of a registered version in the MLflow UI."""
-    return f"{_ui_url()}/#/models/{quote(name)}/versions/{version}?{TRAINING_VIEW}"
+    return f"{ui_url()}/#/models/{quote(name)}/versions/{version}?{TRAINING_VIEW}"
 
 
-def _ui_url() -> str:
+def ui_url() -> str:
     """MLflow's address for a browser; links are logged and go to XCom, so the client's login is no part of them."""
     return Environment.from_env().mlflow_ui_url or without_login(mlflow.get_tracking_uri()).rstrip("/")
 
@@ -249,9 +250,14 @@ class TrackedRun:
         changed = {name: value for name, value in metrics.items() if self._run.data.metrics.get(name) != value}
         mlflow.log_metrics(changed, run_id=self.run_id, synchronous=True)
 
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric, by step."""
+        entries = self._client.get_metric_history(self.run_id, metric)
+        return sorted((entry.step, entry.value) for entry in entries)
+
     def last_logged_step(self, metric: str) -> int:
         """The largest step at which the metric was written; 0 if never."""
-        return max((entry.step for entry in self._client.get_metric_history(self.run_id, metric)), default=0)
+        return max((step for step, _ in self.history(metric)), default=0)
 
     def _last_step_before(self, metric: str) -> int:
         """The largest step that the metric had when this attempt opened the run; -1: none."""
@@ -268,8 +274,13 @@ class TrackedRun:
         if fresh:
             mlflow.log_params(fresh, run_id=self.run_id, synchronous=True)
 
-    def log_figure(self, figure: Figure, path: str) -> None:
-        self._client.log_figure(self.run_id, figure, path)
+    def log_figure(self, figure: Figure, name: str) -> bytes:
+        """Write a figure as PNG; the file's bytes."""
+        with tempfile.TemporaryDirectory(prefix="mlpipe-figure-") as folder:
+            path = Path(folder) / name
+            figure.savefig(path)
+            self._client.log_artifact(self.run_id, str(path))
+            return path.read_bytes()
 
     def log_text(self, text: str, path: str) -> None:
         self._client.log_text(self.run_id, text, path)
