@@ -52,8 +52,8 @@ app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 @app.get("/{dag_id}/{run_id}", dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.RUN))])
 def report(
-    dag_id: Annotated[str, Path(pattern=r"^[\w.-]{1,250}$")],
-    run_id: Annotated[str, Path(pattern=r"^[^'\"\\%]{1,250}$")],
+    dag_id: Annotated[str, Path(max_length=250, pattern=r"^[A-Za-z0-9_.-]+$")],
+    run_id: Annotated[str, Path(max_length=250, pattern=r"^[^'\"\\%]+$")],
 ) -> HTMLResponse:
     """The report of a DAG run, or its progress."""
     try:

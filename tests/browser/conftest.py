@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -26,16 +27,44 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def logged_in(chromium: str, environment: dict[str, str]) -> Iterator[Page]:
-    """A page with Airflow's session cookie."""
+def browser(chromium: str) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(30_000)
-        page.goto(environment["MLPIPE_AIRFLOW_URL"])
-        page.fill("input[name=username]", environment["MLPIPE_AIRFLOW_USER"])
-        page.fill("input[name=password]", environment["MLPIPE_AIRFLOW_PASSWORD"])
-        page.keyboard.press("Enter")
-        page.get_by_role("link", name="Dags").first.wait_for()
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def fresh_page(browser: Browser, environment: dict[str, str]) -> Iterator[Callable[..., Page]]:
+    """Make a page of a browser that has never been anywhere, logged in to Airflow if asked."""
+    contexts = []
+
+    def make(*, log_in: bool = False, **options: Any) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1400, "height": 1000}} | options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        if log_in:
+            _log_in(page, environment)
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="session")
+def logged_in(browser: Browser, environment: dict[str, str]) -> Page:
+    """A page with Airflow's session cookie."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(30_000)
+    _log_in(page, environment)
+    return page
+
+
+def _log_in(page: Page, environment: dict[str, str]) -> None:
+    page.goto(environment["MLPIPE_AIRFLOW_URL"])
+    page.fill("input[name=username]", environment["MLPIPE_AIRFLOW_USER"])
+    page.fill("input[name=password]", environment["MLPIPE_AIRFLOW_PASSWORD"])
+    page.keyboard.press("Enter")
+    page.get_by_role("link", name="Dags").first.wait_for()

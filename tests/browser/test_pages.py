@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+import requests
+from playwright.sync_api import FrameLocator, Page, expect
 
+from mlpipe.airflow_api import AirflowApi
 from mlpipe.config import RunParams
 
 pytestmark = [pytest.mark.browser, pytest.mark.integration]
@@ -57,9 +59,75 @@ def test_a_task_leads_to_its_mlflow_run(logged_in: Page, environment: dict[str, 
     expect(page.get_by_text(re.compile("custom_cnn")).first).to_be_visible()
 
 
-def test_the_compare_page_sets_the_three_runs_side_by_side(logged_in: Page, demo: dict[str, Any]) -> None:
-    page = logged_in
+def test_each_link_opens_mlflows_view_for_model_training(fresh_page: Callable[[], Page], demo: dict[str, Any]) -> None:
+    links = [demo["mlflow_url"], demo["compare_url"], demo["champion"]["url"], demo["models"][0]["run_url"]]
+    for link in links:
+        page = fresh_page()
+        page.goto(link)
+        expect(page.get_by_text("Judges")).to_have_count(0)  # of the view for GenAI
+        expect(page.get_by_text("Model registry").first).to_be_visible()
+
+
+def test_the_comparison_shows_the_models_by_accuracy(fresh_page: Callable[[], Page], demo: dict[str, Any]) -> None:
+    page = fresh_page()
     page.goto(demo["compare_url"])
     for model in demo["models"]:
         expect(page.get_by_text(model["name"]).first).to_be_visible()
+    expect(page.get_by_text("3 matching runs")).to_be_visible()
     expect(page.get_by_text("test/accuracy").first).to_be_visible()
+
+
+def report_of(page: Page, environment: dict[str, str], run_id: str) -> FrameLocator:
+    page.goto(f"{environment['MLPIPE_AIRFLOW_URL']}{DAG}/runs/{run_id}")
+    page.get_by_role("link", name="Report").first.click()
+    return page.frame_locator("iframe").first
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 1400), ("light", 390)])
+def test_the_report_is_a_tab_of_the_dag_run(
+    scheme: str, width: int, fresh_page: Callable[..., Page], environment: dict[str, str], demo: dict[str, Any]
+) -> None:
+    page = fresh_page(log_in=True, color_scheme=scheme, viewport={"width": width, "height": 900})
+    report = report_of(page, environment, demo["dag_run_id"])
+    verdict = report.locator(".verdict")
+    expect(verdict).to_contain_text(demo["summary"][:60])
+    dark = report.locator("body").evaluate("body => getComputedStyle(body).color") == "rgb(255, 255, 255)"
+    assert dark is (scheme == "dark")
+    assert report.locator("html").evaluate("page => page.scrollWidth <= page.clientWidth")
+    names = report.locator("#models tbody td:first-child")
+    before = names.all_inner_texts()
+    report.get_by_text("Accuracy, %").click()
+    report.get_by_text("Accuracy, %").click()
+    assert names.all_inner_texts() == before[::-1]
+    for picture in report.locator("img").all():
+        assert picture.evaluate("image => image.complete && image.naturalWidth > 0")
+    with page.context.expect_page() as opened:
+        report.get_by_role("link", name="Charts in MLflow").click()
+    assert opened.value.url == demo["compare_url"]
+
+
+def test_the_report_needs_airflows_login(environment: dict[str, str], demo: dict[str, Any]) -> None:
+    address = f"{environment['MLPIPE_AIRFLOW_URL']}/mlpipe-report/image_classification/{demo['dag_run_id']}"
+    assert requests.get(address, timeout=30).status_code == 401
+
+
+def test_a_dag_run_that_trains_shows_its_progress_and_then_why_it_failed(
+    fresh_page: Callable[..., Page], environment: dict[str, str]
+) -> None:
+    api = AirflowApi(*(environment[name] for name in AirflowApi.VARIABLES))
+    run_id = api.trigger("image_classification", {"models": "custom_cnn", "epochs": 300, "promotion": "disabled"})
+    page = fresh_page(log_in=True)
+    report = report_of(page, environment, run_id)
+    expect(report.get_by_text(re.compile("[1-9][0-9]* of 300"))).to_be_visible(timeout=60_000)
+    api.stop("image_classification", run_id)
+    expect(report.get_by_text("killed")).to_be_visible(timeout=60_000)
+
+
+def test_the_navigation_leads_to_mlflow(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:
+    page = fresh_page(log_in=True)
+    link = page.get_by_role("link", name="MLflow").first
+    if not link.is_visible():
+        page.get_by_role("button", name="Browse").first.hover()
+    with page.context.expect_page() as opened:
+        link.click()
+    assert opened.value.url.startswith(environment["MLFLOW_TRACKING_URI"])
