@@ -154,7 +154,7 @@ class RunParams:
         """JSON schema and default of each field, as the arguments of an Airflow `Param`."""
         hints = get_type_hints(cls)
         return {
-            f.name: {"default": f.default, "section": _section(f.name), **_schema_of(hints[f.name]), **f.metadata}
+            f.name: {"default": f.default, **_section(f.name), **_schema_of(hints[f.name]), **f.metadata}
             for f in fields(cls)
         }
 
@@ -163,15 +163,12 @@ class RunParams:
         return asdict(self)
 
 
-_SECTIONS = {
-    "What": ("dataset", "data_uri", "name", "recipe", "models"),
-    "How": ("epochs", "seed", "image_size", "promotion"),
-}
+_ALWAYS_SHOWN = frozenset({"dataset", "data_uri", "name", "recipe", "models"})
+"""Fields outside of the form's section, which is folded until it is asked for."""
 
 
-def _section(field_name: str) -> str:
-    """The form's section in which a field is."""
-    return next((section for section, names in _SECTIONS.items() if field_name in names), "Advanced")
+def _section(field_name: str) -> dict[str, str]:
+    return {} if field_name in _ALWAYS_SHOWN else {"section": "Training, images and promotion"}
 
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number"}

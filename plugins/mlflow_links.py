@@ -1,17 +1,16 @@
-"""Airflow's pages lead to MLflow: buttons on tasks, and MLflow in the navigation.
+"""Airflow's pages lead to MLflow: buttons on tasks.
 
 A task gives its button a target by `ti.xcom_push(key="mlflow_run_url", value=url)`, best when its run begins: the API
 server looks the value up when the page asks for it, so the button is there while the task still runs. A retry clears it
 until the task pushes again. On tasks that push nothing, in any DAG, there is no button.
 
-MLflow refuses to be framed (X-Frame-Options), so both open a tab of their own. Airflow 3.3 frames every view on a DAG's
-or a DAG run's page, in a sandbox that cannot open a tab; there is therefore no MLflow view on those pages.
+MLflow refuses to be framed (X-Frame-Options), so they open a tab of their own.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import attrs
@@ -58,22 +57,10 @@ class MlflowLink(BaseOperatorLink):
 
 
 class MlflowLinksPlugin(AirflowPlugin):
-    """Registers the button and the navigation entry."""
+    """Registers the buttons."""
 
     name = "mlflow_links"
     global_operator_extra_links = [MlflowLink(name, key) for name, key in LINKS.items()]  # noqa: RUF012 - declared by AirflowPlugin
-
-    @property
-    def external_views(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """MLflow in the navigation; without `url_route` Airflow opens it in a new tab. Nothing where no address is set.
-
-        It is in the menu of plugins: at the top level Airflow 3.3 makes a button of it that does nothing.
-
-        A property, so that the environment is read when the page is shown.
-        """
-        url = mlflow_ui_url()
-        href = f"{(url or '').rstrip('/')}/#/experiments?workflowType=machine_learning"
-        return [{"name": "MLflow", "href": href, "destination": "nav"}] if url else []
 
 
 def mlflow_ui_url() -> str | None:

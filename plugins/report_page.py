@@ -13,10 +13,11 @@ from typing import Annotated, Any
 import jinja2
 import requests
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
-from airflow.api_fastapi.core_api.security import requires_access_dag
+from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_dag
 from airflow.plugins_manager import AirflowPlugin
 from fastapi import Depends, FastAPI, Path
 from fastapi.responses import HTMLResponse
+from mlflow_links import mlflow_ui_url
 
 PREFIX = "/mlpipe-report"
 TIMEOUT = 20
@@ -47,6 +48,16 @@ th, td { padding: 5px 12px; text-align: right; } th:first-child, td:first-child,
 {% endfor %}</table>{% endif %}
 </html>""")
 
+TO_MLFLOW = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>MLflow</title>
+<style>:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; padding: 16px; }</style>
+{% if url %}<p><a id="mlflow" href="{{ url }}">Open MLflow</a> in a tab of its own.</p>
+<script>
+  const link = document.getElementById("mlflow"), open = () => window.parent.open(link.href);
+  link.addEventListener("click", (event) => { event.preventDefault(); open(); });
+  open();
+</script>{% else %}<p>No address of MLflow is set (MLPIPE_MLFLOW_UI_URL).</p>{% endif %}</html>""")
+
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 
@@ -71,6 +82,17 @@ def report(
         text = parent["tags"].get("error") or ("The models are not compared yet." if is_open else "It has no report.")
     models = [_progress(run) for run in runs if run["tags"].get("stage") == "train"]
     return HTMLResponse(PROGRESS.render(title=run_id, text=text, models=models, open=is_open), headers=HEADERS)
+
+
+@app.get("/mlflow")
+def mlflow(user: GetUserDep) -> HTMLResponse:  # noqa: ARG001 - a login is needed
+    """Where the entry "MLflow" of Airflow's navigation leads: it opens MLflow in a tab of its own.
+
+    Airflow 3.3 frames what its navigation leads to, and MLflow refuses that; an entry without a frame does nothing.
+    """
+    address = mlflow_ui_url()
+    page = TO_MLFLOW.render(url=f"{address.rstrip('/')}/#/experiments?workflowType=machine_learning" if address else "")
+    return HTMLResponse(page, headers=HEADERS)
 
 
 def _progress(run: dict[str, Any]) -> dict[str, Any]:
@@ -137,5 +159,6 @@ class ReportPagePlugin(AirflowPlugin):
             "href": f"{PREFIX}/{{DAG_ID}}/{{RUN_ID}}",
             "destination": "dag_run",
             "url_route": "report",
-        }
+        },
+        {"name": "MLflow", "href": f"{PREFIX}/mlflow", "destination": "nav", "url_route": "mlflow"},
     ]

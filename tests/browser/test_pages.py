@@ -26,7 +26,9 @@ def test_the_form_shows_every_field_and_starts_a_run(
     page.goto(environment["MLPIPE_AIRFLOW_URL"] + DAG)
     page.get_by_role("button", name="Trigger").first.click()
     form = page.get_by_role("dialog")
-    expect(form).to_contain_text("Promotion")
+    expect(form).to_contain_text("Models")
+    form.get_by_text("Training, images and promotion").click()
+    expect(form).to_contain_text("Promotion metric")
     shown = form.inner_text()
     for schema in RunParams.json_schema().values():
         assert schema["title"] in shown
@@ -125,9 +127,6 @@ def test_a_dag_run_that_trains_shows_its_progress_and_then_why_it_failed(
 
 def test_the_navigation_leads_to_mlflow(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:
     page = fresh_page(log_in=True)
-    link = page.get_by_role("link", name="MLflow").first
-    if not link.is_visible():
-        page.get_by_role("button", name="Browse").first.hover()
     with page.context.expect_page() as opened:
-        link.click()
+        page.get_by_text("MLflow", exact=True).first.click()
     assert opened.value.url.startswith(environment["MLFLOW_TRACKING_URI"])
