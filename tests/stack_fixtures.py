@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import requests
 
+from mlpipe.airflow_api import log_in
 from mlpipe.stack.local import StackSettings
 from mlpipe.stack.temporary import running_stack
 
@@ -51,11 +52,11 @@ def airflow_get(environment: dict[str, str]) -> Callable[[str], Any]:
 def airflow_getter(environment: Mapping[str, str]) -> Callable[[str], Any]:
     """Log in with these variables; what asks Airflow's API for a path after /api/v2."""
     base = environment["MLPIPE_AIRFLOW_URL"]
-    login = {"username": environment["MLPIPE_AIRFLOW_USER"], "password": environment["MLPIPE_AIRFLOW_PASSWORD"]}
-    token = requests.post(f"{base}/auth/token", json=login, timeout=30).json()["access_token"]
+    session = requests.Session()
+    log_in(session, base, environment["MLPIPE_AIRFLOW_USER"], environment["MLPIPE_AIRFLOW_PASSWORD"]).raise_for_status()
 
     def get(path: str) -> Any:
-        answer = requests.get(f"{base}/api/v2{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        answer = session.get(f"{base}/api/v2{path}", timeout=30)
         answer.raise_for_status()
         return answer.json()
 
