@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -30,6 +31,29 @@ def test_it_holds_the_dags_the_plugins_and_its_types(installed: Path) -> None:
         assert (installed / "mlpipe" / name).is_file()
     assert {path.stem for path in installed.glob("*.py")} == {path.stem for path in (PROJECT / "plugins").glob("*.py")}
     assert not list(installed.rglob("__pycache__"))
+    assert not list(installed.glob(".*"))  # they would lie among the packages of others
+
+
+def test_an_airflow_beside_it_gains_the_plugins_and_the_executor(installed: Path) -> None:
+    (info,) = installed.glob("*.dist-info")
+    plugins = importlib.metadata.Distribution.at(info).entry_points.select(group="airflow.plugins")
+    assert {plugin.module for plugin in plugins} == {"cancelled_runs", "mlflow_links"}
+    code = (
+        "import sys; from importlib.metadata import EntryPoint; from airflow.plugins_manager import AirflowPlugin; "
+        "from gpu_executor import GpuExecutor; classes = [EntryPoint('', each, '').load() for each in sys.argv[1:]]; "
+        "assert all(issubclass(each, AirflowPlugin) for each in classes); "
+        "print(*(sys.modules[each.__module__].__file__ for each in (GpuExecutor, *classes)), sep='\\n')"
+    )
+    files = python(code, *(plugin.value for plugin in plugins), PYTHONPATH=str(installed))
+    assert {Path(file).parent for file in files} == {installed}
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None, **variables: str) -> list[str]:
+    """Lines that a program prints in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLPIPE_HOME"} | variables
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def test_the_stack_finds_them_and_keeps_its_state_in_the_current_folder(installed: Path, tmp_path: Path) -> None:
@@ -37,14 +61,5 @@ def test_the_stack_finds_them_and_keeps_its_state_in_the_current_folder(installe
         "from mlpipe.stack.local import StackSettings; settings = StackSettings.load(); "
         "print(settings.home, settings.dags, sep='\\n')"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "MLPIPE_HOME"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     expected = [tmp_path / ".mlpipe", installed / "mlpipe" / "dags"]
-    assert [Path(line) for line in done.stdout.splitlines()] == expected
+    assert [Path(line) for line in python(code, cwd=tmp_path, PYTHONPATH=str(installed))] == expected
