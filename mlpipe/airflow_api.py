@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
@@ -56,13 +57,13 @@ class AirflowApi:
         self._session.mount("http", HTTPAdapter(max_retries=retry))
 
     @classmethod
-    def from_env(cls) -> Self:
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """The server named by MLPIPE_AIRFLOW_URL, _USER and _PASSWORD.
 
         Raises:
             UserError: one of them is not set.
         """
-        values = [os.environ.get(name) for name in cls.VARIABLES]
+        values = [environ.get(name) for name in cls.VARIABLES]
         for name, value in zip(cls.VARIABLES, values, strict=True):
             if not value:
                 raise UserError(f"{name}: not set, and no local stack is up; run `mlpipe up`, or set it")
@@ -75,18 +76,17 @@ class AirflowApi:
                 paused, or the server is away.
         """
         try:
-            if self._call("GET", f"/api/v2/dags/{quote(dag_id)}")["is_paused"]:
-                raise PausedError(
-                    f"the DAG {dag_id} is paused, so its runs wait until somebody unpauses it: in Airflow, or by "
-                    "`mlpipe run --unpause`"
-                )
-        except PausedError:
-            raise
+            dag = self._call("GET", f"/api/v2/dags/{quote(dag_id)}")
         except UserError as error:
             for failed in self._call("GET", "/api/v2/importErrors")["import_errors"]:
                 last = failed["stack_trace"].strip().splitlines()[-1]
                 raise UserError(f"{failed['filename']} cannot be imported: {last}") from error
             raise
+        if dag["is_paused"]:
+            raise PausedError(
+                f"the DAG {dag_id} is paused, so its runs wait until somebody unpauses it: in Airflow, or by "
+                "`mlpipe run --unpause`"
+            )
 
     def unpause(self, dag_id: str) -> None:
         """Let the DAG's runs begin."""

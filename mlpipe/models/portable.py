@@ -208,8 +208,6 @@ def check_images(values: Any) -> NDArray[np.uint8]:
         BadInputError: another shape, or values that are not pixels.
     """
     images = np.asarray(values)
-    if images.dtype == object:  # as MLflow's server passes JSON on
-        images = np.array(images.tolist())
     if images.ndim != 4 or images.shape[3] not in (1, 3):
         raise BadInputError(
             f"images: shape {images.shape} is not (number, height, width, channels) with 1 or 3 channels; "
@@ -299,10 +297,13 @@ class ImageClassifier(PythonModel):
             BadInputError: the input is no such images.
         """
         images = _as_arrays(model_input)
-        frame = self._frame(self.probabilities(images))
-        dark = [not len(image) or image.size == 0 or image.max() <= 1 for image in images]
-        if any(dark):
-            frame["note"] = [DARK if each else "" for each in dark]
+        frame = self._frame(self._probabilities(images))
+        if isinstance(images, list):
+            brightest = np.array([image.max() for image in images])
+        else:
+            brightest = images.max(axis=(1, 2, 3), initial=0)
+        if (brightest <= 1).any():
+            frame["note"] = np.where(brightest <= 1, DARK, "")
         return frame
 
     def predict_files(self, files: Sequence[str | Path | bytes]) -> pd.DataFrame:
@@ -333,22 +334,24 @@ class ImageClassifier(PythonModel):
             raise RuntimeError("this model labels arrays alone; register it anew to label files")
         decode = load_function(f"{self.decoder.name}:decode_image", self.decoder.parent)
         images_u8, errors = np.zeros((len(files), size, size, 3), np.uint8), []
-        for file, pixels in zip(files, images_u8, strict=True):
-            error = ""
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of large images, which are refused by their size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, which are refused by their size
+            for file, pixels in zip(files, images_u8, strict=True):
+                error = ""
+                try:
                     decode(file if isinstance(file, bytes) else Path(file).read_bytes(), pixels, Counter())
-            except (OSError, ValueError) as reason:
-                error = reason.strerror or str(reason) if isinstance(reason, OSError) else str(reason)
-            errors.append(error)
+                except (OSError, ValueError) as reason:
+                    error = reason.strerror or str(reason) if isinstance(reason, OSError) else str(reason)
+                errors.append(error)
         return images_u8, errors
 
     def probabilities(self, images: Any) -> NDArray[np.float32]:
         """(N, number of classes) probabilities of images as in `predict`."""
-        images = _as_arrays(images)
+        return self._probabilities(_as_arrays(images))
+
+    def _probabilities(self, images: NDArray[Any] | list[NDArray[Any]]) -> NDArray[np.float32]:
         if isinstance(images, list):
-            return np.concatenate([self.probabilities(image[None]) for image in images])
+            return np.concatenate([self._probabilities(image[None]) for image in images])
         images_u8 = check_images(images)
         size = self.description.input_size or self.description.image_size
         num_pixels = max(size**2, images_u8.shape[1] * images_u8.shape[2])
@@ -375,7 +378,7 @@ class ImageClassifier(PythonModel):
 
 def _as_arrays(images: Any) -> NDArray[Any] | list[NDArray[Any]]:
     """One array, or a list of arrays where the images differ in size."""
-    if isinstance(images, np.ndarray) and images.dtype != object:
+    if isinstance(images, np.ndarray) and images.dtype != object:  # of objects: as MLflow's server passes JSON on
         return images
     try:
         return np.array(images.tolist() if isinstance(images, np.ndarray) else images)

@@ -130,8 +130,7 @@ def status() -> None:
     from mlpipe.airflow_api import AirflowApi
     from mlpipe.stack.health import DAG_ID
 
-    login = settings.client_environment()
-    AirflowApi(*(login[name] for name in AirflowApi.VARIABLES)).check_dag(DAG_ID)
+    AirflowApi.from_env(settings.client_environment()).check_dag(DAG_ID)
 
 
 def _duration(seconds: float) -> str:

@@ -87,7 +87,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     return TrainedVersion(
         model=RegisteredModel(
             name=model.name,
-            architecture=architectures.find(model.architecture).name,
+            architecture=description.architecture,
             weights=redact_uri(model.weights),
             run_id=run.info.run_id,
             run_url=tracked.url,

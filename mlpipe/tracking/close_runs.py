@@ -6,13 +6,11 @@ NAME is that of the data set; STATUS is FINISHED, FAILED or KILLED.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from mlpipe.tracking.dag_runs import close
 from mlpipe.tracking.runs import TaskContext
 
 if __name__ == "__main__":
-    dataset, dag_id, dag_run_id, *how = sys.argv[1:]
-    status, reason = how[0], how[1]
-    names: Any = status
-    close(dataset, TaskContext(dag_id=dag_id, dag_run_id=dag_run_id, task_id=""), names, reason)
+    dataset, dag_id, dag_run_id, status, reason = sys.argv[1:]
+    close(dataset, TaskContext(dag_id=dag_id, dag_run_id=dag_run_id, task_id=""), cast(Any, status), reason)

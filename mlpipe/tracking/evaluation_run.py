@@ -14,7 +14,7 @@ from mlpipe.data.dataset import Split
 from mlpipe.errors import UserError
 from mlpipe.evaluation import figures
 from mlpipe.evaluation.comparison import Comparison
-from mlpipe.evaluation.promotion import CHAMPION, Promotion, other_classes
+from mlpipe.evaluation.promotion import Promotion, other_classes
 from mlpipe.evaluation.report import Picture, render
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import ClassScores, Evaluation, evaluate_predictions
@@ -141,9 +141,12 @@ def log_comparison(
     )
     recipe = run.tags.get("recipe", "")
     run.set_tags(
-        {MLFLOW_RUN_NAME: f"{100 * best.evaluation.accuracy:.1f} % {best.name} · {recipe} · {run.started:%H:%M}"}
+        {
+            MLFLOW_RUN_NAME: f"{100 * best.evaluation.accuracy:.1f} % {best.name} · {recipe} · {run.started:%H:%M}",
+            "best_model": best.display_name,
+            "promotion": str(promotion.moved_champion),
+        }
     )
-    run.set_tags({"best_model": best.display_name, "promotion": str(promotion.decisions[CHAMPION].moved)})
     run.log_figure(figures.comparison_figure(comparison), "comparison.png")
     pictures = [
         Picture(title="F1 by class", png=run.log_figure(figures.per_class_figure(comparison), "f1_per_class.png"))
@@ -163,8 +166,9 @@ def log_comparison(
     )
     run.log_text(page, "report.html")
     run.log_text(comparison.csv(), "comparison.csv")
-    run.log_text(comparison.markdown(), "comparison.md")
+    table = comparison.markdown()
+    run.log_text(table, "comparison.md")
     run.log_dict({alias: asdict(decision) for alias, decision in promotion.decisions.items()}, "promotion.json")
-    table = comparison.markdown() + "".join(f"- Data: {note}\n" for note in notes)
+    told = "".join(f"- Data: {note}\n" for note in notes)
     ways = " · ".join(f"[{label}]({url})" for label, url in links.items())
-    run.describe(f"{verdict}\n\n{table}\n{ways}")
+    run.describe(f"{verdict}\n\n{table}{told}\n{ways}")

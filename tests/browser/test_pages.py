@@ -116,7 +116,7 @@ def test_the_report_needs_airflows_login(environment: dict[str, str], demo: dict
 def test_a_dag_run_that_trains_shows_its_progress_and_then_why_it_failed(
     fresh_page: Callable[..., Page], environment: dict[str, str]
 ) -> None:
-    api = AirflowApi(*(environment[name] for name in AirflowApi.VARIABLES))
+    api = AirflowApi.from_env(environment)
     run_id = api.trigger("image_classification", {"models": "custom_cnn", "epochs": 300, "promotion": "disabled"})
     page = fresh_page(log_in=True)
     report = report_of(page, environment, run_id)

@@ -26,7 +26,7 @@ FORM = {"models": "custom_cnn", "epochs": 200, "promotion": "disabled"}
 
 @pytest.fixture
 def api(environment: dict[str, str]) -> AirflowApi:
-    return AirflowApi(*(environment[name] for name in AirflowApi.VARIABLES))
+    return AirflowApi.from_env(environment)
 
 
 @pytest.fixture
@@ -49,6 +49,14 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> None
     while not condition():
         assert time.monotonic() < give_up, f"{what} did not happen"
         time.sleep(0.5)
+
+
+@pytest.fixture
+def training(environment: dict[str, str], api: AirflowApi) -> str:
+    """A DAG run whose model trains just now."""
+    run_id = api.trigger(DAG_ID, FORM)
+    until(lambda: statuses(environment, run_id).get("train custom_cnn") == "RUNNING", "the training")
+    return run_id
 
 
 def statuses(environment: dict[str, str], run_id: str) -> dict[str, str]:
@@ -77,24 +85,20 @@ def test_clearing_one_mapped_task_ends_with_ended_runs(
 
 @pytest.mark.parametrize("state", ["success", "failed"])
 def test_marking_a_dag_run_that_trains_ends_its_runs(
-    state: str, environment: dict[str, str], api: AirflowApi, ask: Callable[..., Any]
+    state: str, training: str, environment: dict[str, str], api: AirflowApi, ask: Callable[..., Any]
 ) -> None:
-    run_id = api.trigger(DAG_ID, FORM)
-    until(lambda: statuses(environment, run_id).get("train custom_cnn") == "RUNNING", "the training")
-    ask("PATCH", f"/dags/{DAG_ID}/dagRuns/{run_id}", {"state": state})
-    until(lambda: "RUNNING" not in statuses(environment, run_id).values(), "the end of the MLflow runs", 60)
-    assert api.dag_run_state(DAG_ID, run_id) == state
+    ask("PATCH", f"/dags/{DAG_ID}/dagRuns/{training}", {"state": state})
+    until(lambda: "RUNNING" not in statuses(environment, training).values(), "the end of the MLflow runs", 60)
+    assert api.dag_run_state(DAG_ID, training) == state
 
 
 @pytest.mark.parametrize("state", ["success", "failed"])
 def test_marking_a_task_that_trains_ends_its_runs(
-    state: str, environment: dict[str, str], api: AirflowApi, ask: Callable[..., Any]
+    state: str, training: str, environment: dict[str, str], api: AirflowApi, ask: Callable[..., Any]
 ) -> None:
-    run_id = api.trigger(DAG_ID, FORM)
-    until(lambda: statuses(environment, run_id).get("train custom_cnn") == "RUNNING", "the training")
-    ask("PATCH", f"/dags/{DAG_ID}/dagRuns/{run_id}/taskInstances/train/0", {"new_state": state})
-    until(lambda: api.dag_run_state(DAG_ID, run_id) in ("success", "failed"), "the end of the DAG run")
-    until(lambda: "RUNNING" not in statuses(environment, run_id).values(), "the end of the MLflow runs", 60)
+    ask("PATCH", f"/dags/{DAG_ID}/dagRuns/{training}/taskInstances/train/0", {"new_state": state})
+    until(lambda: api.dag_run_state(DAG_ID, training) in ("success", "failed"), "the end of the DAG run")
+    until(lambda: "RUNNING" not in statuses(environment, training).values(), "the end of the MLflow runs", 60)
 
 
 def test_a_paused_dag_is_said_at_once(

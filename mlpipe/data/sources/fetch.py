@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
@@ -55,9 +56,7 @@ def fetch_source(data: DataConfig, store: ObjectStore, *, max_bytes: int = MAX_B
         UserError: the source cannot be had or is not what it should be.
         ConnectionError: the other side failed in a way that may heal.
     """
-    source: SourceRef = importlib.import_module(catalog.find(data.dataset).module).fetch(
-        data, store, max_bytes=max_bytes
-    )
+    source: SourceRef = _module(data).fetch(data, store, max_bytes=max_bytes)
     return source
 
 
@@ -67,10 +66,13 @@ def open_source(path: Path, data: DataConfig, kind: str) -> AbstractContextManag
     Raises:
         UserError: they cannot be used.
     """
-    opened: AbstractContextManager[ImageSet] = importlib.import_module(catalog.find(data.dataset).module).open_images(
-        path, data, kind
-    )
+    opened: AbstractContextManager[ImageSet] = _module(data).open_images(path, data, kind)
     return opened
+
+
+def _module(data: DataConfig) -> Any:
+    """The module of a data set's source, with `fetch` and `open_images`."""
+    return importlib.import_module(catalog.find(data.dataset).module)
 
 
 def fetch_at_uri(data: DataConfig, store: ObjectStore, identify: Identify, *, max_bytes: int) -> SourceRef:

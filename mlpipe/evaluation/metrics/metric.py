@@ -56,6 +56,17 @@ class Margins(NamedTuple):
         return means
 
 
+def macro_average(score: Callable[..., float]) -> Callable[[Predictions], float]:
+    """The mean of one of scikit-learn's scores over the classes that have test images."""
+
+    def compute(predictions: Predictions) -> float:
+        labels = predictions.labels
+        # zero_division=0: a class that is never predicted has found none of its images; a note says so.
+        return float(score(labels, predictions.predicted, labels=np.unique(labels), average="macro", zero_division=0))
+
+    return compute
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A metric of the registry."""

@@ -6,19 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import recall_score
 
-from mlpipe.evaluation.metrics.metric import Margins, Metric, Predictions
-
-
-def _compute(predictions: Predictions) -> float:
-    labels = predictions.labels
-    # zero_division=0: a class that is never predicted has found none of its images; a note says so.
-    return float(
-        recall_score(labels, predictions.predicted, labels=np.unique(labels), average="macro", zero_division=0)
-    )
+from mlpipe.evaluation.metrics.metric import Margins, Metric, macro_average
 
 
 def _resample(margins: Margins) -> NDArray[np.float64]:
     return margins.macro(margins.hits, margins.truths)
 
 
-METRIC = Metric(name="recall_macro", title="Recall (balanced accuracy)", compute=_compute, resample=_resample)
+METRIC = Metric(
+    name="recall_macro", title="Recall (balanced accuracy)", compute=macro_average(recall_score), resample=_resample
+)
