@@ -92,13 +92,17 @@ class AirflowApi:
         """Let the DAG's runs begin."""
         self._call("PATCH", f"/api/v2/dags/{quote(dag_id)}", {"is_paused": False})
 
-    def trigger(self, dag_id: str, conf: dict[str, Any]) -> str:
+    def trigger(self, dag_id: str, conf: dict[str, Any], run_id: str | None = None) -> str:
         """Start a DAG run; returns its id.
+
+        Args:
+            run_id: the id that it shall have; `None`: Airflow names it.
 
         Raises:
             UserError: the server refuses the parameters or does not have the DAG.
         """
-        answer = self._call("POST", f"/api/v2/dags/{quote(dag_id)}/dagRuns", {"logical_date": None, "conf": conf})
+        body = {"logical_date": None, "conf": conf} | ({"dag_run_id": run_id} if run_id else {})
+        answer = self._call("POST", f"/api/v2/dags/{quote(dag_id)}/dagRuns", body)
         return str(answer["dag_run_id"])
 
     def dag_runs(self, dag_id: str, number: int) -> list[dict[str, Any]]:
@@ -136,6 +140,21 @@ class AirflowApi:
             )
             for row in rows
         ]
+
+    def progress(self, dag_id: str, run_id: str) -> list[dict[str, Any]]:
+        """What each model has reached, from the plugin `report_page`; nothing where that is not installed."""
+        try:
+            return list(self._call("GET", f"{_report_path(dag_id, run_id)}/progress"))
+        except UserError:
+            return []
+
+    def report(self, dag_id: str, run_id: str) -> str:
+        """The report of a DAG run as HTML.
+
+        Raises:
+            UserError: it has none.
+        """
+        return self._request("GET", f"{_report_path(dag_id, run_id)}/report.html").text
 
     def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
         """The return value of an unmapped task; `None` if it returned nothing."""
@@ -206,6 +225,10 @@ def log_in(session: requests.Session, url: str, user: str, password: str) -> req
 
 def _run_path(dag_id: str, run_id: str) -> str:
     return f"/api/v2/dags/{quote(dag_id)}/dagRuns/{quote(run_id, safe='')}"
+
+
+def _report_path(dag_id: str, run_id: str) -> str:
+    return f"/mlpipe-report/{quote(dag_id)}/{quote(run_id, safe='')}"
 
 
 def _detail(answer: requests.Response) -> str:

@@ -36,6 +36,8 @@ for command in (
     runs_commands.runs,
     runs_commands.watch,
     runs_commands.stop,
+    runs_commands.report,
+    runs_commands.open_page,
     commands.up,
     commands.down,
     commands.status,

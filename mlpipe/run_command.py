@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import secrets
+import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from urllib.parse import quote
 
 import click
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Column, Table
 
@@ -84,9 +90,20 @@ def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
     if path and not os.environ.get(SHARED_FILES):
         values["data_uri"] = _upload(path, console)
     params = RunParams.from_mapping(values)
-    run_id = api.trigger(DAG_ID, params.to_mapping())
+    run_id = api.trigger(DAG_ID, params.to_mapping(), _readable_id(params))
     console.print(f"Airflow run  {api.url}/dags/{DAG_ID}/runs/{run_id}", soft_wrap=True, highlight=False)
     follow(api, run_id, console, json_path)
+
+
+def report_url(api: AirflowApi, run_id: str) -> str:
+    """Address of a DAG run's page Report in Airflow."""
+    return f"{api.url}/dags/{DAG_ID}/runs/{quote(run_id)}/plugin/report"
+
+
+def _readable_id(params: RunParams) -> str:
+    """Id of a DAG run that says what it is: `digits-quick-20261127-142503-a1f3`."""
+    moment = f"{datetime.now():%Y%m%d-%H%M%S}"
+    return f"{resolve(params).data.name}-{params.recipe}-{moment}-{secrets.token_hex(2)}"
 
 
 def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | None = None) -> None:
@@ -198,7 +215,9 @@ def _follow(api: AirflowApi, run_id: str, console: Console) -> tuple[str, list[T
             state = api.dag_run_state(DAG_ID, run_id)
             tasks = api.task_instances(DAG_ID, run_id)
             if console.is_terminal:
-                live.update(_progress(tasks, time.monotonic() - began))
+                training = any(task.task_id == "train" and task.state == "running" for task in tasks)
+                models = api.progress(DAG_ID, run_id) if training else []
+                live.update(_progress(tasks, models, time.monotonic() - began))
             else:
                 _print_changes(tasks, shown, console)
             if state in ("success", "failed"):
@@ -211,12 +230,21 @@ def _pause(waited: float) -> float:
     return min(max(POLL_SECONDS, waited / 100), LONGEST_POLL_SECONDS)
 
 
-def _progress(tasks: list[TaskInstance], seconds: float) -> Table:
+def _progress(tasks: list[TaskInstance], models: list[dict[str, Any]], seconds: float) -> Table:
+    """The tasks, and the epochs of the models that train."""
+    epochs = {f"train [{model['name']}]": model for model in models if model["epochs"] and model["state"] == "training"}
     table = Table.grid(padding=(0, 2))
     for item in tasks:
         mark = DONE.get(item.state or "", Spinner("dots") if item.state == "running" else "[dim]·[/]")
         took = f"{item.seconds:.1f} s" if item.seconds is not None else ""
-        table.add_row(mark, escape(item.label), f"[dim]{item.state or 'waiting'}[/]", took)
+        row: list[Any] = [mark, escape(item.label), f"[dim]{item.state or 'waiting'}[/]", took]
+        if model := epochs.get(item.label):
+            left = f", about {model['remaining']} left" if model["remaining"] else ""
+            row += [
+                ProgressBar(total=model["epochs"], completed=model["epoch"], width=20),
+                f"[dim]epoch {model['epoch']} of {model['epochs']}{left}[/]",
+            ]
+        table.add_row(*row)
     table.add_row("", "", "", f"[dim]{seconds:.0f} s[/]")
     return table
 
@@ -245,6 +273,7 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
         "champion": compared.get("champion"),
         "summary": compared.get("summary"),
         "airflow_url": f"{api.url}/dags/{DAG_ID}/runs/{run_id}",
+        "report_url": report_url(api, run_id),
         "mlflow_url": compared.get("parent_url"),
         "compare_url": compared.get("compare_url"),
     }
@@ -284,7 +313,7 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
         console.print(f"Data: {note}", markup=False, highlight=False)
     console.print()
     for label, url in (
-        ("Airflow", result["airflow_url"]),
+        ("Report", result["report_url"]),
         ("MLflow", result["mlflow_url"]),
         ("Compare", result["compare_url"]),
     ):
@@ -301,12 +330,16 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
 
 
 @click.command()
-@click.argument("model_uri")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-def predict(model_uri: str, images: tuple[Path, ...]) -> None:
+@click.argument("given", metavar="[MODEL_URI] IMAGE...", nargs=-1, required=True)
+@click.option("--top-k", type=click.IntRange(1), default=1, show_default=True, help="Labels shown for each image.")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV.")
+@click.option("--json", "form", flag_value="json", help="Print JSON: an object on a line for each image.")
+def predict(given: tuple[str, ...], top_k: int, form: str | None) -> None:
     """Label image files, or all files of folders, with a logged model, e.g. models:/digits-classifier@champion.
 
-    Ends with 1 where a file could not be read; the others are labelled all the same.
+    Without MODEL_URI the only champion of the registry labels them.
+
+    Ends with 2 where a file could not be read; the others are labelled all the same.
     """
     use_local_stack("MLFLOW_TRACKING_URI")
     import mlflow
@@ -314,6 +347,10 @@ def predict(model_uri: str, images: tuple[Path, ...]) -> None:
     from mlflow.exceptions import MlflowException
 
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    named, images = (given[0], given[1:]) if ":/" in given[0] else (None, given)
+    if not images:
+        raise UserError("IMAGE: none given; name image files or folders")
+    model_uri = named or _only_champion()
     try:
         model = mlflow.pyfunc.load_model(model_uri).unwrap_python_model()
     except (MlflowException, OSError) as error:
@@ -325,22 +362,61 @@ def predict(model_uri: str, images: tuple[Path, ...]) -> None:
         raise UserError(
             f"MODEL_URI: {model_uri!r} cannot decode files; name a model that this version of mlpipe logged"
         )
-    paths = [path for given in images for path in _files(given)]
-    table = Table(Column("image", overflow="fold"), "label", "confidence")
-    num_bad = 0
+    paths = [path for image in images for path in _files(Path(image))]
+    rows: list[dict[str, Any]] = []
     for start in range(0, len(paths), FILES_PER_CALL):
         part = paths[start : start + FILES_PER_CALL]
         for path, row in zip(part, model.predict_files(part).to_dict("records"), strict=True):
-            num_bad += bool(row["error"])
-            cells = (
-                (f"[red]{escape(row['error'])}[/]", "")
-                if row["error"]
-                else (escape(row["label"]), f"{row['confidence']:.4f}")
-            )
-            table.add_row(escape(str(path)), *cells)
-    new_console().print(table)
-    if num_bad:
+            rows.append({"image": str(path), "error": row["error"], "labels": _best(row, top_k)})
+    _print_predictions(rows, form, top_k)
+    if num_bad := sum(bool(row["error"]) for row in rows):
         raise UserError(f"IMAGE: {num_bad} of {len(paths)} files could not be read; the table says why")
+
+
+def _only_champion() -> str:
+    """Address of the champion, if one registered model alone has one.
+
+    Raises:
+        UserError: none has, or several have.
+    """
+    import mlflow
+
+    found = [each.name for each in mlflow.MlflowClient().search_registered_models() if "champion" in each.aliases]
+    if len(found) != 1:
+        known = f"; there are models:/{'@champion, models:/'.join(found)}@champion" if found else ""
+        raise UserError(f"MODEL_URI: {len(found)} registered models have a champion, so name one{known}")
+    return f"models:/{found[0]}@champion"
+
+
+def _best(row: dict[str, Any], top_k: int) -> list[tuple[str, float]]:
+    """Labels and probabilities, the most probable first; none of a file that could not be read."""
+    if row["error"]:
+        return []
+    prefix = "probability_"
+    known = [(name.removeprefix(prefix), float(value)) for name, value in row.items() if name.startswith(prefix)]
+    return sorted(known, key=lambda entry: -entry[1])[:top_k]
+
+
+def _print_predictions(rows: list[dict[str, Any]], form: str | None, top_k: int) -> None:
+    if form == "json":
+        for row in rows:
+            labels = [{"label": label, "probability": round(value, 6)} for label, value in row["labels"]]
+            click.echo(json.dumps({"image": row["image"], "error": row["error"], "labels": labels}, ensure_ascii=False))
+        return
+    if form == "csv":
+        heads = [name for k in range(1, top_k + 1) for name in (f"label_{k}", f"probability_{k}")]
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["image", *heads, "error"])
+        for row in rows:
+            cells = [cell for label, value in row["labels"] for cell in (label, f"{value:.6f}")]
+            writer.writerow([row["image"], *cells, *[""] * (len(heads) - len(cells)), row["error"]])
+        return
+    table = Table(Column("image", overflow="fold"), Column("label", overflow="fold"), "confidence")
+    for row in rows:
+        names = "\n".join(escape(label) for label, _ in row["labels"])
+        shares = "\n".join(f"{value:.4f}" for _, value in row["labels"])
+        table.add_row(escape(row["image"]), names or f"[red]{escape(row['error'])}[/]", shares)
+    new_console().print(table)
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,13 +1,18 @@
-"""`mlpipe models`, `recipes`, `runs`, `watch` and `stop`: what can be run, and what is running."""
+"""`mlpipe models`, `recipes`, `runs`, `watch`, `stop`, `report` and `open`: what can be run, and what has run."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import click
 from rich.markup import escape
 from rich.table import Column, Table
 
 from mlpipe import run_command
+from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi
+from mlpipe.errors import UserError
 from mlpipe.models.architectures import KNOWN, TORCHVISION
 from mlpipe.recipes import RECIPES
 
@@ -71,3 +76,37 @@ def stop(run_id: str) -> None:
     """Stop a DAG run; its MLflow runs end as KILLED, and what was trained stays."""
     _api().stop(DAG_ID, run_id)
     run_command.new_console().print(f"stopped {run_id}", markup=False, highlight=False)
+
+
+@click.command()
+@click.argument("run_id")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
+def report(run_id: str, output: Path) -> None:
+    """Write the report of a DAG run as one HTML file."""
+    if not output.parent.is_dir():
+        raise UserError(f"--output: the folder {str(output.parent)!r} does not exist; create it first")
+    page = _api().report(DAG_ID, run_id)
+    output.write_text(page, encoding="utf-8")
+    run_command.new_console().print(f"wrote {output}", markup=False, highlight=False)
+
+
+@click.command("open")
+@click.argument("page", type=click.Choice(["airflow", "mlflow", "report"]), default="report")
+def open_page(page: str) -> None:
+    """Open Airflow, MLflow or the newest report in a browser; the address is also printed."""
+    api = _api()
+    if page == "mlflow":
+        run_command.use_local_stack("MLFLOW_TRACKING_URI")
+        address = without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        if not address:
+            raise UserError("MLFLOW_TRACKING_URI: not set, and no local stack is up; run `mlpipe up`, or set it")
+        url = f"{address.rstrip('/')}/#/experiments?workflowType=machine_learning"
+    elif page == "report":
+        newest = api.dag_runs(DAG_ID, 1)
+        if not newest:
+            raise UserError("there is no DAG run yet; start one by `mlpipe run`")
+        url = run_command.report_url(api, newest[0]["dag_run_id"])
+    else:
+        url = api.url
+    run_command.new_console().print(url, soft_wrap=True, highlight=False)
+    click.launch(url)

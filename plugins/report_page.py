@@ -1,52 +1,43 @@
-"""The page "Report" of a DAG run: its result, or how far it is, inside Airflow and behind Airflow's login.
+"""Pages about models inside Airflow and behind its login: the tab "Report" of a DAG run and of a training task.
 
-The report itself is `report.html` of the DAG run's MLflow run, which `evaluate` writes. The API server fetches it, so a
-browser needs no second login and MLflow may stay hidden. Until it is there, the page shows what each model has reached
-and reloads itself.
+The report itself is `report.html` of the DAG run's MLflow run, which `evaluate` writes. The API server asks MLflow, so
+a browser needs no second login and MLflow may stay hidden. Until the report is there, the page shows what each model
+has reached, and renews itself. What changes Airflow (stop, run again) the pages ask Airflow's own API for, with the
+user's login and rights.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import jinja2
 import requests
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_dag
 from airflow.plugins_manager import AirflowPlugin
-from fastapi import Depends, FastAPI, Path
-from fastapi.responses import HTMLResponse
+from fastapi import Depends, FastAPI, HTTPException, Path
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from markupsafe import Markup
 from mlflow_links import mlflow_ui_url
+
+from mlpipe import pages
+from mlpipe.pages.svg import line_chart
 
 PREFIX = "/mlpipe-report"
 TIMEOUT = 20
 """Seconds for one question to MLflow."""
+NUM_LISTED = 20
+"""DAG runs that are offered for a comparison."""
+NUM_ON_CARD = 5
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; frame-ancestors 'self'",
+    "script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'self'",
     "Cache-Control": "no-store",
 }
-
-PROGRESS = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-{% if open %}<meta http-equiv="refresh" content="3">{% endif %}
-<title>{{ title }}</title>
-<style>:root { color-scheme: light dark; } table { border-collapse: collapse; } progress { width: 160px; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 900px; padding: 16px; }
-th, td { padding: 5px 12px; text-align: right; } th:first-child, td:first-child, .error { text-align: left; }</style>
-<h1>{{ title }}</h1><p>{{ text }}</p>
-{% if models %}<table>
-<tr><th>Model</th><th>State</th><th>Epoch</th><th></th><th>Validation accuracy, %</th><th>Images/s</th></tr>
-{% for model in models %}<tr><td>{{ model.name }}</td><td>{{ model.state }}</td>
-<td>{{ model.epoch }}{{ " of " ~ model.epochs if model.epochs }}</td>
-<td>{% if model.epochs %}<progress max="{{ model.epochs }}" value="{{ model.epoch }}"></progress>{% endif %}</td>
-<td>{{ "%.2f" | format(100 * model.accuracy) if model.accuracy is not none else "" }}</td>
-<td>{{ "%.0f" | format(model.rate) if model.rate is not none else "" }}</td></tr>
-{% if model.error %}<tr><td></td><td class="error" colspan="5">{{ model.error }}</td></tr>{% endif %}
-{% endfor %}</table>{% endif %}
-</html>""")
 
 TO_MLFLOW = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>MLflow</title>
@@ -58,30 +49,13 @@ TO_MLFLOW = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
   open();
 </script>{% else %}<p>No address of MLflow is set (MLPIPE_MLFLOW_UI_URL).</p>{% endif %}</html>""")
 
+STATES = {"RUNNING": "training", "FINISHED": "trained", "FAILED": "failed", "KILLED": "killed"}
+
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-
-@app.get("/{dag_id}/{run_id}", dependencies=[Depends(requires_access_dag("GET", DagAccessEntity.RUN))])
-def report(
-    dag_id: Annotated[str, Path(max_length=250, pattern=r"^[A-Za-z0-9_.-]+$")],
-    run_id: Annotated[str, Path(max_length=250, pattern=r"^[^'\"\\%]+$")],
-) -> HTMLResponse:
-    """The report of a DAG run, or its progress."""
-    try:
-        runs = _mlflow_runs(dag_id, run_id)
-        parent = next((run for run in runs if run["tags"].get("stage") == "parent"), None)
-        if parent and (page := _artifact(parent["run_id"], "report.html")):
-            return HTMLResponse(page, headers=HEADERS)
-    except requests.RequestException as error:
-        text = f"MLflow does not answer ({type(error).__name__}); this page asks again."
-        return HTMLResponse(PROGRESS.render(title=run_id, text=text, models=[], open=True), headers=HEADERS)
-    is_open = parent is None or parent["status"] == "RUNNING"
-    if parent is None:
-        text = "No MLflow run yet. Only DAG runs that compare models have a report."
-    else:
-        text = parent["tags"].get("error") or ("The models are not compared yet." if is_open else "It has no report.")
-    models = [_progress(run) for run in runs if run["tags"].get("stage") == "train"]
-    return HTMLResponse(PROGRESS.render(title=run_id, text=text, models=models, open=is_open), headers=HEADERS)
+READER = [Depends(requires_access_dag("GET", DagAccessEntity.RUN))]
+DagId = Annotated[str, Path(max_length=250, pattern=r"^[A-Za-z0-9_.-]+$")]
+RunId = Annotated[str, Path(max_length=250, pattern=r"^[^'\"\\%]+$")]
 
 
 @app.get("/mlflow")
@@ -95,36 +69,251 @@ def mlflow(user: GetUserDep) -> HTMLResponse:  # noqa: ARG001 - a login is neede
     return HTMLResponse(page, headers=HEADERS)
 
 
-def _progress(run: dict[str, Any]) -> dict[str, Any]:
-    accuracy, rate = run["metrics"].get("val/accuracy"), run["metrics"].get("images_per_second")
-    epochs = run["params"].get("num_epochs", "")
+@app.get("/card.js")
+def card(user: GetUserDep) -> Response:  # noqa: ARG001 - a login is needed
+    """The card of Airflow's dashboard."""
+    return Response(pages.read("card.js"), media_type="text/javascript")
+
+
+@app.get("/{dag_id}", dependencies=READER)
+def latest(dag_id: DagId) -> JSONResponse:
+    """The last DAG runs that compare models, the newest first."""
+    parents = _search(f"tags.dag_id = '{dag_id}' and tags.stage = 'parent'", NUM_ON_CARD)
+    return JSONResponse([_listed(run) for run in parents])
+
+
+@app.get("/{dag_id}/{run_id}", dependencies=READER)
+def report(dag_id: DagId, run_id: RunId, part: bool = False) -> HTMLResponse:
+    """The report of a DAG run, or its progress.
+
+    Args:
+        part: only what changes in the page of the progress.
+    """
+    try:
+        runs = _of_dag_run(dag_id, run_id)
+        parent = _parent(runs)
+        if parent and (page := _artifact(parent["run_id"], "report.html")):
+            return HTMLResponse("" if part else page, headers=HEADERS | {"X-Report": "ready"})
+        values = _progress(runs, parent)
+    except requests.RequestException as error:
+        text = f"MLflow does not answer ({type(error).__name__}); this page asks again."
+        values = {"text": text, "is_error": True, "models": [], "open": True}
+    return _progress_page(values, part, title=run_id, dag_id=dag_id, run_id=run_id)
+
+
+@app.get("/{dag_id}/{run_id}/progress", dependencies=READER)
+def progress(dag_id: DagId, run_id: RunId) -> JSONResponse:
+    """What each model has reached, for the command line."""
+    runs = _of_dag_run(dag_id, run_id)
+    models = _progress(runs, _parent(runs), charts=False)["models"]
+    return JSONResponse([{name: value for name, value in model.items() if name != "charts"} for model in models])
+
+
+@app.get("/{dag_id}/{run_id}/report.html", dependencies=READER)
+def report_file(dag_id: DagId, run_id: RunId) -> Response:
+    """The report as a file."""
+    parent = _parent(_of_dag_run(dag_id, run_id))
+    page = _artifact(parent["run_id"], "report.html") if parent else None
+    if page is None:
+        raise HTTPException(404, f"the DAG run {run_id} has no report")
+    return Response(page, media_type="text/html", headers=HEADERS)
+
+
+@app.get("/{dag_id}/{run_id}/others", dependencies=READER)
+def others(dag_id: DagId, run_id: RunId) -> JSONResponse:
+    """Other DAG runs of the same data set, to compare with."""
+    parent = _parent(_of_dag_run(dag_id, run_id))
+    if parent is None:
+        return JSONResponse([])
+    dataset = parent["tags"].get("dataset", "").replace("'", "")
+    wanted = f"tags.dag_id = '{dag_id}' and tags.stage = 'parent' and tags.dataset = '{dataset}'"
+    found = _search(f"{wanted} and attributes.status = 'FINISHED'", NUM_LISTED)
+    return JSONResponse([_listed(run) for run in found if run["run_id"] != parent["run_id"]])
+
+
+@app.get("/{dag_id}/{run_id}/against/{other_id}", dependencies=READER)
+def against(dag_id: DagId, run_id: RunId, other_id: RunId) -> HTMLResponse:
+    """Two DAG runs side by side: what differed in settings, and what in results."""
+    sides = [_of_dag_run(dag_id, each) for each in (run_id, other_id)]
+    parents = [_parent(runs) for runs in sides]
+    if None in parents:
+        raise HTTPException(404, "one of the DAG runs compared no models")
+    first, second = (parent["params"] for parent in parents if parent)
+    names = sorted(name for name in first | second if first.get(name) != second.get(name))
+    digests = {run["tags"].get("data_digest") for runs in sides for run in runs if run["tags"].get("stage") == "data"}
+    one, other = (_listed(parent) for parent in parents if parent)
+    results = _results(*sides)
+    page = pages.render(
+        "against.html.jinja",
+        back=f"{PREFIX}/{dag_id}/{quote(run_id)}",
+        one=one,
+        other=other,
+        verdict="Both used the same images and splits."
+        if len(digests) == 1
+        else "They used different images or splits, so their accuracies need not be comparable.",
+        results=results,
+        settings=[(name, first.get(name, "–"), second.get(name, "–")) for name in names],
+    )
+    return HTMLResponse(page, headers=HEADERS)
+
+
+@app.get("/{dag_id}/{run_id}/model/{map_index}", dependencies=READER)
+def model(dag_id: DagId, run_id: RunId, map_index: int, part: bool = False) -> HTMLResponse:
+    """The progress of one training task."""
+    runs = _of_dag_run(dag_id, run_id)
+    parent = _parent(runs)
+    values = _progress(runs, parent)
+    if not 0 <= map_index < len(values["models"]):
+        values |= {"text": "Only training tasks have a progress.", "models": [], "open": False}
+    else:
+        values["models"] = [values["models"][map_index]]
+        values["open"] = values["open"] and values["models"][0]["state"] in ("training", "waits")
+        values["text"] = "" if values["models"] else values["text"]
+    return _progress_page(values, part, title=f"{run_id}: training", dag_id="", run_id=run_id)
+
+
+def _progress_page(values: dict[str, Any], part: bool, **more: str) -> HTMLResponse:
+    template = "progress_part.html.jinja" if part else "progress.html.jinja"
+    headers = HEADERS | ({} if values["open"] else {"X-Report": "ended"})
+    return HTMLResponse(pages.render(template, **values, **more), headers=headers)
+
+
+def _progress(runs: list[dict[str, Any]], parent: dict[str, Any] | None, *, charts: bool = True) -> dict[str, Any]:
+    """What the page of the progress shows."""
+    is_open = parent is None or parent["status"] == "RUNNING"
+    error = parent["tags"].get("error") if parent else None
+    if parent is None:
+        text = "No MLflow run yet. Only DAG runs that compare models have a report."
+    else:
+        text = error or ("The models are not compared yet." if is_open else "It has no report.")
+    trained = {run["tags"].get("model", ""): run for run in runs if run["tags"].get("stage") == "train"}
+    names = (parent["tags"].get("models", "") if parent else "").split(", ")
+    has_data = any(run["tags"].get("stage") == "data" and run["status"] == "FINISHED" for run in runs)
+    waiting_for = "a free slot of the executor gpu" if has_data else "the data set"
+    models = [
+        _model(trained[name], charts) if name in trained else _waiting(name, waiting_for if is_open else "nothing more")
+        for name in dict.fromkeys([*filter(None, names), *trained])
+    ]
+    return {"text": text, "is_error": bool(error), "models": models, "open": is_open}
+
+
+def _waiting(name: str, what: str) -> dict[str, Any]:
+    nothing = dict.fromkeys(("epoch", "epochs", "rate", "remaining", "error", "url"))
+    return {**nothing, "name": name, "state": f"waits for {what}", "charts": []}
+
+
+def _model(run: dict[str, Any], charts: bool) -> dict[str, Any]:
+    wanted = run["params"].get("num_epochs", "")
+    epochs = int(wanted) if wanted.isdigit() else None
+    wanted_curves = CURVES if charts else ("val/accuracy",)
+    known = [name for name in wanted_curves if epochs and name in run["metrics"]]
+    curves = {name: _history(run["run_id"], name) for name in known}
+    done = curves.get("val/accuracy", [])
+    remaining = None
+    if run["status"] == "RUNNING" and epochs and len(done) > 1:
+        seconds = (done[-1]["timestamp"] - done[0]["timestamp"]) / 1000 / (len(done) - 1)
+        remaining = _duration(seconds * (epochs - int(done[-1]["step"])))
+    address = mlflow_ui_url()
+    where = f"experiments/{run['experiment_id']}/runs/{run['run_id']}?workflowType=machine_learning"
     return {
         "name": run["tags"].get("model", ""),
-        "state": run["status"].lower(),
-        "epoch": accuracy[1] if accuracy else 0,
-        "epochs": int(epochs) if epochs.isdigit() else None,
-        "accuracy": accuracy[0] if accuracy else None,
-        "rate": rate[0] if rate else None,
+        "state": STATES.get(run["status"], run["status"].lower()),
+        "epoch": int(done[-1]["step"]) if done else 0,
+        "epochs": epochs,
+        "rate": run["metrics"].get("images_per_second"),
+        "remaining": remaining,
         "error": run["tags"].get("error", ""),
+        "url": f"{address.rstrip('/')}/#/{where}" if address else "",
+        "charts": [
+            Markup(line_chart(_lines(curves, metric), title=title, unit=unit))  # noqa: S704 - it escapes names
+            for title, metric, unit in (("Loss", "loss", ""), ("Accuracy", "accuracy", "%"))
+            if curves
+        ],
     }
 
 
-def _mlflow_runs(dag_id: str, run_id: str) -> list[dict[str, Any]]:
-    """All MLflow runs of a DAG run: `run_id`, `status`, `tags`, `params`, and `metrics` as value and step."""
+CURVES = tuple(f"{part}/{metric}" for metric in ("loss", "accuracy") for part in ("train", "val"))
+
+
+def _lines(curves: dict[str, list[dict[str, Any]]], metric: str) -> dict[str, list[tuple[float, float]]]:
+    parts = {"training": f"train/{metric}", "validation": f"val/{metric}"}
+    return {
+        title: [(float(entry["step"]), float(entry["value"])) for entry in curves.get(name, ())]
+        for title, name in parts.items()
+    }
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _results(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Model, its accuracy in both DAG runs, and the difference in points."""
+    sides = [
+        {run["tags"].get("model", ""): run for run in runs if run["tags"].get("stage") == "train"}
+        for runs in (first, second)
+    ]
+    rows = []
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        texts = [side[name]["tags"].get("test accuracy", "–") if name in side else "–" for side in sides]
+        values = [side[name]["metrics"].get("test/accuracy", math.nan) if name in side else math.nan for side in sides]
+        difference = values[1] - values[0]
+        rows.append((name, *texts, "–" if math.isnan(difference) else f"{100 * difference:+.2f}"))
+    return rows
+
+
+def _parent(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((run for run in runs if run["tags"].get("stage") == "parent"), None)
+
+
+def _listed(run: dict[str, Any]) -> dict[str, str]:
+    tags = run["tags"]
+    return {
+        "dag_run_id": tags.get("dag_run_id", ""),
+        "name": tags.get("mlflow.runName", ""),
+        "dataset": tags.get("dataset", ""),
+        "state": run["status"].lower(),
+    }
+
+
+def _of_dag_run(dag_id: str, run_id: str) -> list[dict[str, Any]]:
+    return _search(f"tags.dag_run_id = '{run_id}' and tags.dag_id = '{dag_id}'", 100)
+
+
+def _search(wanted: str, limit: int) -> list[dict[str, Any]]:
+    """MLflow runs of all experiments, the newest first: ids, `status`, `tags`, `params`, and `metrics`."""
     found = _ask("experiments/search", {"max_results": 1000, "view_type": "ACTIVE_ONLY"}).get("experiments", [])
-    wanted = f"tags.dag_run_id = '{run_id}' and tags.dag_id = '{dag_id}'"
     ids = [experiment["experiment_id"] for experiment in found]
-    runs = _ask("runs/search", {"experiment_ids": ids, "filter": wanted, "max_results": 100}).get("runs", [])
+    body = {
+        "experiment_ids": ids,
+        "filter": wanted,
+        "max_results": limit,
+        "order_by": ["attributes.start_time DESC"],
+    }
     return [
         {
             "run_id": run["info"]["run_id"],
+            "experiment_id": run["info"]["experiment_id"],
             "status": run["info"]["status"],
             "tags": {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])},
             "params": {param["key"]: param["value"] for param in run["data"].get("params", [])},
-            "metrics": {m["key"]: (m["value"], int(m["step"])) for m in run["data"].get("metrics", [])},
+            "metrics": {metric["key"]: metric["value"] for metric in run["data"].get("metrics", [])},
         }
-        for run in runs
+        for run in _ask("runs/search", body).get("runs", [])
     ]
+
+
+def _history(run_id: str, metric: str) -> list[dict[str, Any]]:
+    """Entries `step`, `value`, `timestamp` (ms) of a metric, by step."""
+    where = {"run_id": run_id, "metric_key": metric}
+    answer = requests.get(
+        f"{_address()}/api/2.0/mlflow/metrics/get-history", params=where, auth=_login(), timeout=TIMEOUT
+    )
+    answer.raise_for_status()
+    return sorted(answer.json().get("metrics", []), key=lambda entry: int(entry.get("step", 0)))
 
 
 def _ask(what: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +338,7 @@ def _login() -> tuple[str, str] | None:
 
 
 class ReportPagePlugin(AirflowPlugin):
-    """Registers the page and the tab on DAG runs."""
+    """Registers the pages, their tabs, and the card of the dashboard."""
 
     name = "report_page"
     fastapi_apps = [{"app": app, "url_prefix": PREFIX, "name": "mlpipe report"}]  # noqa: RUF012 - of AirflowPlugin
@@ -160,5 +349,19 @@ class ReportPagePlugin(AirflowPlugin):
             "destination": "dag_run",
             "url_route": "report",
         },
+        {
+            "name": "Training",
+            "href": f"{PREFIX}/{{DAG_ID}}/{{RUN_ID}}/model/{{MAP_INDEX}}",
+            "destination": "task_instance",
+            "url_route": "training",
+        },
         {"name": "MLflow", "href": f"{PREFIX}/mlflow", "destination": "nav", "url_route": "mlflow"},
+    ]
+    react_apps = [  # noqa: RUF012 - of AirflowPlugin
+        {
+            "name": "mlpipe results",
+            "bundle_url": f"{PREFIX}/card.js",
+            "destination": "dashboard",
+            "url_route": "mlpipe-results",
+        }
     ]

@@ -172,6 +172,11 @@ class Dataset:
         """(N,) hashes of the test images' files, by which an image is known in other data sets."""
         return self._open("test_hashes.npy")[self._open("test_indices.npy")]
 
+    def test_names(self) -> list[str]:
+        """Of the test images' files, in the order of the test split."""
+        names = self._open("test_names.npy")[self._open("test_indices.npy")]
+        return [bytes(name).decode(errors="replace") for name in names]
+
     def trained_on_hashes(self) -> NDArray[np.uint64]:
         """(N,) those of all images that a model of this data set has seen: training and validation images."""
         seen = np.concatenate([self._open("train_indices.npy"), self._open("val_indices.npy")])

@@ -11,11 +11,11 @@ from typing import Any, Self
 from mlpipe.config import DataConfig
 from mlpipe.data.storage.store import ObjectStore
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raised whenever the same source and settings would give other arrays or another manifest."""
 
 TRAIN_FILES = ("train_images.npy", "train_labels.npy", "train_hashes.npy", "train_indices.npy", "val_indices.npy")
-TEST_FILES = ("test_images.npy", "test_labels.npy", "test_hashes.npy", "test_indices.npy")
+TEST_FILES = ("test_images.npy", "test_labels.npy", "test_hashes.npy", "test_indices.npy", "test_names.npy")
 
 
 @dataclass(frozen=True)

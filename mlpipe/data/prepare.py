@@ -49,6 +49,10 @@ PROGRESS_SECONDS = 10.0
 """Least time between two progress lines."""
 
 
+MAX_NAME_BYTES = 120
+"""Of an image's name that is kept."""
+
+
 class DamagedImagesError(UserError):
     """More images than allowed cannot be used."""
 
@@ -131,6 +135,7 @@ def _write(
     rows = {side: np.flatnonzero(is_on) for side, is_on in sides.items()}
     small: dict[str, NDArray[Any]] = {f"{side}_labels.npy": splits.labels[rows[side]] for side in rows}
     small |= {f"{side}_hashes.npy": findings.hashes[rows[side]] for side in rows}
+    small["test_names.npy"] = _names(images, rows["test"])
     chosen = {"train": splits.is_train, "val": splits.is_val, "test": splits.is_test}
     for name, is_chosen in chosen.items():
         small[f"{name}_indices.npy"] = np.flatnonzero(is_chosen[rows["test" if name == "test" else "train"]])
@@ -163,6 +168,11 @@ def _write(
         left_out=scan.left_out(),
         near_duplicates=across[:MAX_LISTED],
     )
+
+
+def _names(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.bytes_]:
+    """(N,) UTF-8; the ends of longer ones."""
+    return np.array([images.name(int(row)).encode()[-MAX_NAME_BYTES:] for row in rows], np.bytes_)
 
 
 def _split(images: ImageSet, findings: _Findings, data: DataConfig) -> tuple[Splits, NDArray[np.int64]]:

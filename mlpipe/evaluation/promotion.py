@@ -242,6 +242,8 @@ class Promotion:
     """Version of the champion after the run; `None`: there is none, or it may solve another problem."""
     moved_champion: bool
     summary: str
+    former: ModelResult | None = None
+    """The champion before the run, if it was measured on the same images and is none of the run's models."""
 
 
 def promote(
@@ -284,12 +286,14 @@ def promote(
         )
     verdict = decisions[CHAMPION]
     now = aliases.holder(CHAMPION)
+    former = known.get(verdict.holder) if verdict.holder else None
     before = overlaps.get(now) if now else None
     return Promotion(
         decisions=decisions,
         champion=now if before is None or before.same_problem else None,
         moved_champion=verdict.moved,
         summary=_summary(ranked[0].name, verdict),
+        former=former if isinstance(former, ModelResult) and former not in ranked else None,
     )
 
 

@@ -2,61 +2,104 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, field
+from typing import Any
 
-import jinja2
+import numpy as np
+from markupsafe import Markup
 
+from mlpipe import pages
+from mlpipe.data.manifest import Manifest
 from mlpipe.evaluation import metrics
 from mlpipe.evaluation.comparison import Comparison
+from mlpipe.evaluation.gallery import Gallery, class_table
+from mlpipe.evaluation.result import ModelResult
+from mlpipe.pages import svg
+
+MAX_CLASSES = 40
+"""Columns of the table of F1; with more classes it has the hardest."""
+
+CURVES = {"Accuracy": "accuracy", "Loss": "loss"}
+"""Charts of the training: title, and the metric's name after `train/` and `val/`."""
+
+Curve = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A figure of the report."""
+class Report:
+    """What the page tells."""
 
     title: str
-    png: bytes
+    comparison: Comparison
+    manifest: Manifest
+    verdict: str
+    """The result in sentences."""
+    notes: Sequence[str]
+    """On the data, a sentence each."""
+    curves: Mapping[str, Mapping[str, Curve]]
+    """Epochs and values by metric (`val/accuracy`), by model."""
+    gallery: Gallery
+    snippet: str
+    """Python that loads the best model."""
+    links: Mapping[str, str]
+    """Addresses by what they lead to."""
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """Names in the registry and in the object store by what they are of; to be copied."""
+    former: ModelResult | None = None
+    """The champion before this run, measured on the same images."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The form as it was filled in."""
+    best_uri: str = ""
+    """Of the best model in the registry."""
+    dag_id: str = ""
 
-    @property
-    def source(self) -> str:
-        """As the `src` of an image element."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
-
-def render(
-    comparison: Comparison,
-    *,
-    title: str,
-    verdict: str,
-    notes: Sequence[str],
-    pictures: Sequence[Picture],
-    of_models: Mapping[str, Sequence[Picture]],
-    snippet: str,
-    links: Mapping[str, str],
-) -> str:
-    """Write the page.
-
-    Args:
-        verdict: the result in sentences.
-        notes: on the data, a sentence each.
-        pictures: of all models together; shown at once.
-        of_models: by model's name; shown when they are asked for.
-        snippet: Python that loads the best model.
-        links: addresses by what they lead to.
-    """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = resources.files("mlpipe.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        title=title,
-        verdict=verdict,
-        notes=[*notes, *(f"{row.name}: {note}" for row in comparison.rows for note in row.evaluation.notes)],
+def render(report: Report) -> str:
+    """Write the page."""
+    comparison = report.comparison
+    return pages.render(
+        "report.html.jinja",
+        report=report,
+        notes=[*report.notes, *(f"{row.name}: {note}" for row in comparison.rows for note in row.evaluation.notes)],
         metrics=[metric for metric in metrics.METRICS if metric.title],
-        comparison=comparison,
-        pictures=pictures,
-        of_models=of_models,
-        snippet=snippet,
-        links=links,
+        rows=[*comparison.rows, *([report.former] if report.former else [])],
+        charts=[chart for title, metric in CURVES.items() if (chart := _chart(report.curves, title, metric))],
+        f1=_f1_table(comparison),
+        counts=class_table(report.manifest.class_counts, report.manifest.classes),
+        gallery=report.gallery.to_json(),
     )
+
+
+def _chart(curves: Mapping[str, Mapping[str, Curve]], title: str, metric: str) -> Markup:
+    """Training and validation of each network; a model that is fitted at once has one point, and no line."""
+    unit = "%" if metric == "accuracy" else ""
+    lines = {
+        f"{model}, {part}": points
+        for model, of_model in curves.items()
+        for part, name in (("training", "train"), ("validation", "val"))
+        if len(points := of_model.get(f"{name}/{metric}", ())) > 1
+    }
+    return Markup(svg.line_chart(lines, title=f"{title} by epoch", unit=unit))  # noqa: S704 - it escapes names
+
+
+def _f1_table(comparison: Comparison) -> dict[str, Any]:
+    """F1 by class (columns) and model (rows), None where nothing was measured; with a scale over the values shown."""
+    f1 = np.array([[scores.f1 for scores in row.evaluation.per_class] for row in comparison.rows])
+    columns = np.arange(f1.shape[1])
+    if len(columns) > MAX_CLASSES:
+        columns = np.argsort(np.where(np.isnan(f1), 2.0, f1).mean(axis=0), kind="stable")[:MAX_CLASSES]
+    shown = f1[:, columns]
+    known = shown[~np.isnan(shown)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    spread = max(high - low, 0.01)
+    return {
+        "classes": [comparison.classes[i] for i in columns],
+        "rows": [
+            (row.name, [None if np.isnan(value) else (float(value), (value - low) / spread) for value in values])
+            for row, values in zip(comparison.rows, shown, strict=True)
+        ],
+        "low": low,
+        "high": high,
+        "hidden": f1.shape[1] - len(columns),
+    }

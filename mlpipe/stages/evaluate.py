@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 from mlpipe.evaluation.comparison import compare
+from mlpipe.evaluation.gallery import Gallery
 from mlpipe.evaluation.promotion import Overlap, promote
-from mlpipe.evaluation.report import Picture
+from mlpipe.evaluation.report import Report
 from mlpipe.evaluation.result import ModelResult
 from mlpipe.services import services_named
 from mlpipe.stages.messages import Champion, ComparedModels, PublishedData, RegisteredModel, TrainedVersion
@@ -26,11 +27,12 @@ from mlpipe.tracking.dag_runs import OnRun, parent_run
 from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.evaluation_run import (
     OtherClassesError,
+    learning_curves,
+    load_classifier,
     log_comparison,
     log_evaluation,
     measure,
     remeasure,
-    validation_curve,
 )
 from mlpipe.tracking.runs import TaskContext
 
@@ -61,7 +63,6 @@ def evaluate(
     models = {each.model.name: each.model for each in trained}
     failed = {model.name: "its training failed" for model in config.models if model.name not in models}
     results: list[ModelResult] = []
-    pictures: dict[str, list[Picture]] = {}
     with runs.active(parent_run(config, origin)) as parent:
         on_run(parent.url)
         log_input(dataset.manifest, data.uri, context="testing")
@@ -72,7 +73,7 @@ def evaluate(
             except UserError as error:
                 failed[model.name] = str(error)
                 continue
-            pictures[model.name] = log_evaluation(result, test, run_id=model.run_id, model_id=model.model_id)
+            log_evaluation(result, test, run_id=model.run_id, model_id=model.model_id)
             results.append(result)
         if not results:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
@@ -96,21 +97,28 @@ def evaluate(
         ranked = tuple(_with_test_metrics(models[row.name], row) for row in comparison.rows)
         link = runs.compare_url(parent.run_id, parent.experiment_id)
         best = comparison.rows[0]
-        log_comparison(
-            parent,
-            comparison,
-            promotion,
+        report = Report(
             title=f"{data.name}: {', '.join(row.name for row in comparison.rows)}",
+            comparison=comparison,
+            manifest=dataset.manifest,
             verdict=summary,
             notes=data.notes,
-            curves={row.name: validation_curve(models[row.name].run_id) for row in comparison.rows},
-            of_models={row.name: pictures[row.name] for row in comparison.rows[:MODELS_WITH_PICTURES]},
+            curves={row.name: learning_curves(models[row.name].run_id) for row in comparison.rows},
+            gallery=_gallery(comparison.rows, dataset, models),
             snippet=(
                 f'import mlflow\n\nmlflow.set_tracking_uri("{runs.ui_url()}")\n'
                 f'model = mlflow.pyfunc.load_model("models:/{registered}/{best.version}")'
             ),
-            links={"Charts in MLflow": link} | ({"DAG run in Airflow": origin.url} if origin.url else {}),
+            links={"Charts in MLflow": link, "Run in MLflow": parent.url}
+            | ({"DAG run in Airflow": origin.url} if origin.url else {}),
+            addresses={"Arrays of the data set": data.uri}
+            | {row.name: models[row.name].model_uri for row in comparison.rows},
+            former=promotion.former,
+            settings=config.form,
+            best_uri=models[best.name].model_uri,
+            dag_id=origin.dag_id,
         )
+        log_comparison(parent, report, promotion)
     logger.info("%s", comparison.plain_table())
     logger.info("%s", summary)
     champion = None
@@ -129,6 +137,18 @@ def evaluate(
         promoted=champion if promotion.moved_champion else None,
         summary=summary,
     )
+
+
+def _gallery(rows: Sequence[ModelResult], dataset: Dataset, models: Mapping[str, RegisteredModel]) -> Gallery:
+    """Pictures of the best models' mistakes; the best one's are explained, if it is a network."""
+    from mlpipe.evaluation.explain import Explainer  # with torch, which loading the models needs anyway
+
+    gallery = Gallery(dataset.test_split(), dataset.test_names(), dataset.manifest.classes)
+    for rank, row in enumerate(rows[:MODELS_WITH_PICTURES]):
+        explained = Explainer.of(load_classifier(models[row.name].model_uri)) if rank == 0 else None
+        gallery.add_model(row, explained, dataset.train_split())
+    gallery.add_doubts(rows[0])
+    return gallery
 
 
 def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> ModelResult:

@@ -32,7 +32,13 @@ def parent_run(config: RunConfig, origin: TaskContext) -> Run:
         experiment(config),
         origin.key("parent"),
         name=f"{config.recipe} · {config.data.name} · {origin.dag_run_id}",
-        tags={**origin.tags(), "stage": "parent", "recipe": config.recipe, "dataset": config.data.name},
+        tags={
+            **origin.tags(),
+            "stage": "parent",
+            "recipe": config.recipe,
+            "dataset": config.data.name,
+            "models": names,
+        },
         description=f"{origin.link}\n\n{names} on {config.data.name}: not compared yet.",
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -13,9 +14,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from mlpipe.data.dataset import Split
 from mlpipe.errors import UserError
 from mlpipe.evaluation import figures
-from mlpipe.evaluation.comparison import Comparison
 from mlpipe.evaluation.promotion import Promotion, other_classes
-from mlpipe.evaluation.report import Picture, render
+from mlpipe.evaluation.report import Report, render
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import ClassScores, Evaluation, evaluate_predictions
 from mlpipe.tracking import registry
@@ -26,6 +26,9 @@ BYTES_PER_CALL = 6 << 20
 
 BOOTSTRAP_SEED = 0
 """The same for all, so that equal predictions have equal intervals."""
+
+CURVES = tuple(f"{part}/{metric}" for metric in ("accuracy", "loss") for part in ("train", "val"))
+"""Metrics that have a value for each epoch."""
 
 PROBABILITY = "probability_"
 """Prefix of a logged model's output columns."""
@@ -53,6 +56,11 @@ def measure(model_uri: str, test: Split, classes: Sequence[str]) -> Evaluation:
     return evaluate_predictions(test.labels, probabilities, classes, seed=BOOTSTRAP_SEED)
 
 
+def load_classifier(model_uri: str) -> Any:
+    """What predicts inside a logged model."""
+    return mlflow.pyfunc.load_model(model_uri).unwrap_python_model()
+
+
 def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> ModelResult | Unmeasured:
     """Measure a registered version, which may be a model that anybody wrote.
 
@@ -72,8 +80,8 @@ def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> M
     return Unmeasured(name=label, version=version, problem=problem)
 
 
-def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: str | None) -> list[Picture]:
-    """Add test metrics and pictures to the run that trained the model; those pictures that go into the report."""
+def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: str | None) -> None:
+    """Add test metrics and pictures to the run that trained the model."""
     run, evaluation, name = tracked(run_id), result.evaluation, result.name
     # Limits and classes go into tables: MLflow draws a chart of each metric.
     run.log_metrics({f"test/{metric}": value for metric, value in evaluation.scores.items()}, model_id=model_id)
@@ -89,48 +97,27 @@ def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: s
     )
     columns = zip(*evaluation.per_class, strict=True)
     run.log_table(dict(zip(ClassScores._fields, map(list, columns), strict=True)), "per_class.json")
-    confusion = run.log_figure(figures.confusion_matrix_figure(evaluation, name), "confusion_matrix.png")
+    run.log_figure(figures.confusion_matrix_figure(evaluation, name), "confusion_matrix.png")
     frame = pd.DataFrame(evaluation.confusion, index=evaluation.classes, columns=evaluation.classes)
     run.log_text(frame.to_csv(index_label="true \\ predicted"), "confusion_matrix.csv")
     run.log_figure(figures.reliability_figure(evaluation, name), "calibration.png")
     worst = figures.mistakes_figure(
         test.images_u8, test.labels, evaluation.predictions.probabilities, evaluation.classes, name
     )
-    mistakes = run.log_figure(worst, "worst_mistakes.png")
+    run.log_figure(worst, "worst_mistakes.png")
     if evaluation.notes:
         run.log_text("\n".join(evaluation.notes), "notes.txt")
-    return [Picture(title="Confusion matrix", png=confusion), Picture(title="Worst mistakes", png=mistakes)]
 
 
-def validation_curve(run_id: str) -> list[tuple[int, float]]:
-    """Epochs and validation accuracies of a model's training; one point for an estimator."""
-    return tracked(run_id).history("val/accuracy")
+def learning_curves(run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """Epochs and values of a model's training by metric, as `train/loss`; an estimator's have one point."""
+    run = tracked(run_id)
+    return {name: run.history(name) for name in CURVES}
 
 
-def log_comparison(
-    run: TrackedRun,
-    comparison: Comparison,
-    promotion: Promotion,
-    *,
-    title: str,
-    verdict: str,
-    notes: Sequence[str],
-    curves: Mapping[str, Sequence[tuple[int, float]]],
-    of_models: Mapping[str, Sequence[Picture]],
-    snippet: str,
-    links: Mapping[str, str],
-) -> None:
-    """Put table, charts, the gate's reasons and the report on the parent run.
-
-    Args:
-        title: of the report.
-        verdict: the result in sentences.
-        notes: on the data, a sentence each.
-        curves: by model's name, as `validation_curve` gives them.
-        of_models: pictures by model's name.
-        snippet: Python that loads the best model.
-        links: addresses by what they lead to.
-    """
+def log_comparison(run: TrackedRun, report: Report, promotion: Promotion) -> None:
+    """Put table, charts, the gate's reasons and the report on the parent run."""
+    comparison = report.comparison
     best = comparison.rows[0]
     run.replace_metrics(  # a model that failed may have been trained since
         {
@@ -148,27 +135,15 @@ def log_comparison(
         }
     )
     run.log_figure(figures.comparison_figure(comparison), "comparison.png")
-    pictures = [
-        Picture(title="F1 by class", png=run.log_figure(figures.per_class_figure(comparison), "f1_per_class.png"))
-    ]
-    if any(curves.values()):
-        figure = figures.learning_curves_figure(curves)
-        pictures.insert(0, Picture(title="Learning curves", png=run.log_figure(figure, "learning_curves.png")))
-    page = render(
-        comparison,
-        title=title,
-        verdict=verdict,
-        notes=notes,
-        pictures=pictures,
-        of_models=of_models,
-        snippet=snippet,
-        links=links,
-    )
-    run.log_text(page, "report.html")
+    run.log_figure(figures.per_class_figure(comparison), "f1_per_class.png")
+    validation = {model: curves["val/accuracy"] for model, curves in report.curves.items()}
+    if any(validation.values()):
+        run.log_figure(figures.learning_curves_figure(validation), "learning_curves.png")
+    run.log_text(render(report), "report.html")
     run.log_text(comparison.csv(), "comparison.csv")
     table = comparison.markdown()
     run.log_text(table, "comparison.md")
     run.log_dict({alias: asdict(decision) for alias, decision in promotion.decisions.items()}, "promotion.json")
-    told = "".join(f"- Data: {note}\n" for note in notes)
-    ways = " · ".join(f"[{label}]({url})" for label, url in links.items())
-    run.describe(f"{verdict}\n\n{table}{told}\n{ways}")
+    told = "".join(f"- Data: {note}\n" for note in report.notes)
+    ways = " · ".join(f"[{label}]({url})" for label, url in report.links.items())
+    run.describe(f"{report.verdict}\n\n{table}{told}\n{ways}")

@@ -109,7 +109,14 @@ def test_zip_and_tar_give_the_same_arrays(make: SimpleNamespace, published, tmp_
         )
     ]
     assert len({manifest.digest for manifest in manifests}) == 4
-    assert all(manifest.files == manifests[0].files for manifest in manifests)
+    arrays = [{name: file for name, file in each.files.items() if name != "test_names.npy"} for each in manifests]
+    assert all(each == arrays[0] for each in arrays)
+
+
+def test_the_names_of_test_images_are_kept(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    files = make.split_tree({"a": 9, "b": 9}, {"a": 2, "b": 2})
+    dataset = published(config(make.pack_zip(tmp_path / "a.zip", files)))
+    assert set(dataset.test_names()) == {name for name in files if name.startswith("test/")}
 
 
 def test_many_runs_keep_their_order(make: SimpleNamespace, published, tmp_path: Path, monkeypatch) -> None:
