@@ -163,12 +163,15 @@ class RunParams:
         return asdict(self)
 
 
-_ALWAYS_SHOWN = frozenset({"dataset", "data_uri", "name", "recipe", "models"})
-"""Fields outside of the form's section, which is folded until it is asked for."""
+_SECTIONS = {
+    "How to train": ("epochs", "batch_size", "learning_rate", "early_stopping", "devices", "seed"),
+    "Images and promotion": ("image_size", "max_damaged", "small_classes", "promotion", "promotion_metric"),
+}
+"""Sections of the form, which are folded until they are asked for; what is in none says what to run."""
 
 
 def _section(field_name: str) -> dict[str, str]:
-    return {} if field_name in _ALWAYS_SHOWN else {"section": "Training, images and promotion"}
+    return next(({"section": title} for title, names in _SECTIONS.items() if field_name in names), {})
 
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number"}

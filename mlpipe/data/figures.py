@@ -123,9 +123,11 @@ def channel_statistics(split: Split, *, seed: int = 0) -> Figure:
             "Brightness of the colour channels",
             f"all pixels of {number:,} training images; line: mean, band: one standard deviation",
         )
-        span = (width - 0.6 - 0.5) / 3
+        grey = bool((histograms == histograms[0]).all())
+        panels = [("grey", INK)] if grey else CHANNELS
+        span = (width - 0.6 - 0.5) / len(panels)
         ceiling = _ceiling(shares)
-        for channel, (name, color) in enumerate(CHANNELS):
+        for channel, (name, color) in enumerate(panels):
             axes = figure.add_axes(
                 ((0.7 + channel * span) / width, 0.55 / height, (span - 0.25) / width, (height - 1.75) / height)
             )

@@ -12,10 +12,12 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from statsmodels.stats.proportion import proportion_confint
 
 from mlpipe.evaluation import metrics as registry
 from mlpipe.evaluation.calibration import NUM_CALIBRATION_BINS
-from mlpipe.evaluation.comparison import Comparison
+from mlpipe.evaluation.comparison import SIGNIFICANCE, Comparison
+from mlpipe.evaluation.result import ModelResult
 from mlpipe.evaluation.scoring import Evaluation
 from mlpipe.figures_style import (
     BAD,
@@ -44,12 +46,15 @@ from mlpipe.figures_style import (
 _MAX_ANNOTATED_CLASSES = 20
 _MAX_NAMED_CLASSES = 120
 _BAR_INCHES = 0.32
+_MAX_CONFUSIONS = 8
+_FEWEST_IN_A_BIN = 5
+"""Images from which on the accuracy of a bin of confidences is drawn."""
 
 
 def confusion_matrix_figure(evaluation: Evaluation, name: str) -> Figure:
     """Confusion matrix, rows the truth: shares of the row as colour, counts in the cells of up to 20 classes.
 
-    Beside it the most frequent confusions.
+    Beside it the most frequent confusions, at most eight.
 
     Args:
         evaluation: of the model.
@@ -61,7 +66,9 @@ def confusion_matrix_figure(evaluation: Evaluation, name: str) -> Figure:
         labels = class_labels(evaluation.classes)
         size = float(np.clip(72 * 0.85 * side / num_classes, 4.6, 9.0))
         room = text_inches(labels, size)
-        pairs, counts = _top_confusions(evaluation.confusion, labels, limit=int(side / _BAR_INCHES))
+        pairs, counts = _top_confusions(
+            evaluation.confusion, labels, limit=min(_MAX_CONFUSIONS, int(side / _BAR_INCHES))
+        )
         left, bottom, pairs_room, bars = 0.75 + room, 0.85 + room, text_inches(pairs, 9.0) + 0.4, 1.7
         width, height = max(left + side + pairs_room + bars + 0.3, 7.5), bottom + side + 1.2
         figure = new_figure(width, height, f"Confusion matrix of {name}", _accuracy_line(evaluation))
@@ -69,7 +76,12 @@ def confusion_matrix_figure(evaluation: Evaluation, name: str) -> Figure:
         _draw_confusion(axes, evaluation.confusion, labels, size)
         box = ((left + side + pairs_room) / width, bottom / height, bars / width, side / height)
         _draw_top_confusions(
-            figure.add_axes(box), pairs, counts, num_slots=side / _BAR_INCHES, title_x=-(pairs_room - 0.35) / bars
+            figure.add_axes(box),
+            pairs,
+            counts,
+            num_errors=int((~evaluation.predictions.correct).sum()),
+            num_slots=side / _BAR_INCHES,
+            title_x=-(pairs_room - 0.35) / bars,
         )
         footnote(figure, unreadable_note(evaluation.classes) or "Colour: share of the row. Counts are test images.")
     return figure
@@ -125,19 +137,21 @@ def _top_confusions(
     errors = confusion.copy()
     np.fill_diagonal(errors, 0)
     order = np.argsort(-errors, axis=None, kind="stable")[:limit]
-    rows, columns = np.unravel_index(order[errors.ravel()[order] > 0], errors.shape)
+    order = order[errors.ravel()[order] > (1 if errors.max() == 1 else 0)]  # none is more frequent than others
+    rows, columns = np.unravel_index(order, errors.shape)
     pairs = [left_to_right(labels[row], " → ", labels[column]) for row, column in zip(rows, columns, strict=True)]
     return pairs, errors[rows, columns]
 
 
 def _draw_top_confusions(
-    axes: Axes, pairs: Sequence[str], counts: NDArray[np.int64], num_slots: float, title_x: float
+    axes: Axes, pairs: Sequence[str], counts: NDArray[np.int64], num_errors: int, num_slots: float, title_x: float
 ) -> None:
     axes.set_title("Most frequent confusions", x=title_x, fontfamily=BASE_FONT)
     bare(axes)
     axes.set_ylim(num_slots - 0.5, -0.5)
     if not pairs:
-        axes.text(title_x, 0, "none: all images are right", color=MUTED, va="center")
+        text = "each occurs once" if num_errors else "none: all images are right"
+        axes.text(title_x, 0, text, color=MUTED, va="center")
         return
     axes.barh(np.arange(len(pairs)), counts, height=0.55, color=BAD)
     axes.set_xlim(0, counts.max() * 1.3)
@@ -155,7 +169,9 @@ def _draw_top_confusions(
 
 
 def reliability_figure(evaluation: Evaluation, name: str) -> Figure:
-    """Reliability diagram (accuracy by confidence) over a histogram of the confidences.
+    """Reliability diagram (accuracy by confidence, with 95 % intervals) over a histogram of the confidences.
+
+    Bins of fewer than five images are in the histogram alone.
 
     Args:
         evaluation: of the model.
@@ -173,18 +189,26 @@ def reliability_figure(evaluation: Evaluation, name: str) -> Figure:
         upper.text(
             0.045, 0.10, "confidence = accuracy", color=MUTED, fontsize=8.5, rotation=38.5, rotation_mode="anchor"
         )
-        upper.vlines(calibration.confidence, calibration.confidence, calibration.accuracy, color=BAD, linewidth=2.0)
-        area = 26 + 260 * calibration.counts / calibration.counts.max()
-        upper.scatter(
-            calibration.confidence,
-            calibration.accuracy,
-            s=area,
-            color=GOOD,
-            edgecolor=PAPER,
-            linewidth=1.2,
-            zorder=3,
-            clip_on=False,
+        enough = calibration.counts >= _FEWEST_IN_A_BIN
+        confidence, accuracy, counts = (
+            values[enough] for values in (calibration.confidence, calibration.accuracy, calibration.counts)
         )
+        if enough.any():
+            limits = np.array(proportion_confint(np.rint(accuracy * counts), counts, alpha=0.05, method="beta"))
+            spread = np.maximum([accuracy - limits[0], limits[1] - accuracy], 0)
+            upper.errorbar(
+                confidence, accuracy, yerr=spread, fmt="none", ecolor=MUTED, elinewidth=1.4, capsize=3, clip_on=False
+            )
+            upper.scatter(
+                confidence,
+                accuracy,
+                s=26 + 260 * counts / counts.max(),
+                color=GOOD,
+                edgecolor=PAPER,
+                linewidth=1.2,
+                zorder=3,
+                clip_on=False,
+            )
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
         upper.grid(visible=True)
         edges = np.linspace(0, 1, NUM_CALIBRATION_BINS + 1)
@@ -313,8 +337,14 @@ def learning_curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) ->
     return figure
 
 
-def comparison_figure(comparison: Comparison) -> Figure:
-    """Accuracy and macro scores of all models with their intervals, and the seconds that training took."""
+def comparison_figure(comparison: Comparison, champion: str | None = None) -> Figure:
+    """Accuracy and macro scores of all models with their intervals, and the seconds that training took.
+
+    Below a model's name stands whether its distance to the best one may be chance.
+
+    Args:
+        champion: version of the champion, which is marked.
+    """
     rows = comparison.rows
     height = 1.75 + 0.95 * len(rows) + (0.15 if comparison.failed else 0)
     width = 10.6
@@ -322,16 +352,26 @@ def comparison_figure(comparison: Comparison) -> Figure:
         figure = new_figure(width, height, "Models compared", f"{comparison.num_images:,} test images, 95 % intervals")
         scores, seconds = figure.subplots(1, 2, sharey=True, width_ratios=(3.1, 1))
         figure.subplots_adjust(
-            left=1.95 / width, right=1 - 0.75 / width, top=heading_space(height, 1.1), bottom=0.72 / height, wspace=0.08
+            left=2.35 / width, right=1 - 0.75 / width, top=heading_space(height, 1.1), bottom=0.72 / height, wspace=0.08
         )
         _draw_scores(scores, comparison)
         _draw_seconds(seconds, [row.train_seconds for row in rows])
-        labels = [row.name + ("\nrandom weights" if row.random_weights else "") for row in rows]
+        labels = [_row_label(comparison, row, champion) for row in rows]
         scores.set_yticks(range(len(rows)), labels)
         scores.set_ylim(len(rows) - 0.5, -0.5)
         if comparison.failed:
             footnote(figure, f"No result: {shorten(', '.join(comparison.failed), 140)}")
     return figure
+
+
+def _row_label(comparison: Comparison, row: ModelResult, champion: str | None) -> str:
+    lines = [f"{row.name} ★" if champion and row.version == champion else row.name]
+    if row.random_weights:
+        lines.append("random weights")
+    if row is not comparison.rows[0]:
+        p_value = comparison.test_between(comparison.rows[0].name, row.name).p_adjusted
+        lines.append("behind by more than chance" if p_value < SIGNIFICANCE else "distance may be chance")
+    return "\n".join(lines)
 
 
 def _draw_scores(axes: Axes, comparison: Comparison) -> None:
@@ -373,7 +413,10 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
     axes.spines[:].set_visible(False)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.08 * (high - low))  # for the number beside the last interval
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axes.set_xticks(
+        [tick for tick in MaxNLocator(nbins=8, steps=[1, 2, 5, 10]).tick_values(*axes.get_xlim()) if tick <= 100]
+    )
+    axes.set_xlim(low, high + 0.08 * (high - low))
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, handletextpad=0.3, columnspacing=1.4, borderaxespad=0.2
     )
@@ -424,22 +467,41 @@ def per_class_figure(comparison: Comparison) -> Figure:
         width = max(5.6, 2.3 + 0.46 * num_columns)
         height = 1.2 + strip_inches * len(strips)
         sorting = ", hardest classes first" if len(strips) > 1 else ""
-        figure = new_figure(width, height, "F1 by class", f"%, {comparison.num_images:,} test images{sorting}")
+        low, high = _scale(f1)
+        colors = f"colors from {100 * low:.0f} to {100 * high:.0f}"
+        subtitle = f"%, {comparison.num_images:,} test images; {colors}{sorting}"
+        figure = new_figure(width, height, "F1 by class", subtitle)
         for number, strip in enumerate(strips):
             top = height - 0.9 - number * strip_inches
             cells_width, cells_height = 0.46 * len(strip), 0.4 * len(rows)
             box = (1.95 / width, (top - cells_height) / height, cells_width / width, cells_height / height)
             axes = figure.add_axes(box)
-            _draw_strip(axes, f1[:, strip], [labels[i] for i in strip], [row.name for row in rows], upright)
+            _draw_strip(
+                axes, f1[:, strip], (low, high), [labels[i] for i in strip], [row.name for row in rows], upright
+            )
         footnote(figure, unreadable_note(classes))
     return figure
 
 
+def _scale(f1: NDArray[np.float64]) -> tuple[float, float]:
+    """Ends of the colours: those of the values shown, to five points."""
+    known = f1[~np.isnan(f1)]
+    if not known.size:
+        return 0.0, 1.0
+    low = math.floor(20 * float(known.min())) / 20
+    return low, max(math.ceil(20 * float(known.max())) / 20, low + 0.05)
+
+
 def _draw_strip(
-    axes: Axes, f1: NDArray[np.float64], labels: Sequence[str], names: Sequence[str], upright: bool
+    axes: Axes,
+    f1: NDArray[np.float64],
+    scale: tuple[float, float],
+    labels: Sequence[str],
+    names: Sequence[str],
+    upright: bool,
 ) -> None:
     axes.set_facecolor(FAINT)
-    axes.imshow(np.ma.masked_invalid(f1), cmap=BLUES, vmin=0, vmax=1, aspect="auto")
+    axes.imshow(np.ma.masked_invalid(f1), cmap=BLUES, vmin=scale[0], vmax=scale[1], aspect="auto")
     axes.set_yticks(range(len(names)), [shorten(name, 24) for name in names])
     axes.set_xticks(range(len(labels)), labels, fontsize=8.0)
     if not upright:
@@ -449,6 +511,7 @@ def _draw_strip(
     axes.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
     axes.grid(which="minor", color=PAPER, linewidth=2)
     axes.spines[:].set_visible(False)
+    dark = scale[0] + 0.65 * (scale[1] - scale[0])
     for (row, column), score in np.ndenumerate(f1):
         text = "–" if np.isnan(score) else f"{100 * score:.0f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8.0, color=PAPER if score > 0.65 else INK)
+        axes.text(column, row, text, ha="center", va="center", fontsize=8.0, color=PAPER if score > dark else INK)

@@ -70,7 +70,8 @@ def _ticks(low: float, high: float) -> list[float]:
     rough = spread / NUM_TICKS
     power = 10 ** math.floor(math.log10(rough))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough)
-    return [step * number for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    first = math.floor(low / step)
+    return [step * number for number in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 _SERIES = ("#1f7fc0", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8f7bd0", "#8a8f98")

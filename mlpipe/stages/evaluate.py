@@ -34,6 +34,7 @@ from mlpipe.tracking.evaluation_run import (
     measure,
     remeasure,
 )
+from mlpipe.tracking.leaderboard import ensure_leaderboard
 from mlpipe.tracking.runs import TaskContext
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,11 @@ def evaluate(
                 f'import mlflow\n\nmlflow.set_tracking_uri("{runs.ui_url()}")\n'
                 f'model = mlflow.pyfunc.load_model("models:/{registered}/{best.version}")'
             ),
-            links={"Charts in MLflow": link, "Run in MLflow": parent.url}
+            links={
+                "Charts in MLflow": link,
+                "Leaderboard": ensure_leaderboard(parent.experiment_id),
+                "Run in MLflow": parent.url,
+            }
             | ({"DAG run in Airflow": origin.url} if origin.url else {}),
             addresses={"Arrays of the data set": data.uri}
             | {row.name: models[row.name].model_uri for row in comparison.rows},

@@ -134,7 +134,7 @@ def log_comparison(run: TrackedRun, report: Report, promotion: Promotion) -> Non
             "promotion": str(promotion.moved_champion),
         }
     )
-    run.log_figure(figures.comparison_figure(comparison), "comparison.png")
+    run.log_figure(figures.comparison_figure(comparison, promotion.champion), "comparison.png")
     run.log_figure(figures.per_class_figure(comparison), "f1_per_class.png")
     validation = {model: curves["val/accuracy"] for model, curves in report.curves.items()}
     if any(validation.values()):

@@ -162,6 +162,12 @@ def test_predict_labels_files(demo: dict[str, Any], environment: dict[str, str],
     assert "is not an image" in some.stdout
     assert "black.png" in some.stdout.replace("\n", "").replace(" ", "").replace("│", "")
     assert "1 of 2 files could not be read" in some.stderr
+    rows = mlpipe(
+        environment, "predict", "--json", "--top-k", "2", str(tmp_path)
+    ).stdout.splitlines()  # the only champion
+    by_file = {Path(row["image"]).name: row for row in map(json.loads, rows)}
+    assert len(by_file["black.png"]["labels"]) == 2
+    assert by_file["a_page.png"]["error"]
     missing = mlpipe(environment, "predict", "models:/nothing@champion", str(path))
     assert missing.returncode == 2
     assert "models:/nothing@champion" in missing.stderr

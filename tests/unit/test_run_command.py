@@ -35,7 +35,7 @@ def result() -> dict[str, Any]:
         "dataset": {"name": "images", "num_test": 90, "classes": ["cat", "dog"]},
         "models": [model],
         "summary": None,
-        "airflow_url": "http://a",
+        "report_url": "http://a",
         "mlflow_url": "http://m",
         "compare_url": "http://c",
         "champion": None,
@@ -81,7 +81,9 @@ def test_the_file_of_a_network_is_named_by_its_whole_path_and_must_be_there(
     monkeypatch.setenv("MLPIPE_AIRFLOW_PASSWORD", "secret")
     monkeypatch.setattr(run_command.AirflowApi, "check_dag", lambda *_: None)  # no server is there
     triggered: list[dict[str, Any]] = []
-    monkeypatch.setattr(run_command.AirflowApi, "trigger", lambda _self, _dag, form: triggered.append(form) or 1 / 0)
+    monkeypatch.setattr(
+        run_command.AirflowApi, "trigger", lambda _self, _dag, form, _id: triggered.append(form) or 1 / 0
+    )
     command = ["--models", "resnet18=s3://b/w.pth?a=b, mynets.py:TinyNet=models:/a/1"]
     missing = CliRunner().invoke(run_command.run, command).exception
     assert isinstance(missing, UserError)

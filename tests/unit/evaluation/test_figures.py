@@ -51,8 +51,8 @@ def random_case(num_classes, num_images, strength=2.0, seed=0):
 
 
 def test_confusion_figure_has_a_label_and_a_count_for_each_cell():
-    labels = np.repeat([0, 1, 2], [7, 5, 4])
-    predictions = np.concatenate([[0] * 6, [2], [1] * 5, [2] * 4])
+    labels = np.repeat([0, 1, 2], [8, 5, 4])
+    predictions = np.concatenate([[0] * 6, [2] * 2, [1] * 5, [2] * 4])
     evaluation = evaluate_predictions(labels, np.eye(3)[predictions], ("first", "second", "third one"), seed=0)
     figure = confusion_matrix_figure(evaluation, "custom_cnn")
     matrix = figure.axes[0]
@@ -60,8 +60,13 @@ def test_confusion_figure_has_a_label_and_a_count_for_each_cell():
     assert (matrix.get_ylabel(), matrix.get_xlabel()) == ("true", "predicted")
     cells = {text.get_position(): text.get_text() for text in matrix.texts}
     # x is the predicted class, y the true one; empty cells stay empty.
-    assert cells == {(0, 0): "6\n86 %", (2, 0): "1\n14 %", (1, 1): "5\n100 %", (2, 2): "4\n100 %"}
+    assert cells == {(0, 0): "6\n75 %", (2, 0): "2\n25 %", (1, 1): "5\n100 %", (2, 2): "4\n100 %"}
     assert [t.get_text().replace("\u200e", "") for t in figure.axes[1].get_yticklabels()] == ["first → third one"]
+
+
+def test_confusions_that_occur_once_each_are_not_ranked():
+    evaluation = evaluate_predictions([0, 1, 2], np.eye(3)[[1, 2, 0]], ("a", "b", "c"), seed=0)
+    assert "each occurs once" in texts(confusion_matrix_figure(evaluation, "m"))
 
 
 def test_confusion_figure_of_a_hundred_classes_names_all_of_them():
@@ -97,8 +102,10 @@ def test_reliability_figure_shows_each_bin():
     figure = reliability_figure(evaluation, "m")
     diagram, histogram = figure.axes
     points = diagram.collections[-1].get_offsets()
-    assert np.allclose(points[:, 0], evaluation.calibration.confidence)
-    assert np.allclose(points[:, 1], evaluation.calibration.accuracy)
+    drawn = evaluation.calibration.counts >= 5
+    assert 0 < drawn.sum() < len(drawn)
+    assert np.allclose(points[:, 0], evaluation.calibration.confidence[drawn])
+    assert np.allclose(points[:, 1], evaluation.calibration.accuracy[drawn])
     bars = histogram.patches
     assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
     for bar, confidence in zip(bars, evaluation.calibration.confidence, strict=True):
@@ -143,17 +150,21 @@ def test_comparison_figure_has_each_model_score_and_time(result):
     comparison = compare(
         [
             result("custom_cnn", np.arange(50) < 45, weights="random", train_seconds=61.0),
-            result("logistic_regression", np.arange(50) < 40, train_seconds=None),
+            result("logistic_regression", np.arange(50) < 30, train_seconds=None),
         ],
         {"vgg11_bn": "no weights"},
     )
-    figure = comparison_figure(comparison)
+    figure = comparison_figure(comparison, champion=comparison.rows[0].version)
     scores, seconds = figure.axes
-    assert [t.get_text() for t in scores.get_yticklabels()] == ["custom_cnn\nrandom weights", "logistic_regression"]
+    assert [t.get_text() for t in scores.get_yticklabels()] == [
+        "custom_cnn\nrandom weights",
+        "logistic_regression\nbehind by more than chance",
+    ]
+    assert max(scores.get_xticks()) <= 100
     legend = [text.get_text() for text in scores.get_legend().get_texts()]
     assert legend == ["Accuracy", "Precision", "Recall (balanced accuracy)", "F1"]
     accuracy = scores.containers[0]
-    assert accuracy.lines[0].get_xdata() == pytest.approx([90, 80])
+    assert accuracy.lines[0].get_xdata() == pytest.approx([90, 60])
     (bars,) = accuracy.lines[2]
     ends = np.array(bars.get_segments())[:, :, 0]
     expected = [row.evaluation.intervals["accuracy"] for row in comparison.rows]
