@@ -70,8 +70,17 @@ class RunParams:
         "Models",
         "Comma-separated names, each with optional initial weights: custom_cnn, logistic_regression, resnet18=random, "
         "resnet18=imagenet, any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth, or "
-        "your own network, e.g. /home/me/mynets.py:TinyNet. Empty: the recipe's.",
+        "your own network, e.g. /home/me/mynets.py:TinyNet. Empty: custom_cnn, logistic_regression and resnet18; with "
+        "strong also hog_logistic_regression.",
         maxLength=4096,
+        examples=[
+            "custom_cnn",
+            "custom_cnn,logistic_regression,resnet18=random",
+            "custom_cnn,resnet18=imagenet",
+            "resnet18=imagenet,resnet18=random",
+            "efficientnet_b0=imagenet",
+            "hog_logistic_regression,logistic_regression",
+        ],
     )
     epochs: int | None = describe(
         None, "Epochs", "Passes over the training images. Empty: the recipe's.", minimum=1, maximum=1000
@@ -280,14 +289,15 @@ class NetworkSettings:
     weight_decay: float = 0.0
     """Coefficient of the L2 penalty; with muon, each step shrinks a convolution's weights by this share times the
     learning rate."""
-    schedule: Literal["constant", "one_cycle"] = "constant"
-    """Course of the learning rate over the steps."""
+    schedule: Literal["constant", "one_cycle", "linear"] = "constant"
+    """Course of the learning rate over the steps; linear: it falls to 0."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, 0 to 1."""
     augmentation: Literal["none", "crop", "flip", "flip_crop"] = "none"
-    """Random changes of the training images: shifted crop, horizontal flip, or both."""
-    test_time_averaging: Literal["none", "flip"] = "none"
-    """flip: predictions average the probabilities of an image and its mirror image."""
+    """Changes of the training images: shifted crop, horizontal flip, or both."""
+    test_time_averaging: Literal["none", "flip", "flip_shift"] = "none"
+    """Predictions average the probabilities of an image and its mirror image (flip), and of both when shifted by a
+    pixel, down and right or up and left (flip_shift)."""
     progressive_resizing: bool = False
     """Whether the first half of the epochs trains on images at half height and width."""
     early_stopping_patience: int | None = None

@@ -99,7 +99,16 @@ RECIPES: dict[RecipeName, Recipe] = {
                 }
                 for resnet in RESNETS
             },
-            "custom_cnn": {"batch_size": 256, "learning_rate": 0.5},  # its logits are divided by 8
+            "custom_cnn": {
+                "num_epochs": 9,
+                "batch_size": 512,
+                "optimizer": "normalized_muon",
+                "learning_rate": 0.12,
+                "weight_decay": 0.008,
+                "schedule": "linear",
+                "label_smoothing": 0.2,
+                "test_time_averaging": "flip_shift",
+            },
         },
         small_images_variants=True,
         # From the literature, because no ImageNet weights were available: enlarge images below 96×96 to 128×128, no

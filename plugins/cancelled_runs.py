@@ -1,4 +1,4 @@
-"""A DAG run that a person ends in Airflow leaves no open MLflow runs.
+"""A DAG run that a person ends in Airflow leaves no open MLflow runs, and one that succeeds has its verdict as a note.
 
 A task that runs at that moment is told to end and closes its own run. But nothing runs between two tasks or while they
 wait for a device, and Airflow calls a DAG's callbacks only for ends that the scheduler finds. It does
@@ -25,6 +25,8 @@ DAG_ID = "image_classification"
 BY_HAND = "manually"
 """In the message that Airflow sends with a state that somebody set; a failure that the scheduler finds has another."""
 TIMEOUT_SECONDS = 300
+VERDICT = "verdict"
+"""Key under which `evaluate` pushes the result in sentences."""
 
 
 class StoppedDagRuns:
@@ -37,8 +39,25 @@ class StoppedDagRuns:
 
     @hookimpl
     def on_dag_run_success(self, dag_run: DagRun, msg: str) -> None:
-        """Close the MLflow runs of a DAG run that was set to success by hand."""
+        """Close the MLflow runs of a DAG run that was set to success by hand; note the verdict of another."""
         _close_runs(dag_run, msg, "FINISHED", "")
+        if dag_run.dag_id == DAG_ID and BY_HAND not in msg:
+            _note_verdict(dag_run)
+
+
+def _note_verdict(dag_run: DagRun) -> None:
+    """Make what `evaluate` found the note that Airflow shows beside a DAG run. The scheduler calls it."""
+    from airflow.models.xcom import XComModel
+    from sqlalchemy import select
+    from sqlalchemy.orm import object_session
+
+    session = object_session(dag_run)
+    if session is None or dag_run.note:
+        return
+    wanted = (XComModel.dag_id == dag_run.dag_id, XComModel.run_id == dag_run.run_id, XComModel.key == VERDICT)
+    found = session.scalar(select(XComModel).where(*wanted))
+    if found is not None:
+        dag_run.note = str(XComModel.deserialize_value(found))[:1000]
 
 
 def _close_runs(dag_run: DagRun, msg: str, *how: str) -> None:

@@ -79,7 +79,7 @@ def log_packaged_model(
     """
     with tempfile.TemporaryDirectory(prefix="mlpipe-package-") as folder:
         paths = write_files(description, predictor, Path(folder))
-        with _no_progress_bars():
+        with _no_progress_bars(), _no_compiled_code():
             info = mlflow.pyfunc.log_model(
                 name=name,
                 python_model=portable.__file__,
@@ -158,6 +158,16 @@ def download_packaged_model(model_uri: str, folder: Path) -> tuple[ModelDescript
     if DESCRIPTION_FILE not in found or WEIGHTS_FILE not in found:
         raise UserError(f"models: {model_uri} is not a network that this project logged; give one that is")
     return ModelDescription.read(found[DESCRIPTION_FILE]), found[WEIGHTS_FILE]
+
+
+@contextmanager
+def _no_compiled_code() -> Iterator[None]:
+    """MLflow runs the model's file while it logs it; what Python compiles then would be logged as well."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 @contextmanager

@@ -70,7 +70,8 @@ class ModelDescription:
     input_size: int | None = None
     """Height and width to which a network enlarges its input, pixels; `None`: not at all."""
     test_time_averaging: str = "none"
-    """none, or flip: the mean of the probabilities of an image and of its mirror image."""
+    """none; flip: the mean of the probabilities of an image and of its mirror image; flip_shift: the mean of these and
+    of their mean for two views of the image, shifted by a pixel down and right, and up and left."""
     code: str = ""
     """What builds the network or makes the estimator's features, as `load_function` takes it. Empty where an earlier
     version of this project logged the model."""
@@ -170,9 +171,18 @@ def network_probabilities(
         mean, std: the description's, (3, 1, 1), on the network's device.
     """
     images = enlarge(normalise(images_u8, mean, std), description.input_size)
-    probabilities = network(images).float().softmax(dim=1)
-    if description.test_time_averaging == "flip":
-        probabilities = (probabilities + network(images.flip(3)).float().softmax(dim=1)) / 2
+    if description.test_time_averaging == "none":
+        return network(images).float().softmax(dim=1).cpu().numpy()
+
+    def both_ways(view: Tensor) -> Tensor:
+        return (network(view).float().softmax(dim=1) + network(view.flip(3)).float().softmax(dim=1)) / 2
+
+    probabilities = both_ways(images)
+    if description.test_time_averaging == "flip_shift":
+        height, width = images.shape[2:]
+        padded = F.pad(images, (1, 1, 1, 1), "reflect")
+        shifted = [both_ways(padded[:, :, at : at + height, at : at + width]) for at in (0, 2)]
+        probabilities = probabilities / 2 + (shifted[0] + shifted[1]) / 4
     return probabilities.cpu().numpy()
 
 

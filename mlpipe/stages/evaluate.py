@@ -24,7 +24,7 @@ from mlpipe.services import services_named
 from mlpipe.stages.messages import Champion, ComparedModels, PublishedData, RegisteredModel, TrainedVersion
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.dag_runs import OnRun, parent_run
-from mlpipe.tracking.data_input import log_input
+from mlpipe.tracking.data_input import ImageDataset, log_input
 from mlpipe.tracking.evaluation_run import (
     OtherClassesError,
     learning_curves,
@@ -67,6 +67,7 @@ def evaluate(
     with runs.active(parent_run(config, origin)) as parent:
         on_run(parent.url)
         log_input(dataset.manifest, data.uri, context="testing")
+        shown = ImageDataset(dataset.manifest, data.uri)
         for model in models.values():
             logger.info("measuring %s on %d test images", model.name, len(test))
             try:
@@ -74,7 +75,7 @@ def evaluate(
             except UserError as error:
                 failed[model.name] = str(error)
                 continue
-            log_evaluation(result, test, run_id=model.run_id, model_id=model.model_id)
+            log_evaluation(result, test, shown, run_id=model.run_id, model_id=model.model_id)
             results.append(result)
         if not results:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))

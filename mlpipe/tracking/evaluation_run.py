@@ -19,6 +19,7 @@ from mlpipe.evaluation.report import Report, render
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import ClassScores, Evaluation, evaluate_predictions
 from mlpipe.tracking import registry
+from mlpipe.tracking.data_input import ImageDataset
 from mlpipe.tracking.runs import TrackedRun, is_unreachable, tracked
 
 BYTES_PER_CALL = 6 << 20
@@ -80,11 +81,16 @@ def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> M
     return Unmeasured(name=label, version=version, problem=problem)
 
 
-def log_evaluation(result: ModelResult, test: Split, *, run_id: str, model_id: str | None) -> None:
-    """Add test metrics and pictures to the run that trained the model."""
+def log_evaluation(result: ModelResult, test: Split, data: ImageDataset, *, run_id: str, model_id: str | None) -> None:
+    """Add test metrics and pictures to the run that trained the model; the logged model gets the metrics, too.
+
+    Args:
+        data: what the model was tested on.
+    """
     run, evaluation, name = tracked(run_id), result.evaluation, result.name
     # Limits and classes go into tables: MLflow draws a chart of each metric.
-    run.log_metrics({f"test/{metric}": value for metric, value in evaluation.scores.items()}, model_id=model_id)
+    scores = {f"test/{metric}": value for metric, value in evaluation.scores.items()}
+    run.log_metrics(scores, model_id=model_id, dataset=data)
     run.set_tags({"test accuracy": evaluation.accuracy_text})
     run.log_table(
         {

@@ -14,8 +14,8 @@ import mlflow
 
 from mlpipe.tracking.runs import TRAINING_VIEW, ui_url
 
-KEY = "mlpipe-leaderboard-1"
-"""Raised with each change of the view."""
+KEY = "mlpipe-leaderboard"
+"""In the tag and in addresses."""
 TAG = f"mlflow.sharedViewState.{KEY}"
 
 COLUMNS = (
@@ -54,7 +54,7 @@ def ensure_leaderboard(experiment_id: str) -> str:
     client = mlflow.MlflowClient()
     if TAG not in client.get_experiment(experiment_id).tags:
         packed = base64.b64encode(zlib.compress(json.dumps(VIEW).encode())).decode()
-        moment = datetime.now(UTC).isoformat()
+        moment = round(1000 * datetime.now(UTC).timestamp())
         view = {"name": "Leaderboard", "createdAt": moment, "updatedAt": moment, "state": f"deflate;{packed}"}
         client.set_experiment_tag(experiment_id, TAG, json.dumps(view))
     return f"{ui_url()}/#/experiments/{experiment_id}/runs?{TRAINING_VIEW}&viewStateShareKey={KEY}"

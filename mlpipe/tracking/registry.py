@@ -114,9 +114,15 @@ def _version(version: ModelVersion) -> RegisteredVersion:
         name=version.name,
         version=str(version.version),
         run_id=version.run_id or "",
-        model_id=version.model_id,
+        model_id=version.model_id or _logged_model(version.source),
         tags=version.tags,
     )
+
+
+def _logged_model(source: str | None) -> str | None:
+    """Id of the logged model that a version was made of; MLflow's search leaves it out."""
+    prefix = "models:/m-"
+    return source.removeprefix("models:/") if source and source.startswith(prefix) else None
 
 
 def by_version(name: str, version: str) -> RegisteredVersion:

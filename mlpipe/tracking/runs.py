@@ -47,6 +47,7 @@ from mlpipe.environment import Environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.data.dataset import Dataset
 
 T = TypeVar("T")
 
@@ -239,11 +240,24 @@ class TrackedRun:
     def _client(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient()
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0, model_id: str | None = None) -> None:
-        """Write metrics at one step (an epoch, from 1; or 0 for a result). What an earlier attempt wrote stays."""
+    def log_metrics(
+        self,
+        metrics: Mapping[str, float],
+        step: int = 0,
+        model_id: str | None = None,
+        dataset: Dataset | None = None,
+    ) -> None:
+        """Write metrics at one step (an epoch, from 1; or 0 for a result). What an earlier attempt wrote stays.
+
+        Args:
+            model_id: of the logged model that they are of, which shows them, too.
+            dataset: what they were measured on.
+        """
         fresh = {name: value for name, value in metrics.items() if step > self._last_step_before(name)}
         for part in batched(fresh.items(), MAX_METRICS_PER_BATCH):
-            mlflow.log_metrics(dict(part), step=step, run_id=self.run_id, model_id=model_id, synchronous=True)
+            mlflow.log_metrics(
+                dict(part), step=step, run_id=self.run_id, model_id=model_id, dataset=dataset, synchronous=True
+            )
 
     def replace_metrics(self, metrics: Mapping[str, float]) -> None:
         """Write results that may differ from those of an earlier attempt, where they do."""

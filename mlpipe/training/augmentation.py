@@ -9,14 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"]) -> Tensor:
-    """Change each image of a batch by its own random draw from the device's default generator.
+def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"], epoch: int) -> Tensor:
+    """Change each image of a batch.
 
-    `flip` mirrors half of them horizontally; `crop` shifts each by up to a sixteenth of its size or one pixel, both
-    ways, the gap being filled by reflection; `flip_crop` does both. All are one gather.
+    `flip` mirrors half of them horizontally, and in the next epoch the other half: so each image is seen both ways in
+    any two epochs (K. Jordan, arXiv:2404.00498, section 3.6). `crop` shifts each by up to a sixteenth of its size or
+    one pixel, both ways, drawn from the device's default generator, the gap being filled by reflection; `flip_crop`
+    does both. All are one gather.
 
     Args:
         images_u8: (B, H, W, C) uint8.
+        epoch: from 0.
 
     Returns:
         The same shape and type; with `none` the very same tensor.
@@ -31,7 +34,8 @@ def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"
         rows = _shifted(rows, height)
         columns = _shifted(columns, width)
     if kind in ("flip", "flip_crop"):
-        mirrored = torch.rand(batch, 1, device=device) < 0.5
+        # Whether an image begins mirrored depends on its own bytes, so nothing has to be kept for it.
+        mirrored = ((images_u8.flatten(1).sum(dim=1, dtype=torch.int64) + epoch) % 2 == 1)[:, None]
         columns = torch.where(mirrored, width - 1 - columns, columns)
     first_row = torch.arange(0, batch * height, height, device=device)[:, None]
     pixels = ((first_row + rows) * width)[:, :, None] + columns[:, None, :]  # (B, H, W) index of the source pixel

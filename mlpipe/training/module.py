@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 
 from mlpipe.config import NetworkSettings
 from mlpipe.models.portable import enlarge, normalise
@@ -118,7 +118,7 @@ class ClassificationModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """One step of the optimizers and of their schedules."""
         images_u8, labels = batch
-        images = self._shown(augment(images_u8, self.train_config.augmentation))
+        images = self._shown(augment(images_u8, self.train_config.augmentation, self.epoch))
         network = self._parallel[0] if self._parallel else self.network
         logits = network(shrink(images, self._image_size(images.shape[-1])))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
@@ -129,7 +129,7 @@ class ClassificationModule(LightningModule):
             for optimizer in self.trainer.optimizers:
                 optimizer.step()
         for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.step()  # type: ignore[call-arg]  # a OneCycleLR
+            config.scheduler.step()  # type: ignore[call-arg]  # none that looks at a metric
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Count one batch, without augmentation."""
@@ -148,13 +148,17 @@ class ClassificationModule(LightningModule):
     def _image_size(self, whole: int) -> int:
         return min(whole, max(round(whole * self.scale_of(self.epoch)), MIN_IMAGE_SIZE))
 
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[OneCycleLR]]:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The optimizers of the configuration, fused where PyTorch can, and their schedules."""
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizers = build_optimizers(trained, self.train_config)
-        return optimizers, [] if self.train_config.schedule == "constant" else [self._one_cycle(o) for o in optimizers]
+        schedule = {"constant": None, "one_cycle": self._one_cycle, "linear": self._linear}[self.train_config.schedule]
+        return optimizers, [schedule(optimizer) for optimizer in optimizers] if schedule else []
 
-    def _one_cycle(self, optimizer: Optimizer) -> OneCycleLR:
+    def _linear(self, optimizer: Optimizer) -> LRScheduler:
+        return PolynomialLR(optimizer, total_iters=self.total_steps, power=1.0)
+
+    def _one_cycle(self, optimizer: Optimizer) -> LRScheduler:
         return OneCycleLR(
             optimizer,
             max_lr=self.train_config.learning_rate,

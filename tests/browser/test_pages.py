@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +65,8 @@ def test_a_task_leads_to_its_mlflow_run(logged_in: Page, environment: dict[str, 
 
 
 def test_each_link_opens_mlflows_view_for_model_training(fresh_page: Callable[[], Page], demo: dict[str, Any]) -> None:
-    links = [demo["mlflow_url"], demo["compare_url"], demo["champion"]["url"], demo["models"][0]["run_url"]]
+    board = demo["compare_url"].split("?")[0] + "?workflowType=machine_learning&viewStateShareKey=mlpipe-leaderboard"
+    links = [demo["mlflow_url"], demo["compare_url"], demo["champion"]["url"], demo["models"][0]["run_url"], board]
     for link in links:
         page = fresh_page()
         page.goto(link)
@@ -80,10 +83,30 @@ def test_the_comparison_shows_the_models_by_accuracy(fresh_page: Callable[[], Pa
     expect(page.get_by_text("test/accuracy").first).to_be_visible()
 
 
+def test_the_leaderboard_has_the_models_alone_by_accuracy(fresh_page: Callable[[], Page], demo: dict[str, Any]) -> None:
+    page = fresh_page()
+    page.goto(demo["compare_url"].split("?")[0] + "?workflowType=machine_learning&viewStateShareKey=mlpipe-leaderboard")
+    expect(page.get_by_text("Sort: test/accuracy")).to_be_visible()
+    for model in demo["models"]:
+        expect(page.get_by_role("link", name=re.compile(f"^{model['name']}")).first).to_be_visible()
+    expect(page.get_by_text(re.compile("^data · "))).to_have_count(0)
+
+
 def report_of(page: Page, environment: dict[str, str], run_id: str) -> FrameLocator:
     page.goto(f"{environment['MLPIPE_AIRFLOW_URL']}{DAG}/runs/{run_id}")
     page.get_by_role("link", name="Report").first.click()
     return page.frame_locator("iframe").first
+
+
+def test_the_form_refuses_what_is_not_allowed(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:
+    page = fresh_page(log_in=True)
+    page.goto(environment["MLPIPE_AIRFLOW_URL"] + DAG)
+    page.get_by_role("button", name="Trigger").first.click()
+    form = page.get_by_role("dialog")
+    form.locator("input[name=element_name]").fill("No Name!")
+    form.get_by_role("button", name="Trigger").click()
+    expect(page.get_by_text("Failed to Trigger")).to_be_visible()
+    expect(form).to_be_visible()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 1400), ("light", 390)])
@@ -110,20 +133,114 @@ def test_the_report_is_a_tab_of_the_dag_run(
 
 
 def test_the_report_needs_airflows_login(environment: dict[str, str], demo: dict[str, Any]) -> None:
-    address = f"{environment['MLPIPE_AIRFLOW_URL']}/mlpipe-report/image_classification/{demo['dag_run_id']}"
-    assert requests.get(address, timeout=30).status_code == 401
+    pages = f"{environment['MLPIPE_AIRFLOW_URL']}/mlpipe-report"
+    run = f"{pages}/image_classification/{demo['dag_run_id']}"
+    for address in (
+        run,
+        f"{run}/others",
+        f"{run}/progress",
+        f"{run}/report.html",
+        f"{run}/model/0",
+        f"{run}/against/x",
+    ):
+        assert requests.get(address, timeout=30).status_code == 401
+    for address in ("image_classification", "card.js", "mlflow"):
+        assert requests.get(f"{pages}/{address}", timeout=30).status_code == 401
 
 
-def test_a_dag_run_that_trains_shows_its_progress_and_then_why_it_failed(
+def test_a_cell_of_the_confusion_matrix_shows_its_images(
+    fresh_page: Callable[..., Page], environment: dict[str, str], demo: dict[str, Any]
+) -> None:
+    report = report_of(fresh_page(log_in=True), environment, demo["dag_run_id"])
+    report.get_by_role("button", name="logistic_regression").click()
+    cell = report.locator(".confusion button").first
+    count = int(cell.inner_text())
+    cell.click()
+    pictures = report.locator("#cell img")
+    expect(pictures).to_have_count(min(count, 8))
+    assert pictures.first.evaluate("image => image.complete && image.naturalWidth > 0")
+    expect(report.locator(".card").first).to_contain_text("given")
+
+
+def test_settings_of_a_report_start_another_dag_run_and_both_are_compared(
+    fresh_page: Callable[..., Page], environment: dict[str, str], demo: dict[str, Any]
+) -> None:
+    api = AirflowApi.from_env(environment)
+    report = report_of(fresh_page(log_in=True), environment, demo["dag_run_id"])
+    settings = report.get_by_role("textbox", name="Settings of the new run")
+    conf = json.loads(settings.input_value())
+    report.get_by_role("button", name="Go on from the winner").click()
+    assert "=models:/digits-classifier/" in json.loads(settings.input_value())["models"]
+    settings.fill("{")
+    report.get_by_role("button", name="Start the DAG run").click()
+    expect(report.get_by_role("status")).to_contain_text("no JSON")
+    settings.fill(json.dumps(conf | {"models": "logistic_regression", "seed": 5, "promotion": "disabled"}))
+    report.get_by_role("button", name="Start the DAG run").click()
+    started = report.get_by_role("status").locator("a")
+    expect(started).to_contain_text("Started: ")
+    run_id = started.inner_text().removeprefix("Started: ")
+    wait_for_end(api, run_id)
+    page = fresh_page(log_in=True)
+    page.goto(
+        f"{environment['MLPIPE_AIRFLOW_URL']}/mlpipe-report/image_classification/{demo['dag_run_id']}/against/{run_id}"
+    )
+    expect(page.get_by_text("Both used the same images and splits.")).to_be_visible()
+    expect(page.get_by_role("row", name=re.compile("seed"))).to_contain_text("5")
+    expect(page.get_by_role("row", name=re.compile("^logistic_regression"))).to_contain_text("%")
+
+
+def wait_for_end(api: AirflowApi, run_id: str) -> None:
+    for _ in range(240):
+        if api.dag_run_state("image_classification", run_id) in ("success", "failed"):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"{run_id} does not end")
+
+
+def test_a_dag_run_that_trains_shows_its_curves_and_stops_on_a_click(
     fresh_page: Callable[..., Page], environment: dict[str, str]
 ) -> None:
     api = AirflowApi.from_env(environment)
-    run_id = api.trigger("image_classification", {"models": "custom_cnn", "epochs": 300, "promotion": "disabled"})
+    form = {"models": "custom_cnn,resnet18=file:///no/such.safetensors", "epochs": 300, "promotion": "disabled"}
+    run_id = api.trigger("image_classification", form)
     page = fresh_page(log_in=True)
     report = report_of(page, environment, run_id)
-    expect(report.get_by_text(re.compile("[1-9][0-9]* of 300"))).to_be_visible(timeout=60_000)
-    api.stop("image_classification", run_id)
+    expect(report.get_by_text(re.compile("epoch [1-9][0-9]* of 300, .* images/s, about .* left"))).to_be_visible(
+        timeout=60_000
+    )
+    line = report.locator(".line").first
+    before = len((line.get_attribute("points") or "").split())
+    expect(line).not_to_have_attribute("points", line.get_attribute("points") or "")  # it grows without a reload
+    assert len((line.get_attribute("points") or "").split()) > before
+    expect(report.locator(".error")).to_contain_text("such.safetensors")
+    report.get_by_role("button", name="Stop the DAG run").click()
     expect(report.get_by_text("killed")).to_be_visible(timeout=60_000)
+
+
+def test_a_training_task_has_its_own_page(
+    fresh_page: Callable[..., Page], environment: dict[str, str], demo: dict[str, Any]
+) -> None:
+    page = fresh_page(log_in=True)
+    page.goto(f"{environment['MLPIPE_AIRFLOW_URL']}{DAG}/runs/{demo['dag_run_id']}/tasks/train/mapped/0")
+    page.get_by_role("link", name="Training").click()
+    frame = page.frame_locator("iframe").first
+    expect(frame.get_by_role("heading", name="custom_cnn")).to_be_visible()
+    expect(frame.locator(".chart")).to_have_count(2)
+
+
+def test_the_dashboard_lists_the_latest_comparisons(
+    fresh_page: Callable[..., Page],
+    environment: dict[str, str],
+    demo: dict[str, Any],  # noqa: ARG001
+) -> None:
+    page = fresh_page(log_in=True)
+    page.goto(environment["MLPIPE_AIRFLOW_URL"])
+    card = page.get_by_role("region", name="Latest comparisons")
+    expect(card.get_by_role("link").first).to_be_visible()
+
+
+def test_the_note_of_a_dag_run_is_its_verdict(airflow_get: Callable[[str], Any], demo: dict[str, Any]) -> None:
+    assert airflow_get(f"{DAG}/dagRuns/{demo['dag_run_id']}")["note"].startswith(demo["summary"][:100])
 
 
 def test_the_navigation_leads_to_mlflow(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:

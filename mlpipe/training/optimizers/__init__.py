@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OPTIMIZERS = {
     "adam": "mlpipe.training.optimizers.adam:build",
     "muon": "mlpipe.training.optimizers.muon:build",
+    "normalized_muon": "mlpipe.training.optimizers.normalized_muon:build",
     "sgd": "mlpipe.training.optimizers.sgd:build",
 }
 """`module:function` that takes the trained parameters and the settings, and returns the optimizers of a training."""

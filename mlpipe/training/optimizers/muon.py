@@ -31,15 +31,24 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, kernels: Iterable[Tensor], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.9
+        self,
+        kernels: Iterable[Tensor],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        keep_norm: bool = False,
     ) -> None:
         """
         Args:
             kernels: (outputs, inputs, height, width) each.
             weight_decay: share of the weights, times the learning rate, that each step takes away.
             momentum: Nesterov's.
+            keep_norm: bring a kernel's norm to the root of its number of outputs before each step, so that the learning
+                rate is the relative size of a step.
         """
-        super().__init__(kernels, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "keep_norm": keep_norm}
+        super().__init__(kernels, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
@@ -58,6 +67,8 @@ class Muon(Optimizer):
                 rows = wanted.permute(0, 2, 3, 1)
                 update = orthogonalise(rows.flatten(1)).view(rows.shape).permute(0, 3, 1, 2)
                 gain = max(1.0, len(kernel) ** 2 / kernel.numel()) ** 0.5  # as PyTorch's: rows to columns
+                if group["keep_norm"]:
+                    kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
                 kernel.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * gain)
 
 
