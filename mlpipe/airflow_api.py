@@ -156,9 +156,9 @@ class AirflowApi:
         """
         return self._request("GET", f"{_report_path(dag_id, run_id)}/report.html").text
 
-    def xcom(self, dag_id: str, run_id: str, task_id: str) -> Any:
-        """The return value of an unmapped task; `None` if it returned nothing."""
-        path = f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task_id)}/xcomEntries/return_value?deserialize=false"
+    def xcom(self, dag_id: str, run_id: str, task_id: str, key: str = "return_value") -> Any:
+        """What an unmapped task returned, or pushed under a key; `None`: nothing."""
+        path = f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task_id)}/xcomEntries/{quote(key)}?deserialize=false"
         try:
             return self._call("GET", path)["value"]
         except UserError:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlpipe import run_command, runs_commands
+from mlpipe import run_command, runs_commands, tune_command
 from mlpipe.errors import UserError
 from mlpipe.stack import commands
 
@@ -31,6 +31,7 @@ def main() -> None:
 for command in (
     run_command.run,
     run_command.predict,
+    tune_command.tune,
     runs_commands.models,
     runs_commands.recipes,
     runs_commands.runs,

@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from mlpipe.addresses import redact_text
 from mlpipe.data.sources import catalog
@@ -35,8 +35,65 @@ def describe(default: Any, title: str, description: str, **limits: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunParams:
+class Form:
+    """Fields that a user fills in: in Airflow's form, a JSON body or a command line."""
+
+    sections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Sections of the form, which are folded until they are asked for; what is in none says what to run."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Check values from a form, a JSON body or a command line.
+
+        Raises:
+            UserError: a key is unknown, or a value has the wrong type or is out of range; the message names the
+                field, the value and what is allowed.
+        """
+        known = cls.json_schema()
+        for key in values:
+            if key not in known:
+                raise UserError(f"{key}: unknown parameter; known parameters are {', '.join(known)}")
+        return cls(**{key: _checked(key, value, known[key]) for key, value in values.items()})
+
+    @classmethod
+    def json_schema(cls) -> dict[str, dict[str, Any]]:
+        """JSON schema and default of each field, as the arguments of an Airflow `Param`."""
+        hints = get_type_hints(cls)
+        return {
+            f.name: {"default": f.default, **cls._section(f.name), **_schema_of(hints[f.name]), **f.metadata}
+            for f in fields(cls)
+        }
+
+    def run_params(self) -> RunParams:
+        """The run that the form is about."""
+        raise NotImplementedError
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The inverse of `from_mapping`."""
+        return asdict(self)
+
+    @classmethod
+    def _section(cls, field_name: str) -> dict[str, str]:
+        return next(({"section": title} for title, names in cls.sections.items() if field_name in names), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParams(Form):
     """A user's choices for a run. `None`: the recipe or the data set decides."""
+
+    sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "How to train": (
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "early_stopping",
+            "settings",
+            "teacher",
+            "devices",
+            "seed",
+        ),
+        "Images and promotion": ("image_size", "max_damaged", "small_classes", "promotion", "promotion_metric"),
+    }
 
     dataset: str = describe(
         "digits",
@@ -129,6 +186,20 @@ class RunParams:
         minimum=1,
         maximum=64,
     )
+    settings: str | None = describe(
+        None,
+        "Settings",
+        'More settings of the models as JSON, e.g. {"weight_decay": 0.001, "label_smoothing": 0.1}, which override the '
+        "recipe; `mlpipe tune` finds good ones. Empty: none.",
+        maxLength=4096,
+    )
+    teacher: str | None = describe(
+        None,
+        "Teacher",
+        "models:/<name>/<version> or models:/<name>@<alias> of a network of the same classes; the networks of this run "
+        "learn from its answers beside the labels (distillation). Empty: none.",
+        maxLength=512,
+    )
     seed: int = describe(
         0, "Seed", "Seeds initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1
     )
@@ -144,47 +215,13 @@ class RunParams:
         "The gate's metric. balanced_accuracy weights all classes equally, however many images they have.",
     )
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Check values from a form, a JSON body or a command line.
-
-        Raises:
-            UserError: a key is unknown, or a value has the wrong type or is out of range; the message names the
-                field, the value and what is allowed.
-        """
-        known = cls.json_schema()
-        for key in values:
-            if key not in known:
-                raise UserError(f"{key}: unknown parameter; known parameters are {', '.join(known)}")
-        return cls(**{key: _checked(key, value, known[key]) for key, value in values.items()})
-
-    @classmethod
-    def json_schema(cls) -> dict[str, dict[str, Any]]:
-        """JSON schema and default of each field, as the arguments of an Airflow `Param`."""
-        hints = get_type_hints(cls)
-        return {
-            f.name: {"default": f.default, **_section(f.name), **_schema_of(hints[f.name]), **f.metadata}
-            for f in fields(cls)
-        }
-
-    def to_mapping(self) -> dict[str, Any]:
-        """The inverse of `from_mapping`."""
-        return asdict(self)
+    def run_params(self) -> RunParams:
+        """The form itself."""
+        return self
 
 
-_SECTIONS = {
-    "How to train": ("epochs", "batch_size", "learning_rate", "early_stopping", "devices", "seed"),
-    "Images and promotion": ("image_size", "max_damaged", "small_classes", "promotion", "promotion_metric"),
-}
-"""Sections of the form, which are folded until they are asked for; what is in none says what to run."""
-
-
-def _section(field_name: str) -> dict[str, str]:
-    return next(({"section": title} for title, names in _SECTIONS.items() if field_name in names), {})
-
-
-_JSON_TYPES = {str: "string", int: "integer", float: "number"}
-_WORDS = {"string": "text", "integer": "a whole number", "number": "a number"}
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_WORDS = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
 
 
 def _schema_of(hint: Any) -> dict[str, Any]:
@@ -225,8 +262,8 @@ def _checked(key: str, value: Any, schema: Mapping[str, Any]) -> Any:
         return None
     if "number" in names and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    expected = {"string": str, "integer": int, "number": float}[names[-1]]
-    good = isinstance(value, expected) and not isinstance(value, bool)
+    expected = {"string": str, "integer": int, "number": float, "boolean": bool}[names[-1]]
+    good = isinstance(value, expected) and isinstance(value, bool) == (expected is bool)
     if good and "enum" in schema:
         good = value in schema["enum"]
     if good and "pattern" in schema:
@@ -302,6 +339,8 @@ class NetworkSettings:
     """Whether the first half of the epochs trains on images at half height and width."""
     early_stopping_patience: int | None = None
     """Training stops after this many epochs without a better val/accuracy; `None`: never."""
+    teacher: str | None = None
+    """`models:/…` address of a network whose answers are learned beside the labels; `None`: none."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Arithmetic; auto: bfloat16 if the processor has it in hardware."""
     num_devices: int = 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from mlpipe.addresses import redact_text, redact_uri
@@ -25,6 +26,8 @@ from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE, RESNETS, Architecture, find
 from mlpipe.training.optimizers import check_optimizer
+
+Settings = TypeVar("Settings", NetworkSettings, LinearSettings)
 
 MAX_SMALL_IMAGE = 64
 """Largest height and width of small images, pixels."""
@@ -136,6 +139,11 @@ def resolve(params: RunParams) -> RunConfig:
             f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set {source.name!r}; "
             "leave it empty, or choose images"
         )
+    if params.teacher and not params.teacher.startswith("models:/"):
+        raise UserError(
+            f"teacher: {redact_text(params.teacher)[:80]!r} is not allowed; give models:/<name>/<version> or "
+            "models:/<name>@<alias>"
+        )
     image_size = params.image_size or 32
     return RunConfig(
         recipe=params.recipe,
@@ -214,21 +222,63 @@ def _settings(
     Raises:
         ValueError: the recipe names an unknown optimizer.
     """
+    more = parse_settings(params.settings)
     if architecture.kind == "estimator":
-        return replace(recipe.linear, seed=params.seed)
+        return _checked(recipe.linear, {**_of(LinearSettings, more), "seed": params.seed})
     form = {
         "num_epochs": params.epochs,
         "batch_size": params.batch_size,
         "learning_rate": params.learning_rate,
         "early_stopping_patience": params.early_stopping,
         "num_devices": params.devices,
+        "teacher": params.teacher,
         "seed": params.seed,
     }
     chosen = {name: value for name, value in form.items() if value is not None}
     own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
-    settings = replace(recipe.network, **{**own, **chosen})
+    settings = _checked(recipe.network, {**own, **_of(NetworkSettings, more), **chosen})
     check_optimizer(settings.optimizer)
     return settings
+
+
+def parse_settings(text: str | None) -> dict[str, Any]:
+    """The form's field `settings`.
+
+    Raises:
+        UserError: it is no JSON object, or names a setting that no model has.
+    """
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f'settings: {text[:80]!r} is not JSON ({error}); write {{"weight_decay": 0.001}}') from None
+    known = {each.name for kind in (NetworkSettings, LinearSettings) for each in fields(kind)}
+    if not isinstance(values, dict) or not set(values) <= known:
+        wrong = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else text[:80]
+        raise UserError(f"settings: {wrong} is unknown; known settings are {', '.join(sorted(known))}")
+    return values
+
+
+def _of(kind: type[NetworkSettings | LinearSettings], values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _checked(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings with changes, of which each value has the right type.
+
+    Raises:
+        UserError: one has not.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(type(settings)).validate_python({**asdict(settings), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"settings: {name}: {first['input']!r} is not allowed; {first['msg']}") from None
 
 
 def _check_devices(num_devices: int, models: Sequence[ModelConfig]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import secrets
 import sys
 import tempfile
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from urllib.parse import quote
@@ -24,7 +26,7 @@ from rich.table import Column, Table
 
 from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi, PausedError, TaskInstance
-from mlpipe.config import RunParams
+from mlpipe.config import Form, RunParams
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE
 from mlpipe.recipes import resolve
@@ -46,13 +48,13 @@ WIDTH_FOR_ALL_COLUMNS = 110
 DONE = {"success": "[green]✔[/]", "failed": "[red]✘[/]", "upstream_failed": "[yellow]–[/]", "skipped": "[dim]–[/]"}
 
 
-def _form_options(command: click.Command) -> click.Command:
+def form_options(form: type[Form], command: click.Command) -> click.Command:
     """Give the command one option for each form field."""
-    hints = get_type_hints(RunParams)
-    for name, schema in RunParams.json_schema().items():
+    hints = get_type_hints(form)
+    for name, schema in form.json_schema().items():
         kind: Any = click.Choice(schema["enum"]) if "enum" in schema else _scalar(hints[name])
         option = click.Option(
-            [f"--{name.replace('_', '-')}"],
+            [f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else "")],
             type=kind,
             default=schema["default"],
             show_default=schema["default"] is not None,
@@ -66,31 +68,24 @@ def _scalar(hint: Any) -> type:
     return next(member for member in (get_args(hint) or (hint,)) if member is not type(None))
 
 
-@_form_options
+@partial(form_options, RunParams)
 @click.command()
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
 @click.option("--unpause", is_flag=True, help="Unpause the DAG if it is paused.")
-def run(json_path: Path | None, unpause: bool, **values: Any) -> None:
+@click.option("--tuned", metavar="STUDY", help="Use the best settings that this search of `mlpipe tune` found.")
+def run(json_path: Path | None, unpause: bool, tuned: str | None, **values: Any) -> None:
     """Trigger the DAG, show its progress and print the comparison."""
-    path = _local_file(values["data_uri"])
-    values["data_uri"] = str(path) if path else values["data_uri"]
-    values["models"] = _with_whole_paths(values["models"])
+    if tuned:
+        values["settings"] = _with_best_settings(tuned, values["settings"])
+    values["data_uri"], values["models"] = with_local_files(values["data_uri"], values["models"])
     resolve(RunParams.from_mapping(values))
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; create it first")
     console = new_console()
-    use_local_stack("MLPIPE_AIRFLOW_URL")
-    api = AirflowApi.from_env()
-    try:
-        api.check_dag(DAG_ID)
-    except PausedError:
-        if not unpause:
-            raise
-        api.unpause(DAG_ID)
-    if path and not os.environ.get(SHARED_FILES):
-        values["data_uri"] = _upload(path, console)
+    api = ready_api(DAG_ID, unpause)
+    values["data_uri"] = uploaded(values["data_uri"], console)
     params = RunParams.from_mapping(values)
-    run_id = api.trigger(DAG_ID, params.to_mapping(), _readable_id(params))
+    run_id = api.trigger(DAG_ID, params.to_mapping(), readable_id(resolve(params).data.name, params.recipe))
     console.print(f"Airflow run  {api.url}/dags/{DAG_ID}/runs/{run_id}", soft_wrap=True, highlight=False)
     follow(api, run_id, console, json_path)
 
@@ -100,17 +95,47 @@ def report_url(api: AirflowApi, run_id: str) -> str:
     return f"{api.url}/dags/{DAG_ID}/runs/{quote(run_id)}/plugin/report"
 
 
-def _readable_id(params: RunParams) -> str:
+def ready_api(dag_id: str, unpause: bool) -> AirflowApi:
+    """The server, on which the DAG runs when it is triggered.
+
+    Raises:
+        UserError: it does not.
+    """
+    use_local_stack("MLPIPE_AIRFLOW_URL")
+    api = AirflowApi.from_env()
+    try:
+        api.check_dag(dag_id)
+    except PausedError:
+        if not unpause:
+            raise
+        api.unpause(dag_id)
+    return api
+
+
+def _with_best_settings(study: str, given: str | None) -> str:
+    """The best settings of a search as the form's JSON; what the user gives overrides them.
+
+    Raises:
+        UserError: there is no such search.
+    """
+    from mlpipe.recipes import parse_settings
+    from mlpipe.tracking.studies import best_settings
+
+    use_local_stack("MLFLOW_TRACKING_URI")
+    return json.dumps({**best_settings(study), **parse_settings(given)})
+
+
+def readable_id(*words: str) -> str:
     """Id of a DAG run that says what it is: `digits-quick-20261127-142503-a1f3`."""
-    moment = f"{datetime.now():%Y%m%d-%H%M%S}"
-    return f"{resolve(params).data.name}-{params.recipe}-{moment}-{secrets.token_hex(2)}"
+    said = re.sub(r"[^a-z0-9_.-]+", "-", "-".join(words).lower())[:80]
+    return f"{said}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | None = None) -> None:
     """Show a DAG run until it ends, and print its comparison; exit with 1 where it failed."""
     began = time.monotonic()
     try:
-        state, tasks = _follow(api, run_id, console)
+        state, tasks = follow_tasks(api, run_id, console)
     except KeyboardInterrupt:
         raise UserError(
             f"stopped watching; the DAG run continues. `mlpipe watch {run_id}` shows it again, "
@@ -118,15 +143,20 @@ def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | Non
         ) from None
     result = _result(api, run_id, state, tasks, time.monotonic() - began)
     if json_path is not None:
-        _write(json_path, result)
-    for item in tasks:
-        if item.state == "failed":
-            reason = api.last_error(DAG_ID, run_id, item) or "see its log in Airflow"
-            console.print(f"{item.label} failed: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+        write_json(json_path, result)
+    print_failures(api, DAG_ID, run_id, tasks, console)
     if result["models"]:
         _print_comparison(result, console)
     if state != "success":
         raise SystemExit(1)
+
+
+def print_failures(api: AirflowApi, dag_id: str, run_id: str, tasks: list[TaskInstance], console: Console) -> None:
+    """Say of each failed task why it failed."""
+    for item in tasks:
+        if item.state == "failed":
+            reason = api.last_error(dag_id, run_id, item) or "see its log in Airflow"
+            console.print(f"{item.label} failed: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def new_console() -> Console:
@@ -143,6 +173,12 @@ def use_local_stack(variable: str) -> None:
         return
     for name, value in StackSettings.load().client_environment().items():
         os.environ.setdefault(name, value)
+
+
+def with_local_files(data_uri: str | None, models: str | None) -> tuple[str | None, str | None]:
+    """Both with whole paths where they name files of this machine."""
+    path = _local_file(data_uri)
+    return (str(path) if path else data_uri), _with_whole_paths(models)
 
 
 def _local_file(uri: str | None) -> Path | None:
@@ -167,6 +203,12 @@ def _with_whole_paths(models: str | None) -> str | None:
             name = f"{path}:{match['name']}"
         entries.append("=".join([name, *weights]))
     return ",".join(entries) or None
+
+
+def uploaded(data_uri: str | None, console: Console) -> str | None:
+    """The address at which the workers find what is at a path of this machine, which they may not read."""
+    path = _local_file(data_uri)
+    return data_uri if path is None or os.environ.get(SHARED_FILES) else _upload(path, console)
 
 
 def _upload(path: Path, console: Console) -> str:
@@ -207,16 +249,19 @@ def _upload_folder(folder: Path, console: Console) -> str:
         return _upload(packed, console)
 
 
-def _follow(api: AirflowApi, run_id: str, console: Console) -> tuple[str, list[TaskInstance]]:
+def follow_tasks(
+    api: AirflowApi, run_id: str, console: Console, dag_id: str = DAG_ID
+) -> tuple[str, list[TaskInstance]]:
+    """Show the tasks of a DAG run until it ends; its state, and the tasks."""
     began = time.monotonic()
     shown: dict[str, str | None] = {}
     with Live(console=console, refresh_per_second=8, transient=False) as live:
         while True:
-            state = api.dag_run_state(DAG_ID, run_id)
-            tasks = api.task_instances(DAG_ID, run_id)
+            state = api.dag_run_state(dag_id, run_id)
+            tasks = api.task_instances(dag_id, run_id)
             if console.is_terminal:
                 training = any(task.task_id == "train" and task.state == "running" for task in tasks)
-                models = api.progress(DAG_ID, run_id) if training else []
+                models = api.progress(dag_id, run_id) if training else []
                 live.update(_progress(tasks, models, time.monotonic() - began))
             else:
                 _print_changes(tasks, shown, console)
@@ -279,7 +324,8 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
     }
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result; the file appears when it is whole."""
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     temporary.replace(path)

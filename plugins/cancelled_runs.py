@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DAG_ID = "image_classification"
+DAG_IDS = ("image_classification", "tune")
 BY_HAND = "manually"
 """In the message that Airflow sends with a state that somebody set; a failure that the scheduler finds has another."""
 TIMEOUT_SECONDS = 300
@@ -41,7 +41,7 @@ class StoppedDagRuns:
     def on_dag_run_success(self, dag_run: DagRun, msg: str) -> None:
         """Close the MLflow runs of a DAG run that was set to success by hand; note the verdict of another."""
         _close_runs(dag_run, msg, "FINISHED", "")
-        if dag_run.dag_id == DAG_ID and BY_HAND not in msg:
+        if dag_run.dag_id in DAG_IDS and BY_HAND not in msg:
             _note_verdict(dag_run)
 
 
@@ -62,14 +62,14 @@ def _note_verdict(dag_run: DagRun) -> None:
 
 def _close_runs(dag_run: DagRun, msg: str, *how: str) -> None:
     """In a process of its own; `how` are the last arguments of `mlpipe.tracking.close_runs`."""
-    if dag_run.dag_id != DAG_ID or BY_HAND not in msg:
+    if dag_run.dag_id not in DAG_IDS or BY_HAND not in msg:
         return
-    from mlpipe.config import RunParams
     from mlpipe.errors import UserError
+    from mlpipe.forms import FORMS
     from mlpipe.recipes import resolve
 
     try:
-        dataset = resolve(RunParams.from_mapping(dag_run.conf or {})).data.name
+        dataset = resolve(FORMS[dag_run.dag_id].from_mapping(dag_run.conf or {}).run_params()).data.name
     except UserError:  # then no task has opened an MLflow run
         return
     command = [sys.executable, "-m", "mlpipe.tracking.close_runs", dataset, dag_run.dag_id, dag_run.run_id, *how]

@@ -27,6 +27,8 @@ class BatchLoader:
     image comes once an epoch. Batches have `batch_size` images but for the last; a last image left alone joins the
     batch before it, since a batch of one has no variance to normalise by.
 
+    With `with_answers` a batch has a third part: the rows (B, K) of the answers to its images.
+
     Several processes that train together each take a `share`: the batches are then of all of them together.
     """
 
@@ -41,6 +43,7 @@ class BatchLoader:
         self._split = split
         self._labels = torch.from_numpy(np.array(split.labels, np.int64))
         self._kept: Tensor | None = None
+        self._answers: Tensor | None = None
         self.batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
@@ -59,6 +62,16 @@ class BatchLoader:
         loader._bounds = _bounds(self.num_images, self.batch_size, num_shards)
         return loader
 
+    def with_answers(self, answers: Tensor) -> BatchLoader:
+        """A loader whose batches also have the answers (N, K) to their images.
+
+        Args:
+            answers: in the split's order.
+        """
+        loader = copy.copy(self)
+        loader._answers = answers.to(self._labels.device)
+        return loader
+
     def keep_on(self, device: torch.device, max_bytes: int) -> None:
         """Copy images of at most `max_bytes` in all, and the labels, to a device, and gather batches there from now on.
 
@@ -71,6 +84,7 @@ class BatchLoader:
         for part in self._split.images_u8.slices(BYTES_PER_COPY):
             self._kept[part] = torch.from_numpy(self._split.images_u8[part]).to(device)
         self._labels = self._labels.to(device)
+        self._answers = None if self._answers is None else self._answers.to(device)
 
     def loss_weight(self, batch: int) -> float:
         """Size of this share of a batch over that of the mean share.
@@ -99,7 +113,7 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         # A generator: Lightning asks for the iterator before its epoch begins; the order is made at the first batch.
         order = torch.from_numpy(self.order())
         there = order.to(self._labels.device)
@@ -109,7 +123,9 @@ class BatchLoader:
                 images = torch.from_numpy(self._split.images_u8.take(order[part].numpy()))
             else:
                 images = self._kept.index_select(0, there[part])
-            yield images, self._labels[there[part]]
+            rows = there[part]
+            answers = () if self._answers is None else (self._answers[rows],)
+            yield images, self._labels[rows], *answers
 
 
 def _bounds(num_images: int, batch_size: int, num_shards: int) -> list[int]:

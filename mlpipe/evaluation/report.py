@@ -20,6 +20,8 @@ from mlpipe.pages import svg
 MAX_CLASSES = 40
 """Columns of the table of F1; with more classes it has the hardest."""
 
+MIN_CONFIDENCES = (0.0, 0.5, 0.7, 0.9, 0.95, 0.99)
+
 CURVES = {"Accuracy": "accuracy", "Loss": "loss"}
 """Charts of the training: title, and the metric's name after `train/` and `val/`."""
 
@@ -67,6 +69,7 @@ def render(report: Report) -> str:
         charts=[chart for title, metric in CURVES.items() if (chart := _chart(report.curves, title, metric))],
         f1=_f1_table(comparison),
         counts=class_table(report.manifest.class_counts, report.manifest.classes),
+        unsure=_unsure(comparison.rows[0]),
         gallery=report.gallery.to_json(),
     )
 
@@ -81,6 +84,18 @@ def _chart(curves: Mapping[str, Mapping[str, Curve]], title: str, metric: str) -
         if len(points := of_model.get(f"{name}/{metric}", ())) > 1
     }
     return Markup(svg.line_chart(lines, title=f"{title} by epoch", unit=unit))  # noqa: S704 - it escapes names
+
+
+def _unsure(result: ModelResult) -> list[tuple[float, float, float | None]]:
+    """What `min_confidence` costs and buys: its value, the share of answers, and the share of them that is right."""
+    predictions = result.evaluation.predictions
+    confidence = predictions.probabilities.max(axis=1)
+    rows = []
+    for least in MIN_CONFIDENCES:
+        answered = confidence >= least
+        right = float(predictions.correct[answered].mean()) if answered.any() else None
+        rows.append((least, float(answered.mean()), right))
+    return rows
 
 
 def _f1_table(comparison: Comparison) -> dict[str, Any]:

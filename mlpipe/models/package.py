@@ -25,7 +25,7 @@ import safetensors.torch
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from numpy.typing import NDArray
 from torch import nn
 
@@ -136,27 +136,46 @@ def signature(classes: tuple[str, ...]) -> ModelSignature:
     outputs += [ColSpec("float", f"probability_{name}") for name in classes]
     # Of objects, which MLflow passes on as they came. As uint8 its server would cut images that were divided by 255 to
     # zeros, and answer; `ImageClassifier` refuses them.
-    return ModelSignature(inputs=Schema([TensorSpec(np.dtype(object), (-1,))]), outputs=Schema(list(outputs)))
+    return ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(object), (-1,))]),
+        outputs=Schema(list(outputs)),
+        params=ParamSchema([ParamSpec("min_confidence", "double", 0.0)]),
+    )
 
 
-def download_packaged_model(model_uri: str, folder: Path) -> tuple[ModelDescription, Path]:
+def load_network(model_uri: str, *, field: str) -> portable.ImageClassifier:
+    """A logged network as it predicts, on the CPU or a GPU.
+
+    Raises:
+        UserError: no such model, or not a network of this project.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlpipe-network-") as folder:
+        description, weights = download_packaged_model(model_uri, Path(folder), field=field)
+        source = description.code.rpartition(":")[0]
+        code = weights.with_name(source) if source.endswith(".py") else None
+        classifier = portable.ImageClassifier()
+        classifier.load(weights.with_name(DESCRIPTION_FILE), weights, code=code)
+    return classifier
+
+
+def download_packaged_model(model_uri: str, folder: Path, *, field: str = "models") -> tuple[ModelDescription, Path]:
     """Fetch the description and weights of a network that this project logged.
 
     Raises:
         UserError: no such model, or not a network of this project.
     """
     if not MODEL_URI.fullmatch(model_uri):
-        raise UserError(f"models: {model_uri} is not allowed; give models:/<name>/<version>, @<alias> or models:/<id>")
+        raise UserError(f"{field}: {model_uri} is not allowed; give models:/<name>/<version>, @<alias> or models:/<id>")
     try:
         with _no_progress_bars():
             local = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder)))
     except MlflowException as error:
         if error.get_http_status_code() >= 500:
             raise  # the server, not the user
-        raise UserError(f"models: {model_uri} cannot be had from MLflow ({str(error)[:300]})") from error
+        raise UserError(f"{field}: {model_uri} cannot be had from MLflow ({str(error)[:300]})") from error
     found = {path.name: path for path in local.rglob("*") if path.is_file()}
     if DESCRIPTION_FILE not in found or WEIGHTS_FILE not in found:
-        raise UserError(f"models: {model_uri} is not a network that this project logged; give one that is")
+        raise UserError(f"{field}: {model_uri} is not a network that this project logged; give one that is")
     return ModelDescription.read(found[DESCRIPTION_FILE]), found[WEIGHTS_FILE]
 
 

@@ -45,6 +45,12 @@ TRUSTED_TYPES: tuple[str, ...] = ()
 
 DARK = "no pixel is above 1 of 255; if the image was divided by 255, give its raw pixels"
 
+SMALLEST = 1e-12
+"""Probabilities are taken to be at least this where their logarithm is."""
+
+UNSURE = "unsure"
+"""Label of an image whose most probable class is less probable than the caller wants."""
+
 PIXELS_PER_BATCH = 256 * 32 * 32
 """Bounds the memory of one forward pass: 256 images of 32×32, 16 of 128×128."""
 
@@ -72,6 +78,8 @@ class ModelDescription:
     test_time_averaging: str = "none"
     """none; flip: the mean of the probabilities of an image and of its mirror image; flip_shift: the mean of these and
     of their mean for two views of the image, shifted by a pixel down and right, and up and left."""
+    temperature: float = 1.0
+    """Divides the logarithms of the probabilities, fitted so that they are as high as the share that is right."""
     code: str = ""
     """What builds the network or makes the estimator's features, as `load_function` takes it. Empty where an earlier
     version of this project logged the model."""
@@ -172,7 +180,7 @@ def network_probabilities(
     """
     images = enlarge(normalise(images_u8, mean, std), description.input_size)
     if description.test_time_averaging == "none":
-        return network(images).float().softmax(dim=1).cpu().numpy()
+        return at_temperature(network(images).float().softmax(dim=1).cpu().numpy(), description.temperature)
 
     def both_ways(view: Tensor) -> Tensor:
         return (network(view).float().softmax(dim=1) + network(view.flip(3)).float().softmax(dim=1)) / 2
@@ -183,12 +191,23 @@ def network_probabilities(
         padded = F.pad(images, (1, 1, 1, 1), "reflect")
         shifted = [both_ways(padded[:, :, at : at + height, at : at + width]) for at in (0, 2)]
         probabilities = probabilities / 2 + (shifted[0] + shifted[1]) / 4
-    return probabilities.cpu().numpy()
+    return at_temperature(probabilities.cpu().numpy(), description.temperature)
 
 
-def estimator_probabilities(estimator: Any, features: NDArray[np.float32]) -> NDArray[np.float32]:
+def at_temperature(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
+    """(N, K) probabilities whose logarithms were divided; the very same ones at 1."""
+    if temperature == 1:
+        return probabilities
+    logs = np.log(np.maximum(probabilities, SMALLEST)) / temperature
+    powers = np.exp(logs - logs.max(axis=1, keepdims=True))
+    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def estimator_probabilities(
+    estimator: Any, features: NDArray[np.float32], temperature: float = 1.0
+) -> NDArray[np.float32]:
     """(B, D) features to (B, number of classes) probabilities of a fitted estimator."""
-    return estimator.predict_proba(features).astype(np.float32)
+    return at_temperature(estimator.predict_proba(features).astype(np.float32), temperature)
 
 
 def import_skops() -> Any:
@@ -291,13 +310,14 @@ class ImageClassifier(PythonModel):
         self,
         context: Any,  # noqa: ARG002
         model_input: np.ndarray,
-        params: dict[str, Any] | None = None,  # noqa: ARG002
+        params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Label images.
 
         Args:
             model_input: (N, H, W, C) uint8 pixels, C being 1 (grey) or 3 (RGB), any N, H and W; or nested lists of
                 them; or a sequence of N arrays (H, W, C) of different sizes.
+            params: `min_confidence`, 0 to 1: images below it are labelled `unsure`.
 
         Returns:
             N rows; `confidence` is the label's probability. Where an image has no pixel above 1 of 255 there is a
@@ -307,7 +327,7 @@ class ImageClassifier(PythonModel):
             BadInputError: the input is no such images.
         """
         images = _as_arrays(model_input)
-        frame = self._frame(self._probabilities(images))
+        frame = self._frame(self._probabilities(images), params)
         if isinstance(images, list):
             brightest = np.array([image.max() for image in images])
         else:
@@ -316,11 +336,12 @@ class ImageClassifier(PythonModel):
             frame["note"] = np.where(brightest <= 1, DARK, "")
         return frame
 
-    def predict_files(self, files: Sequence[str | Path | bytes]) -> pd.DataFrame:
+    def predict_files(self, files: Sequence[str | Path | bytes], params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Label image files, decoded as those of the data set were.
 
         Args:
             files: paths, or the bytes of files.
+            params: as of `predict`.
 
         Returns:
             A row per file: as `predict`, and `error`, which says why a file could not be read, or is empty; the other
@@ -332,7 +353,7 @@ class ImageClassifier(PythonModel):
         size = self.description.file_size or self.description.image_size
         images_u8, errors = self._decoded(files, size)
         good = np.array([not error for error in errors], bool)
-        frame = self._frame(self.probabilities(images_u8[good]))
+        frame = self._frame(self.probabilities(images_u8[good]), params)
         frame.index = pd.Index(np.flatnonzero(good))
         frame = frame.reindex(range(len(files)))
         frame["error"] = errors
@@ -375,13 +396,17 @@ class ImageClassifier(PythonModel):
         images = torch.from_numpy(copied).to(self.device)
         images = resize(images.expand(-1, -1, -1, 3), self.description.image_size)
         if self.description.kind == "estimator":
-            return estimator_probabilities(self.predictor, self.features(images))
+            return estimator_probabilities(self.predictor, self.features(images), self.description.temperature)
         return network_probabilities(self.predictor, self.description, images, self.mean, self.std)
 
-    def _frame(self, probabilities: NDArray[np.float32]) -> pd.DataFrame:
+    def _frame(self, probabilities: NDArray[np.float32], params: dict[str, Any] | None) -> pd.DataFrame:
+        wanted = (params or {}).get("min_confidence") or 0.0
+        if not isinstance(wanted, int | float) or not 0 <= wanted <= 1:
+            raise BadInputError(f"min_confidence: {wanted!r} is not allowed; give a number from 0 to 1")
         names = np.array(self.description.classes, dtype=object)
         columns: dict[str, Any] = {"label": names[probabilities.argmax(axis=1)] if len(probabilities) else names[:0]}
         columns["confidence"] = probabilities.max(axis=1, initial=0)
+        columns["label"][columns["confidence"] < wanted] = UNSURE
         columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.description.classes)}
         return pd.DataFrame(columns)
 

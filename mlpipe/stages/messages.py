@@ -99,3 +99,33 @@ class ComparedModels:
     promoted: Champion | None
     """The champion, if it became that now."""
     summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One trial of a search."""
+
+    number: int
+    state: str
+    """complete, pruned, failed, running or waiting."""
+    value: float | None
+    """Accuracy on the validation images, 0 to 1; of a pruned trial that of its last epoch."""
+    params: Mapping[str, Any]
+    """The settings that it tried."""
+    run_id: str
+    """Of its MLflow run; empty: it has not begun."""
+    epochs: int
+    """Epochs that were trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundSettings:
+    """Of `conclude`: what a search found."""
+
+    study: str
+    settings: Mapping[str, Any]
+    """The best ones by validation."""
+    trials: tuple[TrialResult, ...]
+    default: TrialResult | None
+    """The trial with the recipe's own settings."""
+    best: TrialResult

@@ -29,6 +29,8 @@ from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.protocol import TrainedModel
+from mlpipe.training.teacher import Teacher, load_teacher
+from mlpipe.training.temperature import with_temperature
 
 NUM_EXAMPLES = 8
 """Images by which a logged model is checked and shown; more than one, so that the batch size is seen to be free."""
@@ -48,6 +50,9 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     # Before the run is opened: weights that cannot be had leave no run behind.
     description = describe(model, dataset.manifest)
     start = initial_network(model, description, store) if description.kind == "network" else None
+    teacher = None
+    if start and isinstance(model.train, NetworkSettings) and model.train.teacher:
+        teacher = load_teacher(model.train.teacher, dataset.manifest.classes)
     run = runs.open_run(
         experiment(config),
         origin.key(model.name),
@@ -61,9 +66,11 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         tracked.log_params(_params(config, model, dataset))
         log_input(dataset.manifest, data.uri, context="training")
         checkpoints = CheckpointStore(store, tracked.run_id)
-        trained = _fit(model, description, dataset, tracked, start, checkpoints)
+        trained = _fit(model, description, dataset, tracked, start, teacher, checkpoints)
+        trained = with_temperature(trained, dataset.val_split())
         tracked.log_metrics(
             {
+                "temperature": trained.description.temperature,
                 "train_seconds": trained.train_seconds,
                 "best/epoch": trained.best_epoch,
                 "best/val_accuracy": trained.metrics["val/accuracy"],
@@ -125,6 +132,7 @@ def _fit(
     dataset: Dataset,
     tracked: TrackedRun,
     start: InitialNetwork | None,
+    teacher: Teacher | None,
     checkpoints: CheckpointStore,
 ) -> TrainedModel:
     if start is None:
@@ -136,7 +144,7 @@ def _fit(
     form = start.description
     size = form.input_size or form.image_size
     tracked.log_params({"initial_weights": start.source, "variant": form.variant, "input_size": size})
-    return train_network(model, dataset, tracked, start=start, checkpoints=checkpoints)
+    return train_network(model, dataset, tracked, start=start, checkpoints=checkpoints, teacher=teacher)
 
 
 def _package(model: ModelConfig, dataset: Dataset, trained: TrainedModel) -> PackagedModel:

@@ -84,7 +84,7 @@ class TaskContext:
 
     def key(self, part: str) -> str:
         """Identity of one part (`parent`, `data`, a model's name) of the DAG run."""
-        return hashlib.sha256("\0".join((self.dag_id, self.dag_run_id, part)).encode()).hexdigest()[:32]
+        return key_of(self.dag_id, self.dag_run_id, part)
 
     def tags(self) -> dict[str, str]:
         """Tags by which a run is traced back to its task and code."""
@@ -101,6 +101,11 @@ class TaskContext:
             **({MLFLOW_USER: self.user} if self.user else {}),
         }
         return tags | ({"airflow_url": self.url} if self.url else {})
+
+
+def key_of(*parts: str) -> str:
+    """Identity of what the parts name together, by which a retry finds its run."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 @lru_cache(maxsize=1)

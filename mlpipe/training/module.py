@@ -15,6 +15,7 @@ from mlpipe.models.portable import enlarge, normalise
 from mlpipe.training import group
 from mlpipe.training.augmentation import augment, shrink
 from mlpipe.training.optimizers import build_optimizers
+from mlpipe.training.teacher import WEIGHT, Teacher, distillation_loss
 
 MIN_IMAGE_SIZE = 16
 """Height and width below which images are not shrunk, pixels."""
@@ -78,11 +79,13 @@ class ClassificationModule(LightningModule):
         channel_std: tuple[float, float, float],
         total_steps: int,
         input_size: int | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """Prepare for `total_steps` optimizer steps; mean and deviation are in units of 0..1.
 
         Args:
             input_size: height and width to which images are enlarged, pixels; `None`: not at all.
+            teacher: answers each batch; `None`: there is none, or its answers come with the batches.
         """
         super().__init__()
         # Automatic optimization is half of the time that Lightning adds to a step.
@@ -91,6 +94,9 @@ class ClassificationModule(LightningModule):
         self.train_config = train
         self.total_steps = total_steps
         self.input_size = input_size
+        self.teacher: tuple[Teacher, ...] = (
+            () if teacher is None else (teacher,)
+        )  # in a tuple: not a part of the module
         self.loss_weight = 1.0
         self.first_epoch = 0
         self._parallel: tuple[DistributedDataParallel, ...] = ()  # in a tuple: not a part of the module
@@ -115,14 +121,18 @@ class ClassificationModule(LightningModule):
         """Count anew."""
         self.validation_totals = EpochTotals(self.device)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:  # noqa: ARG002
         """One step of the optimizers and of their schedules."""
-        images_u8, labels = batch
-        images = self._shown(augment(images_u8, self.train_config.augmentation, self.epoch))
+        images_u8, labels, *answers = batch
+        images_u8 = augment(images_u8, self.train_config.augmentation, self.epoch)
+        images = self._shown(images_u8)
         network = self._parallel[0] if self._parallel else self.network
         logits = network(shrink(images, self._image_size(images.shape[-1])))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
         self.training_totals.add(loss, logits, labels)
+        if answers or self.teacher:
+            taught = answers[0] if answers else self.teacher[0].logits(images_u8)
+            loss = (1 - WEIGHT) * loss + WEIGHT * distillation_loss(logits.float(), taught)
         with torch.autocast(self.device.type, enabled=False):
             self.network.zero_grad()
             self.manual_backward(loss if self.loss_weight == 1.0 else loss * self.loss_weight)

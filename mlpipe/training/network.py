@@ -25,6 +25,7 @@ from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
+from mlpipe.training.teacher import Teacher
 from mlpipe.training.whitening import MAX_IMAGES, whiten
 
 CHECKPOINT_FORMAT = 3
@@ -38,6 +39,7 @@ def train_network(
     *,
     start: InitialNetwork,
     checkpoints: CheckpointStore | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainedModel:
     """Train on the training split; keep the weights of the epoch of highest validation accuracy.
 
@@ -46,6 +48,7 @@ def train_network(
 
     Args:
         start: the network with its initial weights, which is trained in place.
+        teacher: a network whose answers are learned beside the labels.
 
     Raises:
         UserError: the architecture is no network, the loss became infinite, or there are not as many devices as
@@ -67,6 +70,9 @@ def train_network(
         num_training=training.num_images,
         num_validation=validation.num_images,
     )
+    if teacher is not None and config.augmentation == "none":  # then its answers never change
+        training = training.with_answers(teacher.answers(dataset.train_split()))
+        teacher = None
     whitened = getattr(network, "whitened", None)
     if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
         _whiten(whitened, training, mean, std)
@@ -87,6 +93,7 @@ def train_network(
         channel_std=std,
         total_steps=config.num_epochs * len(own_shard),
         input_size=description.input_size,
+        teacher=teacher,
     )
     precision = choose_precision(config.precision)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
@@ -125,7 +132,7 @@ def _whiten(convolution: nn.Conv2d, training: BatchLoader, mean: Channels, std: 
     """Fit a network's first convolution to the first images of the first epoch."""
     scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     first = islice(training, -(-MAX_IMAGES // training.batch_size))
-    whiten(convolution, (normalise(images_u8, *scale) for images_u8, _ in first))
+    whiten(convolution, (normalise(images_u8, *scale) for images_u8, *_ in first))
 
 
 def _fingerprint(model: ModelConfig, dataset: Dataset, start: InitialNetwork) -> str:

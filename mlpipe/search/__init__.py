@@ -1,0 +1,1 @@
+"""Search for settings: which to try, and what came of it. Optuna chooses."""

@@ -1,0 +1,162 @@
+"""A study: its trials in storage that workers share, and the settings that Optuna varies.
+
+Storage is a journal: a file where all workers run on one machine, Redis for several; or PostgreSQL. SQLite is not for
+parallel searches, and MLflow's database has a version table that Optuna would take for its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalRedisBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from mlpipe.config import LinearSettings, NetworkSettings
+from mlpipe.errors import UserError
+from mlpipe.search.form import Search
+
+logger = logging.getLogger(__name__)
+
+STORAGE_VARIABLE = "MLPIPE_STUDY_STORAGE"
+"""`redis://…` or `postgresql://…`; not set: a file in MLPIPE_CACHE_DIR."""
+
+OWNER = "owner"
+"""Attribute of a trial: the worker that runs it, which alone may resume it."""
+REQUEST = "request"
+"""Attribute of a trial: the DAG run that asked for it."""
+DEFAULT = "default"
+"""Attribute of the trial that has the recipe's own settings."""
+SURPLUS = "surplus"
+"""Attribute of a trial that two workers made where one was left."""
+
+OPTIMIZERS = ("adam", "sgd", "muon", "normalized_muon")
+AUGMENTATIONS = ("none", "crop", "flip", "flip_crop")
+
+
+def open_study(name: str, cache_dir: Path, *, seed: int, pruning: bool, worker: int = 0) -> optuna.Study:
+    """The study of that name, which is created on first use.
+
+    Args:
+        worker: number of the worker, so that each samples other settings.
+
+    Raises:
+        UserError: the storage's address is of no known kind.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        study_name=name,
+        storage=_storage(cache_dir, name),
+        sampler=optuna.samplers.TPESampler(seed=seed * 1000 + worker, constant_liar=True, n_startup_trials=6),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        if pruning
+        else optuna.pruners.NopPruner(),
+        direction="maximize",
+        load_if_exists=True,
+    )
+
+
+def _storage(cache_dir: Path, name: str) -> BaseStorage:
+    url = os.environ.get(STORAGE_VARIABLE)
+    if not url:
+        folder = cache_dir / "studies"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = str(folder / f"{name}.log")
+        # The lock of a worker that was killed is taken over after half a minute.
+        return JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+    scheme = urlsplit(url).scheme
+    if scheme in ("redis", "rediss"):
+        return JournalStorage(JournalRedisBackend(url))
+    if scheme.startswith("postgresql"):
+        return RDBStorage(url, heartbeat_interval=None)
+    raise UserError(f"{STORAGE_VARIABLE}: {scheme}:// is not allowed; give redis:// or postgresql://, or nothing")
+
+
+def request_trials(study: optuna.Study, search: Search, request: str) -> None:
+    """Ask for the trials of a DAG run; a retry asks for what is missing. A study's first has the recipe's settings.
+
+    Args:
+        request: names the DAG run.
+    """
+    asked = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(REQUEST) == request]
+    if not study.get_trials(deepcopy=False):
+        study.enqueue_trial(default_settings(search), user_attrs={REQUEST: request, DEFAULT: True})
+        asked.append(study.get_trials(deepcopy=False)[0])
+    for _ in range(search.trials - len(asked)):
+        study.enqueue_trial({}, user_attrs={REQUEST: request})
+
+
+def next_trial(study: optuna.Study, owner: str, request: str) -> optuna.Trial | None:
+    """The trial that this worker left unfinished, or one that nobody has; `None`: all are taken."""
+    for known in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if known.user_attrs.get(OWNER) == owner:
+            logger.info("resuming trial %d", known.number)
+            return optuna.Trial(study, known._trial_id)
+    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        return None
+    trial = study.ask()
+    trial.set_user_attr(OWNER, owner)
+    if REQUEST not in trial.user_attrs:  # another worker took the last one just before
+        trial.set_user_attr(SURPLUS, request)
+        study.tell(trial, state=TrialState.FAIL)
+        return None
+    return trial
+
+
+def suggest(trial: optuna.Trial, search: Search) -> dict[str, Any]:
+    """Values of the varied settings for a trial; ranges lie around the recipe's own."""
+    settings = search.model.train
+    return {name: _suggest(trial, name, getattr(settings, name)) for name in search.vary}
+
+
+def _suggest(trial: optuna.Trial, name: str, default: Any) -> Any:
+    if name in ("learning_rate", "inverse_regularization"):
+        return trial.suggest_float(
+            name, default / 30, default * 30 if name != "learning_rate" else default * 10, log=True
+        )
+    if name == "weight_decay":
+        return trial.suggest_float(name, 0.0, max(10 * default, 0.01))
+    if name == "label_smoothing":
+        return trial.suggest_float(name, 0.0, 0.3)
+    if name == "batch_size":
+        return trial.suggest_categorical(name, sorted({32, 64, 128, 256, 512, default}))
+    if name == "num_components":
+        return trial.suggest_int(name, 16, max(1024, default), log=True)
+    if name == "augmentation":
+        return trial.suggest_categorical(name, AUGMENTATIONS)
+    return trial.suggest_categorical(name, OPTIMIZERS)
+
+
+def default_settings(search: Search) -> dict[str, Any]:
+    """The recipe's values of the varied settings."""
+    return {name: getattr(search.model.train, name) for name in search.vary}
+
+
+def trials_of(study: optuna.Study) -> Iterator[FrozenTrial]:
+    """All trials but those that were too many, in their order."""
+    return (trial for trial in study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs)
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial:
+    """The trial of highest value; among equals the first.
+
+    Raises:
+        UserError: none has a value.
+    """
+    done = [trial for trial in trials_of(study) if trial.state == TrialState.COMPLETE]
+    if not done:
+        raise UserError(f"study: {study.study_name} has no trial that was completed; see the logs of its workers")
+    return max(done, key=lambda trial: (trial.value, -trial.number))
+
+
+def with_settings(settings: NetworkSettings | LinearSettings, values: dict[str, Any], seed: int) -> Any:
+    """Settings with other values and another seed."""
+    from dataclasses import replace
+
+    return replace(settings, **values, seed=seed)

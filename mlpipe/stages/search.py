@@ -1,0 +1,251 @@
+"""Search for settings: workers that try them, and what the study found."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from mlpipe.config import ModelConfig, RunConfig
+from mlpipe.data.dataset import Dataset, open_dataset
+from mlpipe.data.storage.store import ObjectStore
+from mlpipe.environment import Environment
+from mlpipe.errors import UserError
+from mlpipe.models.registry import describe
+from mlpipe.models.weights import initial_network
+from mlpipe.search import figures
+from mlpipe.search.form import Search
+from mlpipe.search.study import (
+    DEFAULT,
+    REQUEST,
+    best_trial,
+    next_trial,
+    open_study,
+    request_trials,
+    suggest,
+    trials_of,
+    with_settings,
+)
+from mlpipe.services import services_named
+from mlpipe.stages.messages import FoundSettings, PublishedData, TrialResult
+from mlpipe.tracking import runs
+from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
+from mlpipe.tracking.runs import TaskContext, TrackedRun
+from mlpipe.training.checkpoints import CheckpointStore
+from mlpipe.training.protocol import TrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class _Pruned(optuna.TrialPruned):
+    """A trial was stopped early."""
+
+
+class _TrialLogger:
+    """Logs a trial's training to MLflow and reports it to the study; satisfies `TrainingLogger`."""
+
+    def __init__(self, run: TrackedRun, trial: optuna.Trial, *, may_prune: bool) -> None:
+        self._run = run
+        self._trial = trial
+        self._may_prune = may_prune
+        self.epochs = 0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log_metrics(metrics, step)
+        self.epochs = max(self.epochs, step)
+        self._trial.report(metrics["val/accuracy"], step)
+        if self._may_prune and self._trial.should_prune():
+            raise _Pruned(f"after epoch {step}: others had a better val/accuracy by then")
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        self._run.log_params(params)
+
+    def last_logged_step(self, metric: str) -> int:
+        return self._run.last_logged_step(metric)
+
+
+@services_named()
+def search(config: Search, origin: TaskContext, worker: int, data: PublishedData, *, on_run: OnRun) -> int:
+    """Try settings until all trials of this DAG run are taken; the number of trials that this worker ended.
+
+    A worker that was killed resumes its own trial after its last epoch.
+
+    Args:
+        worker: its number, from 0.
+
+    Raises:
+        UserError: weights that cannot be had, or a storage of no known kind.
+    """
+    environment = Environment.from_env()
+    store = ObjectStore.from_environment(environment)
+    dataset = open_dataset(data.digest, store, environment.cache_dir)
+    study = open_study(config.study, environment.cache_dir, seed=config.seed, pruning=config.pruning, worker=worker)
+    if worker == 0:
+        request_trials(study, config, origin.key("all"))
+    else:
+        _wait_for_trials(study, origin, config.trials)
+    parent = parent_run(config.run, origin)
+    on_run(runs.run_url(parent))
+    ended, began = 0, time.monotonic()
+    while config.minutes is None or time.monotonic() - began < 60 * config.minutes:
+        trial = next_trial(study, owner=f"{origin.key('all')}-{worker}", request=origin.key("all"))
+        if trial is None:
+            break
+        _run_trial(study, trial, config, origin, dataset, store, parent.info.run_id)
+        ended += 1
+    logger.info("this worker ended %d trials", ended)
+    return ended
+
+
+START_SECONDS = 120.0
+
+
+def _wait_for_trials(study: optuna.Study, origin: TaskContext, number: int) -> None:
+    """The first worker asks for the trials; the others wait until it has."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        asked = [
+            trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(REQUEST) == origin.key("all")
+        ]
+        if len(asked) >= number:
+            return
+        time.sleep(0.2)
+    raise UserError(f"study: no trials were asked for within {START_SECONDS:g} s; see the log of the first worker")
+
+
+def _run_trial(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    config: Search,
+    origin: TaskContext,
+    dataset: Dataset,
+    store: ObjectStore,
+    parent_run_id: str,
+) -> None:
+    values = suggest(trial, config)
+    model = replace(config.model, train=with_settings(config.model.train, values, config.seed))
+    is_default = bool(trial.user_attrs.get(DEFAULT))
+    run = runs.open_run(
+        experiment(config.run),
+        runs.key_of(config.study, str(trial.number)),
+        name=f"trial {trial.number}{' (the recipe)' if is_default else ''}",
+        tags={
+            **origin.tags(),
+            "stage": "trial",
+            "study": config.study,
+            "trial": str(trial.number),
+            "model": model.name,
+        },
+        description=f"{origin.link}\n\nTrial {trial.number} of {config.study}: `{json.dumps(values)}`",
+        parent_run_id=parent_run_id,
+    )
+    trial.set_user_attr("run_id", run.info.run_id)
+    logger.info("trial %d: %s", trial.number, values)
+    with runs.active(run) as tracked:
+        tracked.log_params({**values, "num_epochs": getattr(model.train, "num_epochs", "n/a"), "seed": config.seed})
+        told = _TrialLogger(tracked, trial, may_prune=config.pruning and not is_default)
+        checkpoints = CheckpointStore(store, tracked.run_id)
+        try:
+            trained = _fit(model, dataset, told, checkpoints, store)
+        except _Pruned as pruned:
+            study.tell(trial, state=TrialState.PRUNED)
+            tracked.set_tags({"state": "pruned", "why": str(pruned)})
+            logger.info("trial %d was pruned %s", trial.number, pruned)
+        except UserError as error:  # with these settings nothing is learned
+            study.tell(trial, state=TrialState.FAIL)
+            tracked.set_tags({"state": "failed", "why": str(error)})
+            logger.warning("trial %d failed: %s", trial.number, error)
+        else:
+            value = trained.metrics["val/accuracy"]
+            study.tell(trial, value)
+            tracked.set_tags({"state": "complete"})
+            tracked.log_metrics({"best/val_accuracy": value, "best/epoch": trained.best_epoch})
+            logger.info("trial %d: val/accuracy %.4f", trial.number, value)
+    checkpoints.delete()
+
+
+def _fit(
+    model: ModelConfig, dataset: Dataset, told: _TrialLogger, checkpoints: CheckpointStore, store: ObjectStore
+) -> TrainedModel:
+    description = describe(model, dataset.manifest)
+    if description.kind == "estimator":
+        from mlpipe.training.estimator import train_estimator
+
+        return train_estimator(model, description, dataset, told)
+    from mlpipe.training.network import train_network
+
+    start = initial_network(model, description, store)
+    return train_network(model, dataset, told, start=start, checkpoints=checkpoints)
+
+
+@services_named()
+def conclude(config: Search, origin: TaskContext, *, on_run: OnRun) -> FoundSettings:
+    """What the study found: the best settings by validation, and pictures of the search on the parent run.
+
+    The recipe's own settings are among the trials, so the best are never worse than these on the validation images.
+
+    Raises:
+        UserError: no trial was completed.
+    """
+    environment = Environment.from_env()
+    study = open_study(config.study, environment.cache_dir, seed=config.seed, pruning=config.pruning)
+    best = best_trial(study)
+    trials = [*trials_of(study)]
+    default = next((trial for trial in trials if trial.user_attrs.get(DEFAULT)), None)
+    found = FoundSettings(
+        study=config.study,
+        settings=dict(best.params),
+        trials=tuple(map(_result, trials)),
+        default=_result(default) if default else None,
+        best=_result(best),
+    )
+    with runs.active(parent_run(config.run, origin)) as parent:
+        on_run(parent.url)
+        for name, figure in figures.of_study(study).items():
+            parent.log_figure(figure, name)
+        parent.log_dict(dict(best.params), "best_settings.json")
+        parent.log_table(
+            {
+                "trial": [trial.number for trial in trials],
+                "state": [trial.state.name.lower() for trial in trials],
+                "val_accuracy": [trial.value for trial in trials],
+                "settings": [json.dumps(trial.params) for trial in trials],
+            },
+            "trials.json",
+        )
+        parent.set_tags({"study": config.study, "best settings": json.dumps(best.params)})
+    logger.info(
+        "best of %d trials: number %d, val/accuracy %.4f, %s", len(trials), best.number, best.value, best.params
+    )
+    return found
+
+
+def _result(trial: FrozenTrial) -> TrialResult:
+    epochs = max(trial.intermediate_values, default=0)
+    return TrialResult(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        value=trial.value,
+        params=dict(trial.params),
+        run_id=str(trial.user_attrs.get("run_id", "")),
+        epochs=epochs,
+    )
+
+
+def winners(config: Search, settings: Mapping[str, Any]) -> RunConfig:
+    """The run that trains the best settings anew, once for each seed; none of these seeds chose them."""
+    models = tuple(
+        replace(
+            config.model,
+            name=f"{config.model.name}_seed_{config.seed + number}",
+            train=with_settings(config.model.train, dict(settings), config.seed + number),
+        )
+        for number in range(1, config.seeds + 1)
+    )
+    return replace(config.run, models=models)
