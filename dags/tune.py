@@ -30,7 +30,7 @@ Searches for the settings of one model that suit the **validation** images best 
 recipe's own settings are the first trial and never pruned, so the result is never worse than these there. The best
 settings are then trained anew on fresh seeds, tested once, registered, and pass the same gate as any model.
 
-**First click:** *Trigger*. The tab *Report* shows the final trainings and then their comparison; each trial is an MLflow
+**First click:** *Trigger*. The tab *Report* shows the final trainings, then their comparison; each trial is an MLflow
 run below the DAG run's, which has the pictures of the search and `best_settings.json`. Paste that file's text into
 *Settings* of `image_classification` to use it, or write `mlpipe run --tuned STUDY`.
 """

@@ -1,0 +1,167 @@
+"""A study's trials: who asks for them, who takes them, who resumes them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from mlpipe.config import NetworkSettings
+from mlpipe.errors import UserError
+from mlpipe.search import study as studies
+from mlpipe.search.form import Search, TuneParams, resolve_search
+from mlpipe.search.study import (
+    SURPLUS,
+    best_trial,
+    default_settings,
+    next_trial,
+    open_study,
+    request_trials,
+    suggest,
+    trials_of,
+)
+
+
+def search_of(**form: object) -> Search:
+    return resolve_search(TuneParams.from_mapping({"trials": 6, **form}), "run-1")
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> optuna.Study:
+    return open_study("pets", tmp_path, seed=0, pruning=True)
+
+
+def run_all(study: optuna.Study, search: Search, worker: str) -> list[int]:
+    taken = []
+    while trial := next_trial(study, worker, "run-1"):
+        values = suggest(trial, search)
+        taken.append(trial.number)
+        study.tell(trial, values["learning_rate"])
+    return taken
+
+
+def test_the_first_trial_has_the_recipes_settings(study: optuna.Study) -> None:
+    search = search_of()
+    request_trials(study, search, "run-1")
+    trial = next_trial(study, "worker", "run-1")
+    assert trial is not None
+    assert (
+        suggest(trial, search)
+        == default_settings(search)
+        == {
+            "learning_rate": 0.04,
+            "weight_decay": 0.0,
+            "label_smoothing": 0.0,
+        }
+    )
+
+
+def test_workers_share_the_trials_and_make_no_more(tmp_path: Path) -> None:
+    search = search_of(trials=25)
+    open_one = [open_study("pets", tmp_path, seed=0, pruning=False, worker=worker) for worker in range(3)]
+    request_trials(open_one[0], search, "run-1")
+    taken: list[list[int]] = [[], [], []]
+
+    def work(worker: int) -> None:
+        taken[worker] = run_all(open_one[worker], search, f"worker-{worker}")
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(number for each in taken for number in each) == list(range(25))
+    assert len([*trials_of(open_one[0])]) == 25
+
+
+def test_a_retry_asks_for_no_more_trials_and_another_dag_run_goes_on(study: optuna.Study) -> None:
+    search = search_of()
+    request_trials(study, search, "run-1")
+    request_trials(study, search, "run-1")
+    assert len(study.trials) == 6
+    run_all(study, search, "worker")
+    request_trials(study, search, "run-2")
+    assert len(study.trials) == 12
+    assert [trial.number for trial in study.trials if trial.user_attrs.get(studies.DEFAULT)] == [0]
+
+
+def test_a_worker_resumes_its_own_trial_alone(study: optuna.Study, tmp_path: Path) -> None:
+    search = search_of()
+    request_trials(study, search, "run-1")
+    left = next_trial(study, "worker-0", "run-1")
+    assert left is not None
+    values = suggest(left, search)
+    again = open_study("pets", tmp_path, seed=0, pruning=True)
+    other = next_trial(again, "worker-1", "run-1")
+    assert other is not None
+    assert other.number != left.number
+    resumed = next_trial(again, "worker-0", "run-1")
+    assert resumed is not None
+    assert (resumed.number, suggest(resumed, search)) == (left.number, values)
+
+
+def test_a_trial_too_many_does_not_count(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = search_of(trials=2)
+    request_trials(study, search, "run-1")
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    run_all(study, search, "worker-0")
+    # As another worker saw it just before the last trial was taken.
+    monkeypatch.setattr(
+        study, "get_trials", lambda *_, states=None, **__: waiting if states == (TrialState.WAITING,) else study.trials
+    )
+    monkeypatch.setattr(type(study), "trials", property(lambda self: self._storage.get_all_trials(self._study_id)))
+    assert next_trial(study, "worker-1", "run-1") is None
+    assert [trial.number for trial in study.trials if SURPLUS in trial.user_attrs] == [2]
+    assert len([*trials_of(study)]) == 2
+
+
+def test_the_best_trial_is_never_worse_than_the_recipe(study: optuna.Study) -> None:
+    search = search_of()
+    with pytest.raises(UserError, match="no trial that was completed"):
+        best_trial(study)
+    request_trials(study, search, "run-1")
+    default = next_trial(study, "worker", "run-1")
+    assert default is not None
+    suggest(default, search)
+    study.tell(default, 0.9)
+    worse = next_trial(study, "worker", "run-1")
+    assert worse is not None
+    suggest(worse, search)
+    study.tell(worse, 0.8)
+    assert best_trial(study).number == 0
+
+
+def test_any_setting_of_any_model_can_be_varied(study: optuna.Study) -> None:
+    names = "learning_rate,weight_decay,label_smoothing,batch_size,augmentation,optimizer"
+    for form in ({"vary": names}, {"model": "logistic_regression"}):
+        search = search_of(**form)
+        trial = study.ask()
+        values = suggest(trial, search)
+        assert set(values) == set(search.vary)
+        settings = replace(search.model.train, **values)
+        assert isinstance(settings, NetworkSettings) == ("vary" in form)
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ({"model": "custom_cnn,resnet18"}, "model"),
+        ({"vary": "num_components"}, "vary"),
+        ({"model": "logistic_regression", "vary": "learning_rate"}, "vary"),
+        ({"trials": 1}, "trials"),
+        ({"study": "No Name"}, "study"),
+    ],
+)
+def test_a_bad_form_is_refused_by_name(form: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=f"^{named}: "):
+        search_of(**form)
+
+
+def test_only_shared_storage_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(studies.STORAGE_VARIABLE, "sqlite:///studies.db")
+    with pytest.raises(UserError, match=r"^MLPIPE_STUDY_STORAGE: sqlite"):
+        open_study("pets", tmp_path, seed=0, pruning=True)
