@@ -20,6 +20,7 @@ from mlpipe.errors import UserError
 RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
 PromotionMetric = Literal["accuracy", "balanced_accuracy"]
+FineTuning = Literal["all", "head"]
 SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
 """standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
@@ -88,11 +89,19 @@ class RunParams(Form):
             "learning_rate",
             "early_stopping",
             "settings",
+            "fine_tuning",
             "teacher",
             "devices",
             "seed",
         ),
-        "Images and promotion": ("image_size", "max_damaged", "small_classes", "promotion", "promotion_metric"),
+        "Images and promotion": (
+            "image_size",
+            "max_damaged",
+            "small_classes",
+            "compare_with",
+            "promotion",
+            "promotion_metric",
+        ),
     }
 
     dataset: str = describe(
@@ -193,6 +202,12 @@ class RunParams(Form):
         "recipe; `mlpipe tune` finds good ones. Empty: none.",
         maxLength=4096,
     )
+    fine_tuning: FineTuning = describe(
+        "all",
+        "Fine-tuning",
+        "What is trained of networks with initial weights. all: every layer. head: only a new last layer; features are "
+        "computed once and kept, so it takes a pass over the images.",
+    )
     teacher: str | None = describe(
         None,
         "Teacher",
@@ -202,6 +217,13 @@ class RunParams(Form):
     )
     seed: int = describe(
         0, "Seed", "Seeds initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1
+    )
+    compare_with: str | None = describe(
+        None,
+        "Compare with",
+        "Comma-separated models:/<name>/<version> or @<alias>, which are tested on the same images without being "
+        "trained. Empty: none.",
+        maxLength=2048,
     )
     promotion: PromotionMode = describe(
         "enabled",
@@ -339,6 +361,10 @@ class NetworkSettings:
     """Whether the first half of the epochs trains on images at half height and width."""
     early_stopping_patience: int | None = None
     """Training stops after this many epochs without a better val/accuracy; `None`: never."""
+    fine_tuning: FineTuning = "all"
+    """Layers of a pretrained network that are trained; head: the last one, on features that are computed once."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the loss; balanced: inverse to their numbers of training images."""
     teacher: str | None = None
     """`models:/…` address of a network whose answers are learned beside the labels; `None`: none."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
@@ -359,6 +385,8 @@ class LinearSettings:
     """scikit-learn's C: smaller values mean a stronger L2 penalty."""
     max_iterations: int = 100
     """Iteration limit of the solver."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes; balanced: inverse to their numbers of training images."""
     augmentation: Literal["none", "flip"] = "none"
     """flip: fit the model to each training image and its mirror image."""
     seed: int = 0
@@ -407,6 +435,8 @@ class RunConfig:
     data: DataConfig
     models: tuple[ModelConfig, ...]
     promotion: PromotionConfig
+    compare_with: tuple[str, ...] = ()
+    """Addresses of registered models that are tested beside this run's."""
     form: Mapping[str, Any] = field(default_factory=dict)
     """What the user filled in, without secrets of addresses; for people to read."""
 

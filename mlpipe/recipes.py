@@ -24,7 +24,7 @@ from mlpipe.config import (
 )
 from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
-from mlpipe.models.architectures import OWN_FILE, RESNETS, Architecture, find
+from mlpipe.models.architectures import OWN_FILE, RESNETS, TIMM, Architecture, find
 from mlpipe.training.optimizers import check_optimizer
 
 Settings = TypeVar("Settings", NetworkSettings, LinearSettings)
@@ -139,11 +139,7 @@ def resolve(params: RunParams) -> RunConfig:
             f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set {source.name!r}; "
             "leave it empty, or choose images"
         )
-    if params.teacher and not params.teacher.startswith("models:/"):
-        raise UserError(
-            f"teacher: {redact_text(params.teacher)[:80]!r} is not allowed; give models:/<name>/<version> or "
-            "models:/<name>@<alias>"
-        )
+    _model_addresses(params.teacher, "teacher")
     image_size = params.image_size or 32
     return RunConfig(
         recipe=params.recipe,
@@ -156,6 +152,7 @@ def resolve(params: RunParams) -> RunConfig:
             small_classes=params.small_classes,
         ),
         models=_models(params, image_size),
+        compare_with=_model_addresses(params.compare_with, "compare_with"),
         promotion=PromotionConfig(mode=params.promotion, metric=params.promotion_metric),
         form={
             name: redact_text(value) if isinstance(value, str) else value
@@ -163,6 +160,21 @@ def resolve(params: RunParams) -> RunConfig:
             if value is not None
         },
     )
+
+
+def _model_addresses(text: str | None, field_name: str) -> tuple[str, ...]:
+    """
+    Raises:
+        UserError: one is no address of a registered model.
+    """
+    addresses = tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    for address in addresses:
+        if not address.startswith("models:/"):
+            raise UserError(
+                f"{field_name}: {redact_text(address)[:80]!r} is not allowed; give models:/<name>/<version> or "
+                "models:/<name>@<alias>"
+            )
+    return addresses
 
 
 ARCHIVE_SUFFIX = re.compile(r"(\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz))+$", re.IGNORECASE)
@@ -232,6 +244,7 @@ def _settings(
         "early_stopping_patience": params.early_stopping,
         "num_devices": params.devices,
         "teacher": params.teacher,
+        "fine_tuning": params.fine_tuning if pretrained else None,
         "seed": params.seed,
     }
     chosen = {name: value for name, value in form.items() if value is not None}
@@ -294,7 +307,13 @@ def _without_flips(recipe: Recipe) -> Recipe:
     """The recipe for images whose mirror images mean something else, as those of characters do."""
     shifted = recipe.network.augmentation in ("crop", "flip_crop")
     network = replace(recipe.network, augmentation="crop" if shifted else "none", test_time_averaging="none")
-    return replace(recipe, network=network, linear=replace(recipe.linear, augmentation="none"))
+    flips = ("augmentation", "test_time_averaging")
+    overrides = {
+        name: {setting: value for setting, value in own.items() if setting not in flips}
+        for name, own in recipe.overrides.items()
+    }
+    linear = replace(recipe.linear, augmentation="none")
+    return replace(recipe, network=network, overrides=overrides, linear=linear)
 
 
 def parse_models(text: str, default_weights: str) -> list[tuple[str, Architecture, str]]:
@@ -311,14 +330,14 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, Architectur
     parsed = []
     for position, entry in enumerate(entries):
         name, equals, weights = (part.strip() for part in entry.partition("="))
-        if not MODEL_NAME.fullmatch(name) and not OWN_FILE.fullmatch(name):
+        if not any(pattern.fullmatch(name) for pattern in (MODEL_NAME, OWN_FILE, TIMM)):
             if any("://" in before for before in entries[:position]):  # it may be part of an address
                 raise UserError(
                     f"models: entry {position + 1} of the list is not a model name; write a comma in an address as %2C"
                 )
             raise UserError(
                 f"models: {redact_text(name)[:80]!r} is not a model name; examples are custom_cnn, "
-                "logistic_regression, resnet18, resnet18=random or mynets.py:TinyNet"
+                "logistic_regression, resnet18, resnet18=random, timm/<name> or mynets.py:TinyNet"
             )
         if equals and not weights:
             raise UserError(f"models: {entry!r} names no weights after '='; give random, imagenet or a URI")

@@ -11,7 +11,8 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,9 @@ SMALLEST_OF_VARIANTS = 16
 
 OWN_FILE = re.compile(r"(?P<path>[^=]*\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
 """A file and the class or function in it that builds a network."""
+
+TIMM = re.compile(r"timm[/_](?P<name>[a-z0-9_]{1,80})")
+"""A network of the library timm: `timm/<name>` as it is written, `timm_<name>` as the trained model is called."""
 
 ENTRY_POINTS = "mlpipe.models"
 """Group in which an installed package names the classes or functions that build its networks."""
@@ -50,7 +54,7 @@ class Architecture:
     default_weights: str | None = "random"
     """What it starts from where `models` names no weights; `None`: what the recipe says; none: it has no weights."""
     has_imagenet_weights: bool = False
-    """Whether torchvision has weights for it that were trained on ImageNet."""
+    """Whether torchvision or timm has weights for it that were trained on ImageNet."""
     variants: tuple[Variant, ...] = ("standard",)
     """Forms that it has."""
     takes_any_image_size: bool = False
@@ -59,7 +63,7 @@ class Architecture:
     """Device on which its shapes are found. On meta that takes no memory and no time, but its constructor may not
     compute with tensors."""
     distribution: str | None = None
-    """Installed package, with its version, that a network's entry point is of: `mynets==1.0`."""
+    """Installed package, with its version, that the network is of: `mynets==1.0`."""
 
     @property
     def own_file(self) -> Path | None:
@@ -166,11 +170,13 @@ def find(architecture: str) -> Architecture:
         return known[architecture]
     if entry := _of_installed_package(architecture):
         return entry
+    if match := TIMM.fullmatch(architecture):
+        return _of_timm(match["name"])
     near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.5) or ["custom_cnn", "resnet18"]
     own = [name for name in known if name not in TORCHVISION]
     raise UserError(
         f"models: {architecture!r} is unknown; did you mean {' or '.join(near)}? Known are {', '.join(own)} "
-        "and torchvision's classification networks (torchvision.models.list_models()); "
+        "and torchvision's classification networks (torchvision.models.list_models()), timm's as timm/<name>; "
         f"a network of your own is named by its file (mynets.py:TinyNet) or by an entry point of {ENTRY_POINTS}"
     )
 
@@ -187,6 +193,17 @@ def _of_file(path: str, class_name: str) -> Architecture:
             f"models: {class_name!r} would be called {name!r}, which is {_fault_of(name)}; give the class another name"
         )
     return Architecture(name=name, kind="network", builder=f"{path}:{class_name}")
+
+
+def _of_timm(name: str) -> Architecture:
+    return Architecture(
+        name=f"timm_{name}",
+        kind="network",
+        builder="mlpipe.models.networks.timm_networks:build",
+        default_weights=None,
+        has_imagenet_weights=True,
+        distribution=f"timm=={version('timm')}" if find_spec("timm") else None,
+    )
 
 
 def _fault_of(name: str) -> str:

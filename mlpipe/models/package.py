@@ -32,6 +32,7 @@ from torch import nn
 from mlpipe.data.archives import decode
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, portable
+from mlpipe.models.architectures import TIMM
 from mlpipe.models.portable import DESCRIPTION_FILE, ESTIMATOR_FILE, WEIGHTS_FILE, ModelDescription
 
 if TYPE_CHECKING:
@@ -124,7 +125,9 @@ def _travelling_file(source: str) -> Path | None:
 def _requirements(description: ModelDescription) -> list[str]:
     """What the model needs to load, with the versions that are installed here."""
     wanted = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]
-    if description.code.startswith("mlpipe.") or ".py:" in description.code:
+    if not TIMM.fullmatch(description.architecture) and (
+        description.code.startswith("mlpipe.") or ".py:" in description.code
+    ):
         return wanted
     distribution = architectures.find(description.architecture).distribution
     return [*wanted, distribution] if distribution else wanted

@@ -57,6 +57,8 @@ def check_architecture(
     entry = architectures.find(architecture)
     if image_size is None or entry.kind == "estimator":
         return
+    if match := architectures.TIMM.fullmatch(entry.name):
+        _check_timm(match["name"])
     if not entry.is_of_project:
         _try_out(entry, input_size or image_size, variant)
         return
@@ -66,6 +68,21 @@ def check_architecture(
     fitting = next((size for size in nearest if _takes(entry, size, variant)), None)
     advice = f"choose image_size {fitting}" if fitting else "choose another network"
     raise UserError(f"image_size: {architecture} cannot take images of {image_size}×{image_size} pixels; {advice}")
+
+
+def _check_timm(name: str) -> None:
+    """
+    Raises:
+        UserError: timm is not installed, or has no such network.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise UserError("models: timm/… needs the package timm where tasks train; install it") from None
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"models: timm has no network {name!r}{hint}")
 
 
 def _takes(entry: Architecture, image_size: int, variant: Variant) -> bool:

@@ -25,6 +25,7 @@ from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import expected_sha256, fetch_uri
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, package
+from mlpipe.models.architectures import TIMM
 from mlpipe.models.portable import ModelDescription
 from mlpipe.models.registry import build_network, outline_network
 
@@ -88,7 +89,9 @@ def initial_network(model: ModelConfig, description: ModelDescription, store: Ob
     if model.weights == "random":
         return InitialNetwork(network=_build(model, description), description=description)
     with tempfile.TemporaryDirectory(prefix="mlpipe-weights-") as folder:
-        if model.weights == "imagenet":
+        if model.weights == "imagenet" and TIMM.fullmatch(description.architecture):
+            found = _pretrained_of_timm(description, store, Path(folder))
+        elif model.weights == "imagenet":
             found = _imagenet(description, store, Path(folder))
         elif model.weights.startswith("models:/"):
             found = _registered(model, description, Path(folder))
@@ -116,6 +119,36 @@ def _build(model: ModelConfig, description: ModelDescription) -> nn.Module:
         image_size=description.input_size or description.image_size,
         seed=model.train.seed,
         variant=description.variant,
+    )
+
+
+def _pretrained_of_timm(description: ModelDescription, store: ObjectStore, folder: Path) -> _Found:
+    """timm's default weights; the object store keeps them, so a cluster downloads them once."""
+    import timm
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = description.architecture.removeprefix("timm_")
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise UserError(f"models: 'timm/{name}=imagenet': timm has no weights of {name}; {WAYS_OUT}")
+    path, key = folder / f"{name}.safetensors", f"weights/{config.hf_hub_id}/model.safetensors"
+    if store.exists(key):
+        store.get_file(key, path)
+    else:
+        logger.info("downloading %s from Hugging Face", config.hf_hub_id)
+        try:
+            fetched = hf_hub_download(config.hf_hub_id, "model.safetensors", cache_dir=folder)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"models: 'timm/{name}=imagenet' cannot be downloaded: {reason}; {WAYS_OUT}") from error
+        path = Path(fetched)
+        store.put_file(key, path, sha256=file_sha256(path))
+    return _Found(
+        state=_read(path),
+        source=f"timm's weights {config.hf_hub_id}",
+        sha256=file_sha256(path),
+        description=replace(description, channel_mean=_channels(config.mean), channel_std=_channels(config.std)),
     )
 
 

@@ -79,16 +79,18 @@ def evaluate(
             results.append(result)
         if not results:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-        comparison = compare(results, failed)
+        others = [_measure_other(uri, test, classes) for uri in config.compare_with]
+        comparison = compare([*results, *others], failed)
+        own = [row for row in comparison.rows if row in results]
         registered = registry.registered_name(data.name)
         promotion = promote(
             config.promotion,
-            comparison.rows,
+            own,
             registry.RegistryAliases(registered),
             lambda version: remeasure(registered, version, test, classes),
             lambda version: _overlap(registered, version, dataset, store, environment.cache_dir),
         )
-        for row in comparison.rows:
+        for row in own:
             registry.describe(
                 registered,
                 row.version,
@@ -96,17 +98,17 @@ def evaluate(
                 {"accuracy": f"{row.evaluation.accuracy:.4f}"},
             )
         summary = " ".join([comparison.summary(), *dataset.manifest.warnings, promotion.summary])
-        ranked = tuple(_with_test_metrics(models[row.name], row) for row in comparison.rows)
+        ranked = tuple(_with_test_metrics(models[row.name], row) for row in own)
         link = runs.compare_url(parent.run_id, parent.experiment_id)
-        best = comparison.rows[0]
+        best = own[0]
         report = Report(
             title=f"{data.name}: {', '.join(row.name for row in comparison.rows)}",
             comparison=comparison,
             manifest=dataset.manifest,
             verdict=summary,
             notes=data.notes,
-            curves={row.name: learning_curves(models[row.name].run_id) for row in comparison.rows},
-            gallery=_gallery(comparison.rows, dataset, models),
+            curves={row.name: learning_curves(models[row.name].run_id) for row in own},
+            gallery=_gallery(own, dataset, models),
             snippet=(
                 f'import mlflow\n\nmlflow.set_tracking_uri("{runs.ui_url()}")\n'
                 f'model = mlflow.pyfunc.load_model("models:/{registered}/{best.version}")'
@@ -117,8 +119,7 @@ def evaluate(
                 "Run in MLflow": parent.url,
             }
             | ({"DAG run in Airflow": origin.url} if origin.url else {}),
-            addresses={"Arrays of the data set": data.uri}
-            | {row.name: models[row.name].model_uri for row in comparison.rows},
+            addresses={"Arrays of the data set": data.uri} | {row.name: models[row.name].model_uri for row in own},
             former=promotion.former,
             settings=config.form,
             best_uri=models[best.name].model_uri,
@@ -182,6 +183,22 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> M
         train_seconds=model.train_seconds,
         images_per_second=model.images_per_second,
     )
+
+
+def _measure_other(uri: str, test: Split, classes: tuple[str, ...]) -> ModelResult:
+    """A registered model that this run did not train.
+
+    Raises:
+        UserError: it cannot be loaded, or has other classes.
+    """
+    try:
+        return ModelResult(name=uri.removeprefix("models:/"), evaluation=measure(uri, test, classes))
+    except OtherClassesError as error:
+        raise UserError(f"compare_with: {uri} {error}") from error
+    except MlflowException as error:
+        if runs.is_unreachable(error):
+            raise
+        raise UserError(f"compare_with: {uri} cannot be loaded ({str(error).splitlines()[0][:200]})") from error
 
 
 def _version_text(row: ModelResult, data: PublishedData, registered: str) -> str:

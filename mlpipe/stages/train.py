@@ -66,7 +66,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         tracked.log_params(_params(config, model, dataset))
         log_input(dataset.manifest, data.uri, context="training")
         checkpoints = CheckpointStore(store, tracked.run_id)
-        trained = _fit(model, description, dataset, tracked, start, teacher, checkpoints)
+        trained = _fit(model, description, dataset, tracked, start, teacher, checkpoints, store)
         trained = with_temperature(trained, dataset.val_split())
         tracked.log_metrics(
             {
@@ -134,16 +134,21 @@ def _fit(
     start: InitialNetwork | None,
     teacher: Teacher | None,
     checkpoints: CheckpointStore,
+    store: ObjectStore,
 ) -> TrainedModel:
     if start is None:
         from mlpipe.training.cached_fit import fit_once
 
         return fit_once(model, description, dataset, tracked, checkpoints)
-    from mlpipe.training.network import train_network
-
     form = start.description
     size = form.input_size or form.image_size
     tracked.log_params({"initial_weights": start.source, "variant": form.variant, "input_size": size})
+    if isinstance(model.train, NetworkSettings) and model.train.fine_tuning == "head":
+        from mlpipe.training.head import train_head
+
+        return train_head(model, dataset, tracked, start=start, store=store)
+    from mlpipe.training.network import train_network
+
     return train_network(model, dataset, tracked, start=start, checkpoints=checkpoints, teacher=teacher)
 
 

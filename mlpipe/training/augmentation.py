@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+KNUTH = 2654435761
+"""Multiplier of D. Knuth's hash (The Art of Computer Programming, 6.4)."""
+
 
 def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"], epoch: int) -> Tensor:
     """Change each image of a batch.
@@ -35,7 +38,8 @@ def augment(images_u8: Tensor, kind: Literal["none", "crop", "flip", "flip_crop"
         columns = _shifted(columns, width)
     if kind in ("flip", "flip_crop"):
         # Whether an image begins mirrored depends on its own bytes, so nothing has to be kept for it.
-        mirrored = ((images_u8.flatten(1).sum(dim=1, dtype=torch.int64) + epoch) % 2 == 1)[:, None]
+        drawn = images_u8.flatten(1).sum(dim=1, dtype=torch.int64) * KNUTH >> 16
+        mirrored = ((drawn + epoch) % 2 == 1)[:, None]
         columns = torch.where(mirrored, width - 1 - columns, columns)
     first_row = torch.arange(0, batch * height, height, device=device)[:, None]
     pixels = ((first_row + rows) * width)[:, :, None] + columns[:, None, :]  # (B, H, W) index of the source pixel

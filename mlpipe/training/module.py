@@ -67,6 +67,7 @@ class ClassificationModule(LightningModule):
 
     mean: Tensor
     std: Tensor
+    class_weights: Tensor | None
     training_totals: EpochTotals
     validation_totals: EpochTotals
 
@@ -80,11 +81,13 @@ class ClassificationModule(LightningModule):
         total_steps: int,
         input_size: int | None = None,
         teacher: Teacher | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         """Prepare for `total_steps` optimizer steps; mean and deviation are in units of 0..1.
 
         Args:
             input_size: height and width to which images are enlarged, pixels; `None`: not at all.
+            class_weights: (K,) of the loss; `None`: all the same.
             teacher: answers each batch; `None`: there is none, or its answers come with the batches.
         """
         super().__init__()
@@ -101,6 +104,7 @@ class ClassificationModule(LightningModule):
         self.first_epoch = 0
         self._parallel: tuple[DistributedDataParallel, ...] = ()  # in a tuple: not a part of the module
         self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.register_buffer("std", torch.tensor(channel_std).view(3, 1, 1), persistent=False)
 
     @property
@@ -128,7 +132,9 @@ class ClassificationModule(LightningModule):
         images = self._shown(images_u8)
         network = self._parallel[0] if self._parallel else self.network
         logits = network(shrink(images, self._image_size(images.shape[-1])))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.train_config.label_smoothing)
+        loss = F.cross_entropy(
+            logits, labels, weight=self.class_weights, label_smoothing=self.train_config.label_smoothing
+        )
         self.training_totals.add(loss, logits, labels)
         if answers or self.teacher:
             taught = answers[0] if answers else self.teacher[0].logits(images_u8)

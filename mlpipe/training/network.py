@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlpipe.config import ModelConfig, NetworkSettings
 from mlpipe.data.batches import BatchLoader
@@ -94,6 +94,7 @@ def train_network(
         total_steps=config.num_epochs * len(own_shard),
         input_size=description.input_size,
         teacher=teacher,
+        class_weights=_balanced(dataset) if config.class_weights == "balanced" else None,
     )
     precision = choose_precision(config.precision)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
@@ -126,6 +127,12 @@ def train_network(
         epochs_run=len(keeper.history),
         best_epoch=keeper.best_epoch,
     )
+
+
+def _balanced(dataset: Dataset) -> Tensor:
+    """(K,) inverse to the classes' numbers of training images; 1 on the average image."""
+    counts = torch.tensor(dataset.manifest.class_counts["train"], dtype=torch.float32).clamp(min=1)
+    return counts.sum() / (len(counts) * counts)
 
 
 def _whiten(convolution: nn.Conv2d, training: BatchLoader, mean: Channels, std: Channels) -> None:

@@ -25,6 +25,7 @@ def airflow_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(home / "plugins"),  # entry points name this project's
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+        "PYTHONPATH": str(ROOT / "dags"),  # as Airflow does for the folder of its DAGs
         "AIRFLOW__CORE__UNIT_TEST_MODE": "false",
     }
     subprocess.run(

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from mlpipe.config import RunParams
+from mlpipe.search.form import TuneParams
 
 from .conftest import ROOT, RunPython
 
@@ -108,3 +109,27 @@ print(json.dumps(form, default=str))
         assert shown[name][0] == default
         assert {key: shown[name][1][key] for key in schema} == schema
     assert set(shown) == set(RunParams.json_schema())
+
+
+def test_the_search_is_a_dag_of_its_own(run_python: RunPython) -> None:
+    script = f"""
+import json
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag({str(ROOT / "dags")!r})
+dag = bag.dags["tune"]
+form = {{name: param.value for name, param in dag.params.items()}}
+tasks = {{t.task_id: sorted(t.downstream_task_ids) for t in dag.tasks}}
+print(json.dumps([bag.import_errors, sorted(bag.dags), tasks, form]))
+"""
+    errors, dags, tasks, form = json.loads(run_python(script).splitlines()[-1])
+    assert errors == {}
+    assert dags == ["image_classification", "tune"]
+    assert tasks == {
+        "download": ["preprocess"],
+        "preprocess": ["search"],
+        "search": ["conclude"],
+        "conclude": ["train"],
+        "train": ["evaluate"],
+        "evaluate": [],
+    }
+    assert form == {name: schema["default"] for name, schema in TuneParams.json_schema().items()}

@@ -174,5 +174,5 @@ def test_a_recipe_with_an_unknown_optimizer_is_refused_before_anything_is_trigge
 ) -> None:
     quick = RECIPES["quick"]
     monkeypatch.setitem(RECIPES, "quick", replace(quick, network=replace(quick.network, optimizer="sdg")))
-    with pytest.raises(ValueError, match="optimizer: 'sdg' is unknown; known are adam, muon, sgd"):
+    with pytest.raises(ValueError, match="optimizer: 'sdg' is unknown; known are adam, muon, normalized_muon, sgd"):
         resolved(models="resnet18")

@@ -208,7 +208,9 @@ def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pyte
     network = nn.Linear(2, 2)
     [optimizer] = build_optimizers(list(network.parameters()), NetworkSettings(optimizer="rmsprop", learning_rate=0.5))
     assert (type(optimizer).__name__, optimizer.defaults["lr"]) == ("RMSprop", 0.5)
-    with pytest.raises(ValueError, match="optimizer: 'rmsprob' is unknown; known are adam, muon, sgd, rmsprop"):
+    with pytest.raises(
+        ValueError, match="optimizer: 'rmsprob' is unknown; known are adam, muon, normalized_muon, sgd, rmsprop"
+    ):
         build_optimizers(list(network.parameters()), NetworkSettings(optimizer="rmsprob"))
 
 

@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from mlpipe import run_command
+from mlpipe import run_command, tune_command
 from mlpipe.config import RunParams
 from mlpipe.errors import UserError
+from mlpipe.search.form import TuneParams
 
 SCORES = {
     "test/accuracy": 0.5889,
@@ -59,7 +60,12 @@ def test_a_long_run_is_asked_after_less_often(waited: float, pause: float) -> No
 
 def test_every_field_of_the_form_is_an_option() -> None:
     options = {option.name for option in run_command.run.params}
-    assert options == {*RunParams.json_schema(), "json_path", "unpause"}
+    assert options == {*RunParams.json_schema(), "json_path", "unpause", "tuned"}
+
+
+def test_every_field_of_a_search_is_an_option() -> None:
+    options = {option.name for option in tune_command.tune.params}
+    assert options == {*TuneParams.json_schema(), "json_path", "unpause"}
 
 
 def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

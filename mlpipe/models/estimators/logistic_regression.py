@@ -27,6 +27,9 @@ def build(settings: LinearSettings, *, num_images: int, num_features: int) -> Pi
         random_state=settings.seed,
     )
     classify = LogisticRegression(
-        C=settings.inverse_regularization, max_iter=settings.max_iterations, random_state=settings.seed
+        class_weight=None if settings.class_weights == "none" else "balanced",
+        C=settings.inverse_regularization,
+        max_iter=settings.max_iterations,
+        random_state=settings.seed,
     )
     return Pipeline([("whiten", whiten), ("classify", classify)])

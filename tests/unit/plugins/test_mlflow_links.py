@@ -171,7 +171,7 @@ answers = []
 for environment in {[environment for environment, _ in cases]!r}:  # the plugin is loaded before they are set
     os.environ.update(environment)
     answers.append(mlflow_ui_url())
-heavy = sorted({{"mlflow", "torch", "numpy", "mlpipe"}} & set(sys.modules))
+heavy = sorted({{"mlflow", "torch", "numpy", "matplotlib", "optuna"}} & set(sys.modules))
 print("RESULT " + json.dumps([answers, heavy]))
 """
     assert answer_of(run_airflow("-c", script)) == [[url for _, url in cases], []]

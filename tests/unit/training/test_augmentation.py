@@ -18,24 +18,28 @@ def numbered(batch: int, size: int) -> torch.Tensor:
 
 def test_none_changes_nothing() -> None:
     images = numbered(4, 8)
-    assert augment(images, "none") is images
+    assert augment(images, "none", 0) is images
 
 
-def test_flip_mirrors_about_half_of_the_images_and_nothing_else() -> None:
-    torch.manual_seed(0)
+def test_flip_mirrors_half_of_the_images_and_in_the_next_epoch_the_other_half() -> None:
     images = numbered(200, 8)
-    changed = augment(images, "flip")
     mirrored = images.flip(2)
-    is_same = (changed == images).flatten(1).all(dim=1)
-    is_mirrored = (changed == mirrored).flatten(1).all(dim=1)
-    assert (is_same ^ is_mirrored).all()
-    assert 70 < int(is_mirrored.sum()) < 130
+    seen = []
+    for epoch in range(4):
+        changed = augment(images, "flip", epoch)
+        is_same = (changed == images).flatten(1).all(dim=1)
+        is_mirrored = (changed == mirrored).flatten(1).all(dim=1)
+        assert (is_same ^ is_mirrored).all()
+        assert 70 < int(is_mirrored.sum()) < 130
+        seen.append(is_mirrored)
+    assert (seen[0] ^ seen[1]).all()
+    assert torch.equal(seen[0], seen[2])
 
 
 def test_flip_crop_shifts_each_image_by_its_own_offset_within_reach() -> None:
     torch.manual_seed(0)
     images = numbered(300, 32)
-    changed = augment(images, "flip_crop")
+    changed = augment(images, "flip_crop", 0)
     assert (changed.shape, changed.dtype) == (images.shape, torch.uint8)
     assert (changed[..., 2] == images[..., 2]).all(), "no image may get another's pixels"
     offsets = changed[:, 16, 0, 0].to(torch.int64) - 16  # no reflection in the middle rows
@@ -48,7 +52,7 @@ def test_flip_crop_shifts_each_image_by_its_own_offset_within_reach() -> None:
 def test_the_generator_decides() -> None:
     images = numbered(16, 16)
     torch.manual_seed(1)
-    first = augment(images, "flip_crop")
+    first = augment(images, "flip_crop", 0)
     torch.manual_seed(1)
-    assert torch.equal(first, augment(images, "flip_crop"))
-    assert not torch.equal(first, augment(images, "flip_crop"))
+    assert torch.equal(first, augment(images, "flip_crop", 0))
+    assert not torch.equal(first, augment(images, "flip_crop", 0))

@@ -224,8 +224,15 @@ def test_early_stopping_ends_after_patience_epochs_without_a_better_one(
             "schedule": "one_cycle",
             "progressive_resizing": True,
         },
+        {
+            "optimizer": "normalized_muon",
+            "learning_rate": 0.1,
+            "weight_decay": 0.01,
+            "schedule": "linear",
+            "augmentation": "flip_crop",
+        },
     ],
-    ids=["adam", "sgd", "decayed", "muon"],
+    ids=["adam", "sgd", "decayed", "muon", "normalized_muon"],
 )
 def test_an_interrupted_training_ends_like_an_unbroken_one(
     settings, dataset, config, train, tracking, store, monkeypatch
@@ -254,17 +261,17 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(
     assert (resumed.best_epoch, resumed.epochs_run) == (unbroken.best_epoch, 4)
 
 
-def _fails_in_epoch(epoch: int, batches_per_epoch: int) -> Any:
+def _fails_in_epoch(failing_epoch: int, batches_per_epoch: int) -> Any:
     from mlpipe.training.augmentation import augment
 
     calls = 0
 
-    def failing(images_u8: Tensor, kind: Any) -> Tensor:
+    def failing(images_u8: Tensor, kind: Any, epoch: int) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == (epoch - 1) * batches_per_epoch + 2:  # in mid-epoch
+        if calls == (failing_epoch - 1) * batches_per_epoch + 2:  # in mid-epoch
             raise RuntimeError("killed")
-        return augment(images_u8, kind)
+        return augment(images_u8, kind, epoch)
 
     return failing
 

@@ -1,0 +1,164 @@
+"""Training only the last layer of a pretrained network: its features are computed once and kept by content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import time
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch import Tensor, nn
+
+from mlpipe.config import ModelConfig
+from mlpipe.data.dataset import Dataset, Split
+from mlpipe.data.storage.store import ObjectStore
+from mlpipe.errors import UserError
+from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, enlarge, normalise
+from mlpipe.models.weights import InitialNetwork
+from mlpipe.training.cpu.processor import cpu_name
+from mlpipe.training.protocol import TrainedModel, TrainingLogger
+
+logger = logging.getLogger(__name__)
+
+REGULARIZATION = (0.01, 0.1, 1.0)
+"""scikit-learn's C; that of the highest validation accuracy is kept."""
+MAX_ITERATIONS = 300
+PROGRESS_SECONDS = 10.0
+
+
+def train_head(
+    model: ModelConfig, dataset: Dataset, tracking: TrainingLogger, *, start: InitialNetwork, store: ObjectStore
+) -> TrainedModel:
+    """Fit the last linear layer on the features of the network, which stays as it is; the test split is not touched.
+
+    Args:
+        start: the network with its initial weights; its last layer is changed in place.
+        store: keeps the features.
+
+    Raises:
+        UserError: the network does not end in a linear layer with a bias.
+    """
+    network, description = start.network.eval(), start.description
+    head = _last_linear(network, model.architecture)
+    began = time.monotonic()
+    training, validation = dataset.train_split(), dataset.val_split()
+    facts = [
+        dataset.manifest.digest,
+        start.sha256,
+        description.architecture,
+        description.variant,
+        description.input_size,
+    ]
+    features = {
+        part: _kept_features(network, head, description, split, store, [*facts, part])
+        for part, split in (("train", training), ("val", validation))
+    }
+    mean, std = features["train"].mean(axis=0), features["train"].std(axis=0) + 1e-6
+    fitted = time.monotonic()
+    best = max(
+        (_fit((features["train"] - mean) / std, training.labels, c, model.train.seed) for c in REGULARIZATION),
+        key=lambda fit: fit.score((features["val"] - mean) / std, validation.labels),
+    )
+    weight, bias = _rows(best)
+    weight /= std
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.copy_(torch.from_numpy(bias - weight @ mean))
+    seconds = time.monotonic() - began
+    metrics = {}
+    for part, labels in (("train", training.labels), ("val", validation.labels)):
+        probabilities = best.predict_proba((features[part] - mean) / std)
+        metrics[f"{part}/loss"] = float(log_loss(labels, probabilities, labels=best.classes_))
+        metrics[f"{part}/accuracy"] = float((best.classes_[probabilities.argmax(axis=1)] == labels).mean())
+    rate = (len(training) + len(validation)) / (fitted - began)
+    tracking.log_params({"device": cpu_name(), "threads": torch.get_num_threads(), "head_regularization": best.C})
+    tracking.log_metrics({**metrics, "images_per_second": rate}, step=1)
+    logger.info("fitted the head in %.1f s: val/accuracy %.4f", time.monotonic() - fitted, metrics["val/accuracy"])
+    return TrainedModel(
+        description=description,
+        predictor=network,
+        metrics={name: metrics[name] for name in ("val/accuracy", "val/loss")},
+        train_seconds=seconds,
+        images_per_second=rate,
+        epochs_run=1,
+        best_epoch=1,
+    )
+
+
+def _last_linear(network: nn.Module, name: str) -> nn.Linear:
+    found = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not found or found[-1].bias is None:
+        raise UserError(
+            f"fine_tuning: head is not allowed for {name}, which ends in no linear layer with a bias; choose all"
+        )
+    return found[-1]
+
+
+def _kept_features(
+    network: nn.Module,
+    head: nn.Linear,
+    description: ModelDescription,
+    split: Split,
+    store: ObjectStore,
+    facts: list[object],
+) -> NDArray[np.float32]:
+    """(N, D) inputs of the last layer, from the object store if they are there."""
+    key = f"features/{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
+    if store.exists(key):
+        logger.info("the features are kept already")
+        known: NDArray[np.float32] = np.load(io.BytesIO(store.get_bytes(key)), allow_pickle=False)
+        return known
+    features = _features(network, head, description, split)
+    stream = io.BytesIO()
+    np.save(stream, features, allow_pickle=False)
+    store.put_bytes(key, stream.getvalue())
+    return features
+
+
+@torch.inference_mode()
+def _features(network: nn.Module, head: nn.Linear, description: ModelDescription, split: Split) -> NDArray[np.float32]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = network.to(device).to(memory_format=torch.channels_last)
+    mean, std = (
+        torch.tensor(each, device=device).view(3, 1, 1) for each in (description.channel_mean, description.channel_std)
+    )
+    length = max(1, PIXELS_PER_BATCH // (description.input_size or description.image_size) ** 2)
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0].float().cpu()))
+    began = reported = time.monotonic()
+    try:
+        for at in range(0, len(split), length):
+            images = torch.from_numpy(split.images_u8[at : at + length]).to(device)
+            logits = network(enlarge(normalise(images, mean, std), description.input_size))
+            own = nn.functional.linear(seen[-1].to(device), head.weight, head.bias)
+            if not at and not torch.allclose(own, logits.float(), atol=1e-3):
+                raise UserError("fine_tuning: head is not allowed for a network that changes what its last layer gives")
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                reported = time.monotonic()
+                logger.info("features of %d of %d images, %.0f a second", at, len(split), at / (reported - began))
+    finally:
+        hook.remove()
+    network.cpu()
+    return torch.cat(seen).numpy()
+
+
+def _fit(features: NDArray[np.float32], labels: NDArray[np.int64], c: float, seed: int) -> LogisticRegression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=c, max_iter=MAX_ITERATIONS, random_state=seed).fit(features, labels)
+
+
+def _rows(fit: LogisticRegression) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(K, D) weights and (K,) biases; of two classes scikit-learn has one row."""
+    weight, bias = fit.coef_.astype(np.float32), fit.intercept_.astype(np.float32)
+    if len(weight) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return weight, bias

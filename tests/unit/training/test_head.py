@@ -1,0 +1,87 @@
+"""Only the last layer of a pretrained network is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlpipe.config import ModelConfig, NetworkSettings
+from mlpipe.errors import UserError
+from mlpipe.models.registry import describe
+from mlpipe.models.weights import InitialNetwork
+from mlpipe.training import head
+from mlpipe.training.head import train_head
+
+from .conftest import RecordingLogger, tiny_dataset
+
+
+class Objects:
+    """An object store in memory."""
+
+    def __init__(self) -> None:
+        self.content: dict[str, bytes] = {}
+
+    def exists(self, key: str) -> bool:
+        return key in self.content
+
+    def get_bytes(self, key: str) -> bytes:
+        return self.content[key]
+
+    def put_bytes(self, key: str, content: bytes) -> None:
+        self.content[key] = content
+
+
+class Pretrained(nn.Module):
+    """Sees stripes and dots, by differences of neighbours."""
+
+    def __init__(self, num_classes: int, *, bias: bool = True, divisor: float = 1.0) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, num_classes, bias=bias)
+        self.divisor = divisor
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images).abs().mean(dim=(2, 3))) / self.divisor
+
+
+def start_of(network: nn.Module) -> tuple[ModelConfig, InitialNetwork]:
+    model = ModelConfig(
+        architecture="custom_cnn", weights="file:///w", name="m", train=NetworkSettings(fine_tuning="head")
+    )
+    description = describe(model, tiny_dataset().manifest)
+    return model, InitialNetwork(network=network, description=description, sha256="abc")
+
+
+def test_the_head_learns_and_all_else_stays() -> None:
+    torch.manual_seed(0)
+    network = Pretrained(3)
+    before = network.body.weight.clone()
+    model, start = start_of(network)
+    data = tiny_dataset()
+    trained = train_head(model, data, RecordingLogger(), start=start, store=Objects())
+    assert torch.equal(network.body.weight, before)
+    assert trained.metrics["val/accuracy"] > 0.9
+    validation = data.val_split()
+    right = (trained.probabilities(np.asarray(validation.images_u8)).argmax(axis=1) == validation.labels).mean()
+    assert right == pytest.approx(trained.metrics["val/accuracy"])
+
+
+def test_features_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, start = start_of(Pretrained(3))
+    store = Objects()
+    train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
+    monkeypatch.setattr(head, "_features", lambda *_: pytest.fail("they are computed again"))
+    train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
+    with pytest.raises(pytest.fail.Exception):  # other weights have other features
+        train_head(model, tiny_dataset(), RecordingLogger(), start=replace(start, sha256="def"), store=store)
+
+
+@pytest.mark.parametrize("network", [Pretrained(3, bias=False), Pretrained(3, divisor=8.0), nn.Conv2d(3, 3, 1)])
+def test_networks_without_such_a_layer_are_refused(network: nn.Module) -> None:
+    model, start = start_of(network)
+    with pytest.raises(UserError, match="^fine_tuning: head is not allowed"):
+        train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=Objects())
