@@ -46,6 +46,9 @@ class Logged:
     def log_params(self, params: Any) -> None:
         """Of no interest here."""
 
+    def ensure_current(self) -> None:
+        """There is one attempt."""
+
     def last_logged_step(self, metric: str) -> int:  # noqa: ARG002
         return 0
 

@@ -30,3 +30,7 @@ class StoppedError(BaseException):
 
     Like `KeyboardInterrupt`, it is not an `Exception`, so no handler mistakes it for a failure of the work itself.
     """
+
+
+class SupersededError(StoppedError):
+    """A later attempt of this task has taken over, so this one must write nothing more."""

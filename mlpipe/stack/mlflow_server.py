@@ -97,7 +97,7 @@ def create_app() -> FastAPI:
 
         database = os.environ["MLFLOW_BACKEND_STORE_URI"]
         handlers.initialize_backend_stores(database, database, "mlflow-artifacts:/")
-        return fastapi_app.app
+        return _without_assistant(fastapi_app.app)
     from mlflow.server import auth
 
     class NoStore:
@@ -109,7 +109,13 @@ def create_app() -> FastAPI:
 
     handlers.MultipartDownloadMixin = NoStore  # type: ignore[assignment, misc]
     handlers.MultipartUploadMixin = NoStore  # type: ignore[misc, assignment]
-    return auth.create_app()
+    return _without_assistant(auth.create_app())
+
+
+def _without_assistant(app: FastAPI) -> FastAPI:
+    """MLflow's assistant runs shell commands on the server's machine for whoever reaches it there."""
+    app.router.routes = [route for route in app.router.routes if "/assistant" not in str(getattr(route, "path", ""))]
+    return app
 
 
 if __name__ == "__main__":

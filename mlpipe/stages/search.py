@@ -66,6 +66,9 @@ class _TrialLogger:
     def log_params(self, params: Mapping[str, Any]) -> None:
         self._run.log_params(params)
 
+    def ensure_current(self) -> None:
+        self._run.ensure_current()
+
     def last_logged_step(self, metric: str) -> int:
         return self._run.last_logged_step(metric)
 

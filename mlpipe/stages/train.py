@@ -76,6 +76,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
                 "best/val_accuracy": trained.metrics["val/accuracy"],
             }
         )
+        tracked.ensure_current()
         version = registry.find(registry.registered_name(data.name), tracked.run_id)
         if version is None:
             registry.discard_logged_models(run)

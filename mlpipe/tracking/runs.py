@@ -44,6 +44,7 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.addresses import without_login
 from mlpipe.environment import Environment
+from mlpipe.errors import SupersededError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -312,6 +313,16 @@ class TrackedRun:
         if path not in {file.path for file in self._client.list_artifacts(self.run_id)}:
             self._client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
 
+    def ensure_current(self) -> None:
+        """See that no later attempt of the task has opened the run.
+
+        Raises:
+            SupersededError: one has; this attempt was believed dead.
+        """
+        own, last = (run.data.tags.get("try_number") for run in (self._run, self._client.get_run(self.run_id)))
+        if own != last:
+            raise SupersededError(f"attempt {last} of this task has taken over; attempt {own} ends and writes nothing")
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         for tag, value in tags.items():
             self._client.set_tag(self.run_id, tag, value)
@@ -371,6 +382,9 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
         else:
             mlflow.set_tag("error", str(error)[:5000])
             mlflow.end_run(RunStatus.to_string(RunStatus.FAILED))
+        raise
+    except SupersededError as error:  # the run is the later attempt's
+        logger.warning("%s", error)
         raise
     except BaseException:  # stopped from outside; who does that does not wait long
         killed = RunStatus.to_string(RunStatus.KILLED)

@@ -37,6 +37,9 @@ class _HeldBack:
     def log_params(self, params: Mapping[str, Any]) -> None:
         self.params.update(params)
 
+    def ensure_current(self) -> None:
+        """Nothing is written yet."""
+
     def last_logged_step(self, metric: str) -> int:  # noqa: ARG002 - of the protocol
         return 0
 
@@ -54,6 +57,7 @@ def fit_once(
     if kept is None or kept["fingerprint"] != fingerprint:
         held = _HeldBack()
         trained = train_estimator(model, description, dataset, held)
+        tracking.ensure_current()
         kept = _packed(trained, held) | {"fingerprint": fingerprint}
         checkpoints.save(kept)
     else:

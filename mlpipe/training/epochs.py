@@ -202,6 +202,7 @@ class CheckpointCallback(EpochCallback):
         """
         metrics = self._measure(trainer, module)
         epoch = module.epoch + 1
+        self._tracking.ensure_current()
         if not math.isfinite(metrics["train/loss"] + metrics["val/loss"]):
             rate = module.train_config.learning_rate
             raise UserError(

@@ -27,6 +27,13 @@ class TrainingLogger(Protocol):
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Write facts that hold for the whole run; repeating them, as a retry does, is harmless."""
 
+    def ensure_current(self) -> None:
+        """See that no later attempt of the task has taken over; called before anything is written.
+
+        Raises:
+            SupersededError: one has.
+        """
+
     def last_logged_step(self, metric: str) -> int:
         """The largest step at which an earlier attempt wrote the metric; 0: never.
 

@@ -176,3 +176,15 @@ def test_a_recipe_with_an_unknown_optimizer_is_refused_before_anything_is_trigge
     monkeypatch.setitem(RECIPES, "quick", replace(quick, network=replace(quick.network, optimizer="sdg")))
     with pytest.raises(ValueError, match="optimizer: 'sdg' is unknown; known are adam, muon, normalized_muon, sgd"):
         resolved(models="resnet18")
+
+
+def test_the_form_says_what_its_empty_fields_mean() -> None:
+    said = {name: schema["description"] for name, schema in RunParams.json_schema().items()}
+    for recipe in RECIPES.values():
+        networks = [recipe.network, *(replace(recipe.network, **own) for own in recipe.overrides.values())]
+        networks.append(replace(recipe.network, **recipe.pretrained))
+        for network in networks:
+            assert str(network.num_epochs) in said["epochs"]
+            assert str(network.batch_size) in said["batch_size"]
+            assert f"{network.learning_rate:g}" in said["learning_rate"]
+            assert network.early_stopping_patience is None

@@ -212,3 +212,9 @@ def _until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.1)
+
+
+def test_mlflow_has_no_assistant_that_runs_commands(stack):
+    for path in ("config", "sessions"):
+        answer = requests.get(f"{stack.mlflow_url}/ajax-api/3.0/mlflow/assistant/{path}", timeout=30)
+        assert answer.status_code == 404

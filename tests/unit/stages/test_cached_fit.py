@@ -37,6 +37,9 @@ class Tracking:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nothing is looked at here."""
 
+    def ensure_current(self) -> None:
+        pass
+
     def last_logged_step(self, metric: str) -> int:  # noqa: ARG002
         return 0
 

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
-from mlpipe.errors import ServiceUnavailableError
+from mlpipe.errors import ServiceUnavailableError, SupersededError
 from mlpipe.services import services_named
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.runs import TaskContext
@@ -82,6 +82,23 @@ def test_a_run_stopped_from_outside_is_killed_with_its_parent(experiment: str) -
     with pytest.raises(KeyboardInterrupt), runs.active(run):
         raise KeyboardInterrupt
     assert [fetched(each).info.status for each in (run, parent)] == ["KILLED", "KILLED"]
+
+
+def test_an_attempt_that_was_believed_dead_writes_nothing_more(experiment: str) -> None:
+    first = opened(experiment, origin())
+    seen: list[str] = []
+
+    def elder() -> None:
+        with runs.active(first) as tracked:
+            tracked.ensure_current()
+            seen.append(fetched(opened(experiment, origin(try_number=2))).info.status)
+            tracked.ensure_current()
+
+    with pytest.raises(SupersededError, match="attempt 2 of this task has taken over"):
+        elder()
+    assert [*seen, fetched(first).info.status] == ["RUNNING", "RUNNING"], "the run is the later attempt's"
+    runs.TrackedRun(fetched(first)).ensure_current()
+    mlflow.end_run()  # of this process, which would have ended
 
 
 def test_parameters_of_the_first_try_stay(experiment: str) -> None:

@@ -55,6 +55,9 @@ class RecordingLogger:
     def log_params(self, params: Mapping[str, Any]) -> None:
         self.params |= params
 
+    def ensure_current(self) -> None:
+        pass
+
     def last_logged_step(self, metric: str) -> int:
         return max((step for step, row in zip(self.steps, self.metrics, strict=True) if metric in row), default=0)
 

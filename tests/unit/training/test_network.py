@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpipe.data.dataset import Dataset, Split
-from mlpipe.errors import UserError
+from mlpipe.errors import SupersededError, UserError
 from mlpipe.models.portable import normalise
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu import winograd
@@ -274,6 +274,25 @@ def _fails_in_epoch(failing_epoch: int, batches_per_epoch: int) -> Any:
         return augment(images_u8, kind, epoch)
 
     return failing
+
+
+def test_an_attempt_that_was_superseded_saves_and_logs_no_epoch(
+    dataset, config, train, tracking, store, monkeypatch
+) -> None:
+    model, checkpoints = config(num_epochs=3), CheckpointStore(store, "run")
+    taken_over = iter([False, True])
+
+    def ensure_current() -> None:
+        if next(taken_over):
+            raise SupersededError("attempt 2 has taken over")
+
+    monkeypatch.setattr(tracking, "ensure_current", ensure_current)
+    with pytest.raises(SupersededError):
+        train(model, dataset, tracking, checkpoints=checkpoints)
+    assert tracking.steps == [1]
+    saved = checkpoints.load()
+    assert saved is not None
+    assert len(saved["history"]) == 1
 
 
 def test_an_epoch_that_was_saved_but_not_logged_is_logged_on_resuming(dataset, config, train, tracking, store) -> None:

@@ -1,0 +1,69 @@
+"""A search on the real stack: its trials, what it found, and how its result is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from tests.integration.test_main_job import mlpipe
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+TRIALS, SEEDS = 6, 2
+
+
+@pytest.fixture(scope="module")
+def found(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("tune") / "tune.json"
+    form = ["--trials", str(TRIALS), "--workers", "2", "--epochs", "2", "--seeds", str(SEEDS), "--study", "digits-cnn"]
+    done = mlpipe(environment, "tune", *form, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+def test_each_trial_is_made_once_and_the_recipe_is_the_first(found: dict[str, Any]) -> None:
+    assert [trial["number"] for trial in found["trials"]] == list(range(TRIALS))
+    assert {trial["state"] for trial in found["trials"]} <= {"complete", "pruned"}
+    assert found["trials"][0]["state"] == "complete"
+    assert found["trials"][0]["params"] == found["default"]["params"]
+    assert found["best"]["value"] >= found["default"]["value"]
+
+
+def test_each_trial_is_a_run_below_the_searchs(found: dict[str, Any], environment: dict[str, str]) -> None:
+    client = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    parents = set()
+    for trial in found["trials"]:
+        run = client.get_run(trial["run_id"])
+        assert run.data.tags["state"] == trial["state"]
+        assert float(run.data.params["learning_rate"]) == trial["params"]["learning_rate"]
+        assert "why" in run.data.tags or trial["state"] == "complete"
+        assert not [name for name in run.data.metrics if name.startswith("test/")]
+        parents.add(run.data.tags["mlflow.parentRunId"])
+    (parent,) = parents
+    files = {file.path for file in client.list_artifacts(parent)}
+    assert {"search_history.png", "best_settings.json", "trials.json", "report.html"} <= files
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
+def test_the_best_settings_are_trained_on_fresh_seeds_and_tested(found: dict[str, Any]) -> None:
+    assert {model["name"] for model in found["models"]} == {f"custom_cnn_seed_{seed}" for seed in range(1, SEEDS + 1)}
+    assert found["best"]["model_uri"].startswith("models:/digits-classifier/")
+    assert found["best"]["metrics"]["test/accuracy"] > 0.5
+
+
+def test_a_run_uses_what_the_search_found(found: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    form = ["--models", "custom_cnn", "--epochs", "1", "--promotion", "disabled", "--compare-with"]
+    other = found["best"]["model_uri"]
+    done = mlpipe(environment, "run", *form, other, "--tuned", found["study"], "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (model,) = json.loads(file.read_text())["models"]  # the other one was not trained
+    params = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"]).get_run(model["run_id"]).data.params
+    assert float(params["learning_rate"]) == pytest.approx(found["best"]["params"]["learning_rate"])
+    unknown = mlpipe(environment, "run", "--tuned", "no-such-study")
+    assert unknown.returncode == 2
+    assert "no-such-study" in unknown.stderr
