@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from torch import nn
 
@@ -80,8 +82,8 @@ def _check_timm(name: str) -> None:
     except ImportError:
         raise UserError("models: timm/… needs the package timm where tasks train; install it") from None
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"models: timm has no network {name!r}{hint}")
 
 

@@ -122,6 +122,17 @@ def _build(model: ModelConfig, description: ModelDescription) -> nn.Module:
     )
 
 
+def _imagenet_statistics(architecture: str) -> tuple[Channels, Channels]:
+    """What a network's published weights subtract and divide by; timm's networks differ in that."""
+    match = TIMM.fullmatch(architecture)
+    if match is None:
+        return IMAGENET_MEAN, IMAGENET_STD
+    import timm
+
+    config = timm.get_pretrained_cfg(match["name"])
+    return (IMAGENET_MEAN, IMAGENET_STD) if config is None else (_channels(config.mean), _channels(config.std))
+
+
 def _pretrained_of_timm(description: ModelDescription, store: ObjectStore, folder: Path) -> _Found:
     """timm's default weights; the object store keeps them, so a cluster downloads them once."""
     import timm
@@ -230,12 +241,13 @@ def _file(model: ModelConfig, description: ModelDescription, folder: Path) -> _F
     path = folder / f"weights{suffix}"
     digest = fetch_uri(model.weights, path, field="models").sha256
     state = _read(path, uri)
-    # A torchvision network with ImageNet's number of outputs was trained with ImageNet's normalisation.
+    # A published network with ImageNet's number of outputs was trained with its own normalisation.
     from_imagenet = architectures.find(model.architecture).has_imagenet_weights and any(
         len(state[key]) == IMAGENET_CLASSES for key in head_keys(model.architecture) if key in state
     )
     if from_imagenet:
-        description = replace(description, channel_mean=IMAGENET_MEAN, channel_std=IMAGENET_STD)
+        mean, std = _imagenet_statistics(description.architecture)
+        description = replace(description, channel_mean=mean, channel_std=std)
     return _Found(state=state, source=uri, sha256=digest, description=description)
 
 

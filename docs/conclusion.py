@@ -1,0 +1,91 @@
+"""Write docs/conclusion.md anew from the JSON files of runs in docs/runs/: `python docs/conclusion.py`.
+
+The report behind this project asks what matters most: a better recipe, a search for settings, pretraining, a teacher?
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from results import models_of, table
+
+DOCS = Path(__file__).parent
+RUNS = DOCS / "runs"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """The JSON of a run; `None`: it was not made."""
+    path = RUNS / f"{name}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else None
+
+
+def accuracies(names: Sequence[str], model: str = "custom_cnn") -> list[float]:
+    """Test accuracies, %, of one model in the runs that were made."""
+    found = [models_of(name) for name in names if (RUNS / f"{name}.json").exists()]
+    return [100 * each["metrics"]["test/accuracy"] for models in found for each in models if each["name"] == model]
+
+
+def minutes(names: Sequence[str], model: str = "custom_cnn") -> float:
+    found = [models_of(name) for name in names if (RUNS / f"{name}.json").exists()]
+    return statistics.mean(each["train_seconds"] / 60 for models in found for each in models if each["name"] == model)
+
+
+def mean_row(title: str, names: Sequence[str], baseline: Sequence[float]) -> list[str]:
+    reached = accuracies(names)
+    spread = f" ± {statistics.stdev(reached):.2f}" if len(reached) > 1 else ""
+    difference = statistics.mean(reached) - statistics.mean(baseline)
+    return [
+        title,
+        str(len(reached)),
+        f"{statistics.mean(reached):.2f}{spread}",
+        f"{difference:+.2f}" if reached != list(baseline) else "–",
+        f"{minutes(names):.0f}",
+    ]
+
+
+def main() -> None:
+    report = [f"report{end}" for end in ("", "1", "2")]
+    strong = [f"strong{seed}" for seed in range(3)]
+    teacher = [f"teacher{seed}" for seed in range(3)]
+    baseline = accuracies(report)
+    head = ["custom_cnn on CIFAR-10", "seeds", "test accuracy, %", "difference, points", "minutes of training"]
+    ways = [
+        ("recipe `report`", report),
+        ("recipe `report`, taught by custom_cnn of `strong`", teacher),
+        ("recipe `strong`", strong),
+    ]
+    rows = [mean_row(title, names, baseline) for title, names in ways if accuracies(names)]
+    lines = table(head, rows).replace("| --- | --- |", "| --- | ---: |", 1)
+    parts = [
+        "# What matters most?\n\n`docs/conclusion.py` writes this page from the JSON files in `docs/runs/`.\n"
+        "Lossless CIFAR-10, the same splits throughout; mean and standard deviation over seeds; one thread for each\n"
+        "training, beside other work.",
+        lines,
+    ]
+    if tune := load("tune_digits"):
+        parts.append(_search(tune, "digits"))
+    if tune := load("tune_cifar10"):
+        parts.append(_search(tune, "CIFAR-10"))
+    (DOCS / "conclusion.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _search(tune: dict[str, Any], data: str) -> str:
+    best, default = tune["best"], tune["default"]
+    states = [trial["state"] for trial in tune["trials"]]
+    epochs = sum(trial["epochs"] for trial in tune["trials"])
+    whole = max(trial["epochs"] for trial in tune["trials"]) * len(states)
+    tested = ", ".join(f"{100 * model['metrics']['test/accuracy']:.2f}" for model in tune["models"])
+    return (
+        f"## Search on {data}\n\n{len(states)} trials of custom_cnn, {states.count('pruned')} of them pruned, "
+        f"{epochs} of {whole} epochs trained, {tune['wall_seconds'] / 60:.1f} minutes in all. Validation accuracy "
+        f"{100 * best['value']:.2f} % against {100 * default['value']:.2f} % by the recipe's settings. The best "
+        f"settings on {len(tune['models'])} fresh seeds: test accuracy {tested} %."
+    )
+
+
+if __name__ == "__main__":
+    main()
