@@ -18,6 +18,7 @@ from mlpipe.config import DataConfig
 from mlpipe.data.archives.folders import pack_folder, pack_s3_folder, s3_folder_version
 from mlpipe.data.imageset import ImageSet
 from mlpipe.data.sources import catalog
+from mlpipe.data.storage.allowed import check_file
 from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import (
     MAX_BYTES,
@@ -83,6 +84,8 @@ def fetch_at_uri(data: DataConfig, store: ObjectStore, identify: Identify, *, ma
     """
     uri = str(data.uri)
     local = local_path(uri)
+    if local is not None:
+        check_file(local, field="data_uri")
     if local is not None and local.is_dir():
         with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
             path = Path(folder) / "source"

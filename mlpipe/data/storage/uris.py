@@ -29,6 +29,7 @@ from botocore.exceptions import (
 from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from mlpipe.addresses import redact_uri
+from mlpipe.data.storage import allowed
 from mlpipe.data.storage.store import s3_client
 from mlpipe.errors import UserError
 
@@ -92,9 +93,10 @@ def expected_sha256(uri: str, *, field: str) -> str | None:
 def check_local(path: Path, *, field: str) -> None:
     """
     Raises:
-        UserError: `path` is not a readable file with something in it.
+        UserError: `path` is not a readable file with something in it, or workers may not read it.
     """
     shown = path if path.is_absolute() else path.absolute()
+    allowed.check_file(shown, field=field)
     try:
         if path.is_dir():
             raise UserError(f"{field}: {shown} is a folder; give a file (pack a folder: zip -r images.zip {path.name})")
@@ -161,7 +163,8 @@ def version_of(uri: str, *, field: str) -> str | None:
             head = s3_client().head_object(**_bucket_and_key(address, field))
             return f"{head['ETag']} {head['ContentLength']}"
     try:
-        answer = requests.head(address, timeout=TIMEOUT, allow_redirects=True)
+        with allowed.web_session(field) as session:
+            answer = session.head(address, timeout=TIMEOUT, allow_redirects=True)
     except (requests.RequestException, ValueError):
         return None  # fetching will say what is wrong
     etag = answer.headers.get("ETag", "")
@@ -181,6 +184,7 @@ def list_s3_folder(uri: str, *, field: str) -> list[tuple[str, int, str]]:
         ConnectionError: the object store failed in a way that may heal.
     """
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    allowed.check_bucket(bucket, field=field)
     with _s3_errors(uri, field):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         found = [item for page in pages for item in page.get("Contents", []) if not item["Key"].endswith("/")]
@@ -273,7 +277,11 @@ def _write(
 def _fetch_http(address: str, partial: Path, field: str, max_bytes: int) -> Fetched:
     with _http_errors(address, field):
         # identity: Content-Length then counts the file's own bytes
-        with requests.get(address, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"}) as answer:
+        plain = {"Accept-Encoding": "identity"}
+        with (
+            allowed.web_session(field) as session,
+            session.get(address, stream=True, timeout=TIMEOUT, headers=plain) as answer,
+        ):
             _check_status(answer.status_code, address, field)
             length = answer.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else None
@@ -328,6 +336,7 @@ def _bucket_and_key(address: str, field: str) -> dict[str, str]:
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not bucket or not key or key.endswith("/"):
         raise UserError(f"{field}: {redact_uri(address)} names no file; give s3://bucket/key")
+    allowed.check_bucket(bucket, field=field)
     return {"Bucket": bucket, "Key": key}
 
 

@@ -1,0 +1,83 @@
+"""What a worker reads for whoever triggers a DAG."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlpipe.data.storage import allowed
+from mlpipe.data.storage.uris import fetch_uri, list_s3_folder, version_of
+from mlpipe.errors import UserError
+
+
+@pytest.fixture
+def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As docker-compose.yml limits workers; the folder whose files may be read."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv(allowed.FILES, str(folder))
+    monkeypatch.setenv(allowed.HOSTS, "public")
+    monkeypatch.setenv(allowed.BUCKETS, "mlpipe")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "uri", ["/etc/passwd", "file:///etc/passwd", "{data}/../../../../../../etc/passwd", "{data}/link"]
+)
+def test_files_elsewhere_are_not_read(uri: str, limited: Path, tmp_path: Path) -> None:
+    (limited / "link").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"^data_uri: .* may not be read by workers"):
+        fetch_uri(uri.format(data=limited), tmp_path / "got", field="data_uri")
+    assert not (tmp_path / "got").exists()
+
+
+def test_files_in_the_folder_are_read(limited: Path, tmp_path: Path) -> None:
+    (limited / "pets.zip").write_bytes(b"content")
+    assert fetch_uri(f"{limited}/pets.zip", tmp_path / "got", field="data_uri").num_bytes == 7
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://169.254.169.254/latest/meta-data/", "http://127.0.0.1:5000/", "http://10.1.2.3/x", "http://[::1]/x"]
+)
+@pytest.mark.usefixtures("limited")
+def test_private_addresses_are_not_asked(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^weights: the host .* may not be asked"):
+        fetch_uri(uri, tmp_path / "got", field="weights")
+    assert version_of(uri, field="weights") is None
+
+
+@pytest.fixture
+def redirecting() -> Iterator[str]:
+    """A server that sends everybody on to the address that machines in a cloud ask for their secrets."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/latest/meta-data/")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/x"
+    server.shutdown()
+
+
+@pytest.mark.usefixtures("limited")
+def test_redirects_are_looked_at(redirecting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(allowed.HOSTS, "public,127.0.0.1")
+    with pytest.raises(UserError, match=r"the host '169\.254\.169\.254' may not be asked"):
+        fetch_uri(redirecting, tmp_path / "got", field="data_uri")
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("uri", ["s3://mlflow/1/secret.zip", "s3://mlflow/1/"])
+def test_other_buckets_are_not_read(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the bucket 'mlflow' may not be read"):
+        list_s3_folder(uri, field="data_uri") if uri.endswith("/") else fetch_uri(uri, tmp_path / "g", field="data_uri")
