@@ -105,7 +105,7 @@ def test_the_form_refuses_what_is_not_allowed(fresh_page: Callable[..., Page], e
     form = page.get_by_role("dialog")
     form.locator("input[name=element_name]").fill("No Name!")
     form.get_by_role("button", name="Trigger").click()
-    expect(page.get_by_text("Failed to Trigger")).to_be_visible()
+    expect(page.get_by_text("Failed to Trigger").first).to_be_visible()
     expect(form).to_be_visible()
 
 
@@ -126,7 +126,8 @@ def test_the_report_is_a_tab_of_the_dag_run(
     report.get_by_text("Accuracy, %").click()
     assert names.all_inner_texts() == before[::-1]
     for picture in report.locator("img").all():
-        assert picture.evaluate("image => image.complete && image.naturalWidth > 0")
+        picture.scroll_into_view_if_needed()  # pictures are loaded when they come into view
+        picture.evaluate("image => image.decode()")
     with page.context.expect_page() as opened:
         report.get_by_role("link", name="Charts in MLflow").click()
     assert opened.value.url == demo["compare_url"]
@@ -158,7 +159,7 @@ def test_a_cell_of_the_confusion_matrix_shows_its_images(
     cell.click()
     pictures = report.locator("#cell img")
     expect(pictures).to_have_count(min(count, 8))
-    assert pictures.first.evaluate("image => image.complete && image.naturalWidth > 0")
+    pictures.first.evaluate("image => image.decode()")
     expect(report.locator(".card").first).to_contain_text("given")
 
 
@@ -212,7 +213,7 @@ def test_a_dag_run_that_trains_shows_its_curves_and_stops_on_a_click(
     before = len((line.get_attribute("points") or "").split())
     expect(line).not_to_have_attribute("points", line.get_attribute("points") or "")  # it grows without a reload
     assert len((line.get_attribute("points") or "").split()) > before
-    expect(report.locator(".error")).to_contain_text("such.safetensors")
+    expect(report.locator(".error").first).to_contain_text("such.safetensors", timeout=60_000)
     report.get_by_role("button", name="Stop the DAG run").click()
     expect(report.get_by_text("killed")).to_be_visible(timeout=60_000)
 
