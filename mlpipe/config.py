@@ -351,6 +351,8 @@ class NetworkSettings:
     """Passes over the training images."""
     batch_size: int = 64
     """Images in one optimizer step."""
+    min_steps: int = 1
+    """Least number of optimizer steps in an epoch; batches of a small data set are smaller for it."""
     learning_rate: float = 1e-3
     """Step size; the peak, if a schedule varies it."""
     optimizer: str = "adam"

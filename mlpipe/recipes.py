@@ -105,6 +105,7 @@ RECIPES: dict[RecipeName, Recipe] = {
             "custom_cnn": {
                 "num_epochs": 9,
                 "batch_size": 512,
+                "min_steps": 10,
                 "optimizer": "normalized_muon",
                 "learning_rate": 0.16,
                 "weight_decay": 0.006,
@@ -240,6 +241,7 @@ def _settings(
     form = {
         "num_epochs": params.epochs,
         "batch_size": params.batch_size,
+        "min_steps": 1 if params.batch_size else None,
         "learning_rate": params.learning_rate,
         "early_stopping_patience": params.early_stopping,
         "num_devices": params.devices,

@@ -59,14 +59,16 @@ def train_network(
         raise UserError(f"models: {model.architecture!r} is not a network; scikit-learn fits it")
     network, description = start.network, start.description
     mean, std = description.channel_mean, description.channel_std
-    training = BatchLoader(dataset.train_split(), config.batch_size, seed=config.seed, shuffle=True)
+    split = dataset.train_split()
+    batch_size = max(2 * config.num_devices, min(config.batch_size, len(split) // config.min_steps))
+    training = BatchLoader(split, batch_size, seed=config.seed, shuffle=True)
     # What fits when it is trained on fits when it is not.
     side = description.input_size or description.image_size
-    validation_batch_size = max(config.batch_size, PIXELS_PER_BATCH // side**2)
+    validation_batch_size = max(batch_size, PIXELS_PER_BATCH // side**2)
     validation = BatchLoader(dataset.val_split(), validation_batch_size, seed=config.seed, shuffle=False)
     check_devices(
         config.num_devices,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         num_training=training.num_images,
         num_validation=validation.num_images,
     )
@@ -98,7 +100,9 @@ def train_network(
     )
     precision = choose_precision(config.precision)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
-    tracking.log_params({"precision": precision, "device": _device_name(), "threads": num_threads})
+    tracking.log_params(
+        {"images_per_step": batch_size, "precision": precision, "device": _device_name(), "threads": num_threads}
+    )
     if len(keeper.history) < config.num_epochs and not keeper.finished:
         fit = Fit(
             module=module,
