@@ -66,6 +66,9 @@ def main() -> None:
         "training, beside other work.",
         lines,
     ]
+    parts.append(
+        "Pretraining was not measured: no ImageNet weights of these networks could be had where the runs were made."
+    )
     if tune := load("tune_digits"):
         parts.append(_search(tune, "digits"))
     if tune := load("tune_cifar10"):

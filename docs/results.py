@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import FixedLocator, NullLocator
+
 from mlpipe.figures_style import MUTED, SERIES, figure_style, heading_space, new_figure
 
 DOCS = Path(__file__).parent
@@ -73,6 +75,9 @@ def frontier(points: list[tuple[str, float, float]], path: Path) -> None:
             axes.plot(minutes, accuracy, "o", color=SERIES[number % len(SERIES)], markersize=8)
             axes.annotate(name, (minutes, accuracy), (7, -3), textcoords="offset points", fontsize=8.5, color=MUTED)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("minutes")
         axes.grid(visible=True)
         axes.margins(x=0.25)

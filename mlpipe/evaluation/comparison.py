@@ -221,8 +221,8 @@ def _test_row(test: PairedTest) -> list[str]:
         f"{100 * test.difference:.2f}",
         str(test.only_better_right),
         str(test.only_worse_right),
-        _p_cell(test.p_value),
-        _p_cell(test.p_adjusted),
+        p_cell(test.p_value),
+        p_cell(test.p_adjusted),
     ]
 
 
@@ -265,7 +265,8 @@ def _percent_range(interval: tuple[float, float], num_images: int) -> str:
     return "–".join(_percent(limit, num_images) for limit in interval)
 
 
-def _p_cell(p_value: float) -> str:
+def p_cell(p_value: float) -> str:
+    """A p value of three digits, or that it is below the smallest that is given."""
     return f"{p_value:.3g}" if p_value >= SMALLEST_P else f"< {SMALLEST_P:g}"
 
 

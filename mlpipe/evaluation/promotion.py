@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, permutation_test, random_table
 
 from mlpipe.config import PromotionConfig, PromotionMetric, PromotionMode
-from mlpipe.evaluation.comparison import exact_mcnemar
+from mlpipe.evaluation.comparison import exact_mcnemar, p_cell
 from mlpipe.evaluation.metrics import Predictions
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import listed
@@ -165,8 +165,13 @@ def _beats(
     return larger and sure, (
         f"On the same {len(labels):,} images{left_out} the champion, {champion}, has {_article(rules.metric)} of "
         f"{scores[1]:.4f}: the difference of {difference:+.4f} {verdict} "
-        f"({'exact McNemar' if rules.metric == 'accuracy' else 'paired permutation'} test: p = {p_value:.3g})."
+        f"({'exact McNemar' if rules.metric == 'accuracy' else 'paired permutation'} test: p {_equals(p_value)})."
     )
+
+
+def _equals(p_value: float) -> str:
+    text = p_cell(p_value)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def _article(metric: PromotionMetric) -> str:

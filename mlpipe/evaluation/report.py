@@ -12,7 +12,7 @@ from markupsafe import Markup
 from mlpipe import pages
 from mlpipe.data.manifest import Manifest
 from mlpipe.evaluation import metrics
-from mlpipe.evaluation.comparison import Comparison
+from mlpipe.evaluation.comparison import Comparison, p_cell
 from mlpipe.evaluation.gallery import Gallery, class_table
 from mlpipe.evaluation.result import ModelResult
 from mlpipe.pages import svg
@@ -63,6 +63,7 @@ def render(report: Report) -> str:
     return pages.render(
         "report.html.jinja",
         report=report,
+        p_cell=p_cell,
         notes=[*report.notes, *(f"{row.name}: {note}" for row in comparison.rows for note in row.evaluation.notes)],
         metrics=[metric for metric in metrics.METRICS if metric.title],
         rows=[*comparison.rows, *([report.former] if report.former else [])],
