@@ -60,7 +60,7 @@ def train_network(
     network, description = start.network, start.description
     mean, std = description.channel_mean, description.channel_std
     split = dataset.train_split()
-    batch_size = max(2 * config.num_devices, min(config.batch_size, len(split) // config.min_steps))
+    batch_size = min(config.batch_size, max(2 * config.num_devices, len(split) // config.min_steps))
     training = BatchLoader(split, batch_size, seed=config.seed, shuffle=True)
     # What fits when it is trained on fits when it is not.
     side = description.input_size or description.image_size

@@ -94,7 +94,7 @@ def test_the_former_champion_is_among_the_models(result):
     assert "the champion before" in page
 
 
-@pytest.mark.parametrize(("num_models", "num_classes"), [(16, 10), (3, 1000), (16, 1000)])
+@pytest.mark.parametrize(("num_models", "num_classes"), [(16, 10), (16, 1000)])
 def test_large_comparisons_stay_small(num_models: int, num_classes: int):
     classes = tuple(f"class {i}" for i in range(num_classes))
     rng, count = np.random.default_rng(0), 10_000
@@ -105,7 +105,10 @@ def test_large_comparisons_stay_small(num_models: int, num_classes: int):
         answers = np.where(rng.random(count) < 0.7, labels, rng.integers(0, num_classes, count))
         probabilities[np.arange(count), answers] += 0.9
         rows.append(
-            ModelResult(name=f"m{number}", evaluation=evaluate_predictions(labels, probabilities, classes, seed=0))
+            ModelResult(
+                name=f"m{number}",
+                evaluation=evaluate_predictions(labels, probabilities, classes, seed=0, num_resamples=20),
+            )
         )
     page = page_of(rows, data=data_of(classes, count))
     assert MAX_BYTES < 3_000_000

@@ -399,7 +399,12 @@ def test_bfloat16_only_where_the_processor_has_it(capability, precision, monkeyp
 
 def test_how_it_was_computed_is_logged(dataset, config, train, tracking) -> None:
     train(config(num_epochs=1), dataset, tracking)
-    assert set(tracking.params) == {"precision", "device", "threads"}
+    assert set(tracking.params) == {"images_per_step", "precision", "device", "threads"}
+
+
+def test_batches_of_a_small_data_set_leave_the_wanted_steps(dataset, config, train, tracking) -> None:
+    train(config(num_epochs=1, batch_size=512, min_steps=8), dataset, tracking)
+    assert tracking.params["images_per_step"] == dataset.manifest.num_train // 8
 
 
 def test_nothing_is_left_in_the_temporary_folder(
