@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mlpipe.data.dataset import Split
+from mlpipe.models.features.last_layer import inputs_of
 from mlpipe.models.portable import PIXELS_PER_BATCH, ImageClassifier, enlarge, normalise
 
 MAX_TRAINING_IMAGES = 4_000
@@ -72,16 +73,12 @@ class Explainer:
     @torch.inference_mode()
     def _features(self, images_u8: NDArray[np.uint8]) -> Tensor:
         """(N, D) of length 1."""
-        seen: list[Tensor] = []
-        hook = self._head.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(1).cpu()))
         size = self._classifier.description.input_size or images_u8.shape[1]
         length = max(1, PIXELS_PER_BATCH // size**2)
-        try:
+        with inputs_of(self._head) as seen:
             for start in range(0, len(images_u8), length):
                 self._classifier.predictor(self._inputs(torch.from_numpy(images_u8[start : start + length])))
-        finally:
-            hook.remove()
-        return nn.functional.normalize(torch.cat(seen).float(), dim=1)
+        return nn.functional.normalize(torch.cat(seen), dim=1)
 
     def _inputs(self, images_u8: Tensor) -> Tensor:
         classifier = self._classifier

@@ -59,15 +59,7 @@ class Gallery:
             heat = explained.attention(images_u8, predictions.predicted[rows].astype(np.int64))
         shown = []
         for number, row in enumerate(mistakes):
-            truth, answer = int(predictions.labels[row]), int(predictions.predicted[row])
-            mistake: dict[str, Any] = {
-                "picture": self._keep(f"e{row}", self._test.images_u8[row]),
-                "file": self._names[row],
-                "truth": truth,
-                "p_truth": round(float(predictions.probabilities[row, truth]), 4),
-                "answer": answer,
-                "p_answer": round(float(predictions.probabilities[row, answer]), 4),
-            }
+            mistake = self._entry(result, row)
             if explained is not None:
                 blended = _blend(images_u8[number], heat[number])
                 mistake["heat"] = self._keep(f"h{len(self._models)}-{row}", blended)
@@ -97,17 +89,20 @@ class Gallery:
             rows = find_label_issues(
                 predictions.labels, predictions.probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
             )
-        self._doubts = [
-            {
-                "picture": self._keep(f"e{row}", self._test.images_u8[row]),
-                "file": self._names[row],
-                "truth": int(predictions.labels[row]),
-                "p_truth": round(float(predictions.probabilities[row, predictions.labels[row]]), 4),
-                "answer": int(predictions.predicted[row]),
-                "p_answer": round(float(predictions.probabilities[row].max()), 4),
-            }
-            for row in map(int, rows[:NUM_DOUBTS])
-        ]
+        self._doubts = [self._entry(result, row) for row in map(int, rows[:NUM_DOUBTS])]
+
+    def _entry(self, result: ModelResult, row: int) -> dict[str, Any]:
+        """A test image with its label and the model's answer, and how probable the model finds both."""
+        predictions = result.evaluation.predictions
+        truth, answer = int(predictions.labels[row]), int(predictions.predicted[row])
+        return {
+            "picture": self._keep(f"e{row}", self._test.images_u8[row]),
+            "file": self._names[row],
+            "truth": truth,
+            "p_truth": round(float(predictions.probabilities[row, truth]), 4),
+            "answer": answer,
+            "p_answer": round(float(predictions.probabilities[row, answer]), 4),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """All of it; images of the confusions are chosen now, from the most frequent cell on."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from mlpipe.config import Form, ModelConfig, NetworkSettings, RecipeName, RunConfig, RunParams, SmallClasses, describe
-from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
 from mlpipe.recipes import resolve
 
 NETWORK_SETTINGS = ("learning_rate", "weight_decay", "label_smoothing", "batch_size", "augmentation", "optimizer")
 LINEAR_SETTINGS = ("inverse_regularization", "num_components")
+
+
+def as_of_run(name: str, **changes: Any) -> Any:
+    """A field with the title and the limits that the form of a run gives it; `changes` are metadata."""
+    known = RunParams.__dataclass_fields__[name]
+    return field(default=known.default, metadata={**known.metadata, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +30,10 @@ class TuneParams(Form):
         "Images": ("name", "image_size", "max_damaged", "small_classes"),
     }
 
-    dataset: str = describe(
-        "digits",
-        "Data set",
-        " ".join(f"{source.name}: {source.description}." for source in catalog.KNOWN),
-        enum=[source.name for source in catalog.KNOWN],
-    )
-    data_uri: str | None = describe(
-        None,
-        "Data URI",
-        "Path, file://, http(s):// or s3:// address of a zip, a tar or a folder. Required for images.",
-        maxLength=2048,
+    dataset: str = as_of_run("dataset")
+    data_uri: str | None = as_of_run(
+        "data_uri",
+        description="Path, file://, http(s):// or s3:// address of a zip, a tar or a folder. Required for images.",
     )
     recipe: RecipeName = describe(
         "quick", "Recipe", "Whose settings are the first trial, and stay where none is varied."
@@ -61,8 +59,8 @@ class TuneParams(Form):
     workers: int = describe(
         2, "Workers", "Trials side by side, each on a slot of the executor gpu.", minimum=1, maximum=64
     )
-    epochs: int | None = describe(
-        None, "Epochs", "Passes over the training images in each trial. Empty: the recipe's.", minimum=1, maximum=1000
+    epochs: int | None = as_of_run(
+        "epochs", description="Passes over the training images in each trial. Empty: the recipe's."
     )
     pruning: bool = describe(True, "Pruning", "Stop a trial early where others were better at the same epoch.")
     study: str | None = describe(
@@ -79,40 +77,20 @@ class TuneParams(Form):
         minimum=1,
         maximum=8,
     )
-    name: str | None = describe(
-        None,
-        "Name",
-        "Name of the data set. Empty: digits, cifar10, or the name of the archive or folder.",
-        pattern="^[a-z0-9][a-z0-9_-]{0,47}$",
-        maxLength=48,
+    name: str | None = as_of_run(
+        "name", description="Name of the data set. Empty: digits, cifar10, or the name of the archive or folder."
     )
-    image_size: int | None = describe(
-        None,
-        "Image size",
-        "Height and width of all images after resizing, in pixels. Empty: 32.",
-        minimum=8,
-        maximum=512,
+    image_size: int | None = as_of_run("image_size")
+    max_damaged: float = as_of_run(
+        "max_damaged", description="Largest allowed share of unusable images. 0 refuses any."
     )
-    max_damaged: float = describe(
-        0.01, "Damaged images", "Largest allowed share of unusable images. 0 refuses any.", minimum=0, maximum=1
-    )
-    small_classes: SmallClasses = describe("refuse", "Small classes", "As of image_classification.")
-    seed: int = describe(0, "Seed", "Of the search, and of the trials' trainings.", minimum=0, maximum=2**31 - 1)
+    small_classes: SmallClasses = as_of_run("small_classes", description="As of image_classification.")
+    seed: int = as_of_run("seed", description="Of the search, and of the trials' trainings.")
 
     def run_params(self) -> RunParams:
         """The run whose settings are varied."""
-        return RunParams(
-            dataset=self.dataset,
-            data_uri=self.data_uri,
-            name=self.name,
-            recipe=self.recipe,
-            models=self.model,
-            epochs=self.epochs,
-            image_size=self.image_size,
-            max_damaged=self.max_damaged,
-            small_classes=self.small_classes,
-            seed=self.seed,
-        )
+        shared = {each.name for each in fields(RunParams)} & {each.name for each in fields(self)}
+        return RunParams(models=self.model, **{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import optuna
@@ -21,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mlpipe.config import LinearSettings, NetworkSettings
 from mlpipe.errors import UserError
 from mlpipe.search.form import Search
+from mlpipe.training.optimizers import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,7 @@ DEFAULT = "default"
 SURPLUS = "surplus"
 """Attribute of a trial that two workers made where one was left."""
 
-OPTIMIZERS = ("adam", "sgd", "muon", "normalized_muon")
-AUGMENTATIONS = ("none", "crop", "flip", "flip_crop")
+AUGMENTATIONS = get_args(get_type_hints(NetworkSettings)["augmentation"])
 
 
 def open_study(name: str, cache_dir: Path, *, seed: int, pruning: bool, worker: int = 0) -> optuna.Study:
@@ -84,12 +85,17 @@ def request_trials(study: optuna.Study, search: Search, request: str) -> None:
     Args:
         request: names the DAG run.
     """
-    asked = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(REQUEST) == request]
+    asked = trials_asked_for(study, request)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(default_settings(search), user_attrs={REQUEST: request, DEFAULT: True})
         asked.append(study.get_trials(deepcopy=False)[0])
     for _ in range(search.trials - len(asked)):
         study.enqueue_trial({}, user_attrs={REQUEST: request})
+
+
+def trials_asked_for(study: optuna.Study, request: str) -> list[FrozenTrial]:
+    """The trials that a DAG run asked for."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(REQUEST) == request]
 
 
 def next_trial(study: optuna.Study, owner: str, request: str) -> optuna.Trial | None:
@@ -130,7 +136,7 @@ def _suggest(trial: optuna.Trial, name: str, default: Any) -> Any:
         return trial.suggest_int(name, 16, max(1024, default), log=True)
     if name == "augmentation":
         return trial.suggest_categorical(name, AUGMENTATIONS)
-    return trial.suggest_categorical(name, OPTIMIZERS)
+    return trial.suggest_categorical(name, tuple(OPTIMIZERS))
 
 
 def default_settings(search: Search) -> dict[str, Any]:
@@ -157,6 +163,4 @@ def best_trial(study: optuna.Study) -> FrozenTrial:
 
 def with_settings(settings: NetworkSettings | LinearSettings, values: dict[str, Any], seed: int) -> Any:
     """Settings with other values and another seed."""
-    from dataclasses import replace
-
     return replace(settings, **values, seed=seed)

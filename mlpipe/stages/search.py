@@ -23,12 +23,12 @@ from mlpipe.search import figures
 from mlpipe.search.form import Search
 from mlpipe.search.study import (
     DEFAULT,
-    REQUEST,
     best_trial,
     next_trial,
     open_study,
     request_trials,
     suggest,
+    trials_asked_for,
     trials_of,
     with_settings,
 )
@@ -54,11 +54,9 @@ class _TrialLogger:
         self._run = run
         self._trial = trial
         self._may_prune = may_prune
-        self.epochs = 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log_metrics(metrics, step)
-        self.epochs = max(self.epochs, step)
         self._trial.report(metrics["val/accuracy"], step)
         if self._may_prune and self._trial.should_prune():
             raise _Pruned(f"after epoch {step}: others had a better val/accuracy by then")
@@ -107,16 +105,14 @@ def search(config: Search, origin: TaskContext, worker: int, data: PublishedData
 
 
 START_SECONDS = 120.0
+"""Within which the first worker must have asked for the trials."""
 
 
 def _wait_for_trials(study: optuna.Study, origin: TaskContext, number: int) -> None:
     """The first worker asks for the trials; the others wait until it has."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        asked = [
-            trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(REQUEST) == origin.key("all")
-        ]
-        if len(asked) >= number:
+        if len(trials_asked_for(study, origin.key("all"))) >= number:
             return
         time.sleep(0.2)
     raise UserError(f"study: no trials were asked for within {START_SECONDS:g} s; see the log of the first worker")
@@ -230,14 +226,13 @@ def conclude(config: Search, origin: TaskContext, *, on_run: OnRun) -> FoundSett
 
 
 def _result(trial: FrozenTrial) -> TrialResult:
-    epochs = max(trial.intermediate_values, default=0)
     return TrialResult(
         number=trial.number,
         state=trial.state.name.lower(),
         value=trial.value,
         params=dict(trial.params),
         run_id=str(trial.user_attrs.get("run_id", "")),
-        epochs=epochs,
+        epochs=max(trial.intermediate_values, default=0),
     )
 
 

@@ -294,13 +294,12 @@ class TrackedRun:
         if fresh:
             mlflow.log_params(fresh, run_id=self.run_id, synchronous=True)
 
-    def log_figure(self, figure: Figure, name: str) -> bytes:
-        """Write a figure as PNG; the file's bytes."""
+    def log_figure(self, figure: Figure, name: str) -> None:
+        """Write a figure as PNG."""
         with tempfile.TemporaryDirectory(prefix="mlpipe-figure-") as folder:
             path = Path(folder) / name
             figure.savefig(path)
             self._client.log_artifact(self.run_id, str(path))
-            return path.read_bytes()
 
     def log_text(self, text: str, path: str) -> None:
         self._client.log_text(self.run_id, text, path)

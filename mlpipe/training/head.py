@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from torch import Tensor, nn
+from torch import nn
 
 from mlpipe.config import ModelConfig
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
+from mlpipe.models.features.last_layer import inputs_of
 from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, enlarge, normalise
 from mlpipe.models.weights import InitialNetwork
 from mlpipe.training.cpu.processor import cpu_name
@@ -131,10 +132,8 @@ def _features(network: nn.Module, head: nn.Linear, description: ModelDescription
         torch.tensor(each, device=device).view(3, 1, 1) for each in (description.channel_mean, description.channel_std)
     )
     length = max(1, PIXELS_PER_BATCH // (description.input_size or description.image_size) ** 2)
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0].float().cpu()))
     began = reported = time.monotonic()
-    try:
+    with inputs_of(head) as seen:
         for at in range(0, len(split), length):
             images = torch.from_numpy(split.images_u8[at : at + length]).to(device)
             logits = network(enlarge(normalise(images, mean, std), description.input_size))
@@ -144,8 +143,6 @@ def _features(network: nn.Module, head: nn.Linear, description: ModelDescription
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
                 logger.info("features of %d of %d images, %.0f a second", at, len(split), at / (reported - began))
-    finally:
-        hook.remove()
     network.cpu()
     return torch.cat(seen).numpy()
 
