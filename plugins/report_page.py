@@ -181,25 +181,30 @@ def _progress_page(values: dict[str, Any], part: bool, **more: str) -> HTMLRespo
 def _progress(runs: list[dict[str, Any]], parent: dict[str, Any] | None, *, charts: bool = True) -> dict[str, Any]:
     """What the page of the progress shows."""
     is_open = parent is None or parent["status"] == "RUNNING"
-    error = parent["tags"].get("error") if parent else None
+    tags = parent["tags"] if parent else {}
+    errors = [text for tag, text in sorted(tags.items()) if tag.startswith("error")]
     if parent is None:
         text = "No MLflow run yet. Only DAG runs that compare models have a report."
     else:
-        text = error or ("The models are not compared yet." if is_open else "It has no report.")
+        text = " ".join(errors) or ("The models are not compared yet." if is_open else "It has no report.")
     trained = {run["tags"].get("model", ""): run for run in runs if run["tags"].get("stage") == "train"}
-    names = (parent["tags"].get("models", "") if parent else "").split(", ")
+    names = tags.get("models", "").split(", ")
     has_data = any(run["tags"].get("stage") == "data" and run["status"] == "FINISHED" for run in runs)
     waiting_for = "a free slot of the executor gpu" if has_data else "the data set"
     models = [
-        _model(trained[name], charts) if name in trained else _waiting(name, waiting_for if is_open else "nothing more")
-        for name in dict.fromkeys([*filter(None, names), *trained])
+        _model(trained[name], charts)
+        if name in trained
+        else _not_started(name, waiting_for if is_open else "nothing more", tags.get(f"error/train/{number}", ""))
+        for number, name in enumerate(dict.fromkeys([*filter(None, names), *trained]))
     ]
-    return {"text": text, "is_error": bool(error), "models": models, "open": is_open}
+    return {"text": text, "is_error": bool(errors), "models": models, "open": is_open}
 
 
-def _waiting(name: str, what: str) -> dict[str, Any]:
-    nothing = dict.fromkeys(("epoch", "epochs", "rate", "remaining", "error", "url"))
-    return {**nothing, "name": name, "state": f"waits for {what}", "charts": []}
+def _not_started(name: str, waits_for: str, error: str) -> dict[str, Any]:
+    """Of a model without an MLflow run: it waits, or it failed before it had one."""
+    nothing = dict.fromkeys(("epoch", "epochs", "rate", "remaining", "url"))
+    state = "failed" if error else f"waits for {waits_for}"
+    return {**nothing, "name": name, "state": state, "error": error, "charts": []}
 
 
 def _model(run: dict[str, Any], charts: bool) -> dict[str, Any]:

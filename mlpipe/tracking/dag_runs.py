@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from mlpipe.config import RunConfig
@@ -28,7 +29,7 @@ def experiment(config: RunConfig) -> str:
 def parent_run(config: RunConfig, origin: TaskContext) -> Run:
     """The MLflow run of the whole DAG run."""
     names = ", ".join(model.name for model in config.models)
-    return runs.open_run(
+    run = runs.open_run(
         experiment(config),
         origin.key("parent"),
         name=f"{config.recipe} · {config.data.name} · {origin.dag_run_id}",
@@ -41,13 +42,17 @@ def parent_run(config: RunConfig, origin: TaskContext) -> Run:
         },
         description=f"{origin.link}\n\n{names} on {config.data.name}: not compared yet.",
     )
+    if origin.error_tag in run.data.tags:
+        MlflowClient().delete_tag(run.info.run_id, origin.error_tag)
+    return run
 
 
 def note_failure(config: RunConfig, origin: TaskContext, error: BaseException) -> None:
-    """Say on the parent run which task failed and why; it is forgotten when the task is tried again."""
+    """Say on the parent run which task failed and why; the task's next attempt removes it."""
     experiment = runs.find_experiment(experiment_name(config.data.name))
     if experiment and (run := runs.find_run(experiment, origin.key("parent"))):
-        runs.tracked(run.info.run_id).set_tags({"error": f"{origin.task_id}: {error}"[:5000]})
+        who = config.models[origin.map_index].name if origin.task_id == "train" else origin.task_id
+        runs.tracked(run.info.run_id).set_tags({origin.error_tag: f"{who}: {error}"[:5000]})
 
 
 def close(dataset: str, origin: TaskContext, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str) -> None:

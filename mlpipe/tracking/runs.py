@@ -69,6 +69,8 @@ class TaskContext:
     dag_run_id: str
     task_id: str
     try_number: int = 1
+    map_index: int = -1
+    """Which copy of a mapped task; -1: the task is not mapped."""
     user: str | None = None
     """Who triggered the DAG run; `None`: nobody, or it is not known."""
 
@@ -82,6 +84,11 @@ class TaskContext:
     def link(self) -> str:
         """Markdown for a run's description."""
         return f"[Airflow run `{self.dag_run_id}`]({self.url})" if self.url else f"Airflow run `{self.dag_run_id}`"
+
+    @property
+    def error_tag(self) -> str:
+        """Tag of the parent run that says why this task failed. Each task has its own: others run beside it."""
+        return f"error/{self.task_id}" + (f"/{self.map_index}" if self.map_index >= 0 else "")
 
     def key(self, part: str) -> str:
         """Identity of one part (`parent`, `data`, a model's name) of the DAG run."""
@@ -409,6 +416,6 @@ def close(experiment_name: str, origin: TaskContext, status: str, reason: str) -
         return
     filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
     for run in client.search_runs([experiment], filter_string):
-        if status != "FINISHED" and "error" not in run.data.tags:
+        if status != "FINISHED" and not any(tag.startswith("error") for tag in run.data.tags):
             client.set_tag(run.info.run_id, "error", reason[:5000])
         client.set_terminated(run.info.run_id, status)

@@ -208,10 +208,12 @@ def test_a_dag_run_that_trains_shows_its_curves_and_stops_on_a_click(
     fresh_page: Callable[..., Page], environment: dict[str, str]
 ) -> None:
     api = AirflowApi.from_env(environment)
-    form = {"models": "custom_cnn", "epochs": 300, "promotion": "disabled"}
+    form = {"models": "custom_cnn,resnet18=file:///no/such.safetensors", "epochs": 300, "promotion": "disabled"}
     run_id = api.trigger("image_classification", form)
     page = fresh_page(log_in=True)
     report = report_of(page, environment, run_id)
+    failed = report.locator(".model", has=report.get_by_role("heading", name="resnet18"))
+    expect(failed.locator(".error")).to_contain_text("such.safetensors", timeout=60_000)
     expect(report.get_by_text(re.compile("epoch [1-9][0-9]* of 300, .* images/s, about .* left"))).to_be_visible(
         timeout=60_000
     )

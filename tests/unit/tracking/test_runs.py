@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
+from mlpipe.config import RunParams
 from mlpipe.errors import ServiceUnavailableError, SupersededError
+from mlpipe.recipes import resolve
 from mlpipe.services import services_named
-from mlpipe.tracking import registry, runs
+from mlpipe.tracking import dag_runs, registry, runs
 from mlpipe.tracking.runs import TaskContext
 
 
@@ -173,6 +176,21 @@ def test_abandoning_ends_what_is_open_and_nothing_else(experiment: str) -> None:
         "RUNNING",
     ]
     assert fetched(parent).data.tags["error"] == "task failure"
+
+
+@pytest.mark.usefixtures("_store")
+def test_a_task_keeps_its_reason_while_others_of_its_dag_run_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve(RunParams())
+    first, second = (dataclasses.replace(origin(), map_index=number) for number in (0, 1))
+    dag_runs.parent_run(config, first)
+    dag_runs.note_failure(config, first, OSError("no such weights"))
+    parent = dag_runs.parent_run(config, second)
+    assert parent.data.tags["error/train/0"] == f"{config.models[0].name}: no such weights"
+    dag_runs.parent_run(config, first)  # the next attempt
+    assert not [tag for tag in fetched(parent).data.tags if tag.startswith("error")]
 
 
 def test_links_lead_to_both_pages(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
