@@ -191,6 +191,7 @@ def seconds_of_ours(data: Dataset) -> float:
         config,
         channel_mean=data.manifest.channel_mean,
         channel_std=data.manifest.channel_std,
+        num_classes=10,
         total_steps=10_000,
     )
     loader = BatchLoader(data.train_split(), config.batch_size, seed=0, shuffle=True)

@@ -74,6 +74,7 @@ def train(folder: Path, *, in_memory: bool) -> dict[str, Any]:
         NetworkSettings(batch_size=BATCH_SIZE),
         channel_mean=(0.5, 0.5, 0.5),
         channel_std=(0.25, 0.25, 0.25),
+        num_classes=10,
         total_steps=2 * NUM_BATCHES,
     )
     timer = EpochTimer()

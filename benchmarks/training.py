@@ -143,6 +143,7 @@ def ours(setting: Setting, path: Path) -> float:
         NetworkSettings(batch_size=setting.batch_size),
         channel_mean=MEAN,
         channel_std=STD,
+        num_classes=10,
         total_steps=2 * len(loader),
     )
     timer = EpochTimer()

@@ -100,7 +100,12 @@ def origin() -> TaskContext:
     context = get_current_context()
     ti, user = context["ti"], context["dag_run"].triggering_user_name
     return TaskContext(
-        ti.dag_id, ti.run_id, ti.task_id, ti.try_number, -1 if ti.map_index is None else ti.map_index, user
+        dag_id=ti.dag_id,
+        dag_run_id=ti.run_id,
+        task_id=ti.task_id,
+        try_number=ti.try_number,
+        map_index=-1 if ti.map_index is None else ti.map_index,
+        user=user,
     )
 
 

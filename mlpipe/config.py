@@ -21,6 +21,8 @@ RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
 PromotionMetric = Literal["accuracy", "balanced_accuracy"]
 FineTuning = Literal["all", "head"]
+Augmentation = Literal["none", "crop", "flip", "flip_crop", "trivial"]
+Mixing = Literal["none", "mixup", "cutmix"]
 SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
 """standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
@@ -93,6 +95,7 @@ class RunParams(Form):
             "teacher",
             "devices",
             "seed",
+            "retrain",
         ),
         "Images and promotion": (
             "image_size",
@@ -227,6 +230,12 @@ class RunParams(Form):
     )
     seed: int = describe(
         0, "Seed", "Seeds initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1
+    )
+    retrain: bool = describe(
+        False,
+        "Retrain",
+        "Train also the models that were trained before with the same data, settings, seed and code. Otherwise their "
+        "registered versions are compared again.",
     )
     compare_with: str | None = describe(
         None,
@@ -364,8 +373,12 @@ class NetworkSettings:
     """Course of the learning rate over the steps; linear: it falls to 0."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, 0 to 1."""
-    augmentation: Literal["none", "crop", "flip", "flip_crop"] = "none"
-    """Changes of the training images: shifted crop, horizontal flip, or both."""
+    augmentation: Augmentation = "none"
+    """Changes of the training images: shifted crop, horizontal flip, or both; trivial: both, and one random change of
+    color or geometry, torchvision's TrivialAugmentWide."""
+    mixing: Mixing = "none"
+    """Whether training images are blended with others of their batch, labels alike: whole (mixup) or a rectangle
+    (cutmix), as torchvision does it."""
     test_time_averaging: Literal["none", "flip", "flip_shift"] = "none"
     """Predictions average the probabilities of an image and its mirror image (flip), and of both when shifted by a
     pixel, down and right or up and left (flip_shift)."""
@@ -449,6 +462,8 @@ class RunConfig:
     promotion: PromotionConfig
     compare_with: tuple[str, ...] = ()
     """Addresses of registered models that are tested beside this run's."""
+    retrain: bool = False
+    """Whether models are trained that were trained before in the same way."""
     form: Mapping[str, Any] = field(default_factory=dict)
     """What the user filled in, without secrets of addresses; for people to read."""
 

@@ -154,6 +154,7 @@ def resolve(params: RunParams) -> RunConfig:
         ),
         models=_models(params, image_size),
         compare_with=_model_addresses(params.compare_with, "compare_with"),
+        retrain=params.retrain,
         promotion=PromotionConfig(mode=params.promotion, metric=params.promotion_metric),
         form={
             name: redact_text(value) if isinstance(value, str) else value
@@ -233,7 +234,7 @@ def _settings(
     """The recipe's settings; the form's values override them.
 
     Raises:
-        ValueError: the recipe names an unknown optimizer.
+        UserError: the settings name an unknown optimizer, or contradict each other.
     """
     more = parse_settings(params.settings)
     if architecture.kind == "estimator":
@@ -253,6 +254,8 @@ def _settings(
     own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
     settings = _checked(recipe.network, {**own, **_of(NetworkSettings, more), **chosen})
     check_optimizer(settings.optimizer)
+    if settings.teacher and settings.mixing != "none":
+        raise UserError("teacher: it answers unmixed images, so it is not allowed with mixing; leave one of them out")
     return settings
 
 

@@ -49,6 +49,7 @@ TO_MLFLOW = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
   open();
 </script>{% else %}<p>No address of MLflow is set (MLPIPE_MLFLOW_UI_URL).</p>{% endif %}</html>""")
 
+MODEL_STAGES = ("train", "reused")
 STATES = {"RUNNING": "training", "FINISHED": "trained", "FAILED": "failed", "KILLED": "killed"}
 
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -187,7 +188,7 @@ def _progress(runs: list[dict[str, Any]], parent: dict[str, Any] | None, *, char
         text = "No MLflow run yet. Only DAG runs that compare models have a report."
     else:
         text = " ".join(errors) or ("The models are not compared yet." if is_open else "It has no report.")
-    trained = {run["tags"].get("model", ""): run for run in runs if run["tags"].get("stage") == "train"}
+    trained = {run["tags"].get("model", ""): run for run in runs if run["tags"].get("stage") in MODEL_STAGES}
     names = tags.get("models", "").split(", ")
     has_data = any(run["tags"].get("stage") == "data" and run["status"] == "FINISHED" for run in runs)
     waiting_for = "a free slot of the executor gpu" if has_data else "the data set"
@@ -222,7 +223,7 @@ def _model(run: dict[str, Any], charts: bool) -> dict[str, Any]:
     where = f"experiments/{run['experiment_id']}/runs/{run['run_id']}?workflowType=machine_learning"
     return {
         "name": run["tags"].get("model", ""),
-        "state": STATES.get(run["status"], run["status"].lower()),
+        "state": _state(run),
         "epoch": int(done[-1]["step"]) if done else 0,
         "epochs": epochs,
         "rate": run["metrics"].get("images_per_second"),
@@ -235,6 +236,12 @@ def _model(run: dict[str, Any], charts: bool) -> dict[str, Any]:
             if curves
         ],
     }
+
+
+def _state(run: dict[str, Any]) -> str:
+    if run["tags"].get("stage") == "reused":
+        return f"trained before: {run['tags'].get('model_version', '')}"
+    return STATES.get(run["status"], run["status"].lower())
 
 
 CURVES = tuple(f"{part}/{metric}" for metric in ("loss", "accuracy") for part in ("train", "val"))
@@ -258,7 +265,7 @@ def _duration(seconds: float) -> str:
 def _results(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Model, its accuracy in both DAG runs, and the difference in points."""
     sides = [
-        {run["tags"].get("model", ""): run for run in runs if run["tags"].get("stage") == "train"}
+        {run["tags"].get("model", ""): run for run in runs if run["tags"].get("stage") in MODEL_STAGES}
         for runs in (first, second)
     ]
     rows = []

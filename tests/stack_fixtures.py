@@ -17,12 +17,17 @@ from mlpipe.airflow_api import log_in
 from mlpipe.stack.local import StackSettings
 from mlpipe.stack.temporary import running_stack
 
+COMMIT = "0" * 40
+"""As which the stack's code goes, so that a training is known again also where files are not committed."""
+
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackSettings]:
     """A running stack on free ports, with its state in a temporary folder."""
-    with running_stack(Path(tmp_path_factory.mktemp("stack"))) as settings:
-        yield settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLPIPE_GIT_SHA", COMMIT)
+        with running_stack(Path(tmp_path_factory.mktemp("stack"))) as settings:
+            yield settings
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,15 @@ from mlpipe.config import Form, ModelConfig, NetworkSettings, RecipeName, RunCon
 from mlpipe.errors import UserError
 from mlpipe.recipes import resolve
 
-NETWORK_SETTINGS = ("learning_rate", "weight_decay", "label_smoothing", "batch_size", "augmentation", "optimizer")
+NETWORK_SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "label_smoothing",
+    "batch_size",
+    "augmentation",
+    "mixing",
+    "optimizer",
+)
 LINEAR_SETTINGS = ("inverse_regularization", "num_components")
 
 

@@ -38,8 +38,6 @@ DEFAULT = "default"
 SURPLUS = "surplus"
 """Attribute of a trial that two workers made where one was left."""
 
-AUGMENTATIONS = get_args(get_type_hints(NetworkSettings)["augmentation"])
-
 
 def open_study(name: str, cache_dir: Path, *, seed: int, pruning: bool, worker: int = 0) -> optuna.Study:
     """The study of that name, which is created on first use.
@@ -134,8 +132,8 @@ def _suggest(trial: optuna.Trial, name: str, default: Any) -> Any:
         return trial.suggest_categorical(name, sorted({32, 64, 128, 256, 512, default}))
     if name == "num_components":
         return trial.suggest_int(name, 16, max(1024, default), log=True)
-    if name == "augmentation":
-        return trial.suggest_categorical(name, AUGMENTATIONS)
+    if name in ("augmentation", "mixing"):
+        return trial.suggest_categorical(name, get_args(get_type_hints(NetworkSettings)[name]))
     return trial.suggest_categorical(name, tuple(OPTIMIZERS))
 
 

@@ -97,7 +97,9 @@ def evaluate(
                 _version_text(row, data, registered),
                 {"accuracy": f"{row.evaluation.accuracy:.4f}"},
             )
-        summary = " ".join([comparison.summary(), *dataset.manifest.warnings, promotion.summary])
+        summary = " ".join(
+            [comparison.summary(), *dataset.manifest.warnings, promotion.summary, *_told_of_reused(trained)]
+        )
         ranked = tuple(_with_test_metrics(models[row.name], row) for row in own)
         link = runs.compare_url(parent.run_id, parent.experiment_id)
         best = own[0]
@@ -144,6 +146,13 @@ def evaluate(
         promoted=champion if promotion.moved_champion else None,
         summary=summary,
     )
+
+
+def _told_of_reused(trained: Sequence[TrainedVersion]) -> list[str]:
+    reused = [f"{each.model.name} (version {each.model.version})" for each in trained if each.is_reused]
+    if not reused:
+        return []
+    return [f"Not trained again, for data, settings, seed and code are those of an earlier run: {', '.join(reused)}."]
 
 
 def _gallery(rows: Sequence[ModelResult], dataset: Dataset, models: Mapping[str, RegisteredModel]) -> Gallery:

@@ -69,6 +69,8 @@ class TrainedVersion:
 
     model: RegisteredModel
     dataset: PublishedData
+    is_reused: bool = False
+    """Whether an earlier run trained it, in the same way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,11 +27,16 @@ from mlpipe.stages.messages import PublishedData, RegisteredModel, TrainedVersio
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.data_input import log_input
+from mlpipe.tracking.registry import RegisteredVersion
 from mlpipe.tracking.runs import TaskContext, TrackedRun
+from mlpipe.tracking.trained_before import TAG as TRAINING_KEY
+from mlpipe.tracking.trained_before import copy_history, find_trained, training_key
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.protocol import TrainedModel
 from mlpipe.training.teacher import Teacher, load_teacher
 from mlpipe.training.temperature import with_temperature
+
+logger = logging.getLogger(__name__)
 
 NUM_EXAMPLES = 8
 """Images by which a logged model is checked and shown; more than one, so that the batch size is seen to be free."""
@@ -47,6 +53,12 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     model = _with_own_copy(config.model(name), environment.cache_dir)
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data.digest, store, environment.cache_dir)
+    key = training_key(model, data.digest)
+    registered = registry.registered_name(data.name)
+    if key and not config.retrain and (earlier := find_trained(registered, key)):
+        own = runs.find_run(experiment(config), origin.key(model.name))
+        if own is None or own.info.run_id != earlier.run_id:
+            return _reuse(config, origin, model, dataset, data, earlier, on_run=on_run)
     # Before the run is opened: weights that cannot be had leave no run behind.
     description = describe(model, dataset.manifest)
     start = initial_network(model, description, store) if description.kind == "network" else None
@@ -77,15 +89,19 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
             }
         )
         tracked.ensure_current()
-        version = registry.find(registry.registered_name(data.name), tracked.run_id)
+        version = registry.find(registered, tracked.run_id)
         if version is None:
             registry.discard_logged_models(run)
             logged = _package(model, dataset, trained)
             version = registry.register(
-                registry.registered_name(data.name),
+                registered,
                 model_uri=logged.model_uri,
                 run_id=tracked.run_id,
-                tags={**_model_tags(model, dataset), "dag_run_id": origin.dag_run_id},
+                tags={
+                    **_model_tags(model, dataset),
+                    "dag_run_id": origin.dag_run_id,
+                    **({TRAINING_KEY: key} if key else {}),
+                },
                 description=f"{display_name(model)}, trained on {data.name} "
                 f"({len(dataset.manifest.classes)} classes) by recipe {config.recipe}. {origin.link}",
             )
@@ -107,6 +123,61 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
             metrics=trained.metrics,
         ),
         dataset=data,
+    )
+
+
+def _reuse(
+    config: RunConfig,
+    origin: TaskContext,
+    model: ModelConfig,
+    dataset: Dataset,
+    data: PublishedData,
+    earlier: RegisteredVersion,
+    *,
+    on_run: OnRun,
+) -> TrainedVersion:
+    """Take a version that was trained in the same way before; the MLflow run shows how that went."""
+    told = (
+        f"{display_name(model)} is not trained again: {earlier.uri} has the same data, settings, seed and code. "
+        "With retrain it is."
+    )
+    run = runs.open_run(
+        experiment(config),
+        origin.key(model.name),
+        name=f"{display_name(model)}: version {earlier.version}, trained before",
+        tags={
+            **origin.tags(),
+            "stage": "reused",
+            **_model_tags(model, dataset),
+            "model_version": f"{earlier.name}/{earlier.version}",
+        },
+        description=f"{origin.link}\n\n{told}",
+        parent_run_id=parent_run(config, origin).info.run_id,
+    )
+    with runs.active(run) as tracked:
+        on_run(tracked.url)
+        logger.info("%s", told)
+        log_input(dataset.manifest, data.uri, context="training")
+        metrics = copy_history(runs.tracked(earlier.run_id), tracked)
+    return TrainedVersion(
+        model=RegisteredModel(
+            name=model.name,
+            architecture=architectures.find(model.architecture).name,
+            weights=redact_uri(model.weights),
+            run_id=run.info.run_id,
+            run_url=tracked.url,
+            model_uri=earlier.uri,
+            version=earlier.version,
+            model_id=earlier.model_id,
+            train_seconds=metrics["train_seconds"],
+            images_per_second=metrics.get("images_per_second", 0.0),
+            metrics={
+                **{name: value for name, value in metrics.items() if name.startswith(("train/", "val/"))},
+                "val/accuracy": metrics["best/val_accuracy"],
+            },
+        ),
+        dataset=data,
+        is_reused=True,
     )
 
 

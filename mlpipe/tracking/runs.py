@@ -143,7 +143,7 @@ def compare_url(parent_run_id: str, experiment: str) -> str:
     """
     asked = {
         "compareRunsMode": "CHART",
-        "searchFilter": f"tags.mlflow.parentRunId = '{parent_run_id}' and tags.stage = 'train'",
+        "searchFilter": f"tags.mlflow.parentRunId = '{parent_run_id}' and metrics.`test/accuracy` >= 0",
         "orderByKey": "metrics.`test/accuracy`",
         "orderByAsc": "false",
     }

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 from mlpipe.config import NetworkSettings
 from mlpipe.models.portable import enlarge, normalise
 from mlpipe.training import group
-from mlpipe.training.augmentation import augment, shrink
+from mlpipe.training.augmentation import augment, mix, shrink
 from mlpipe.training.optimizers import build_optimizers
 from mlpipe.training.teacher import WEIGHT, Teacher, distillation_loss
 
@@ -78,6 +78,7 @@ class ClassificationModule(LightningModule):
         *,
         channel_mean: tuple[float, float, float],
         channel_std: tuple[float, float, float],
+        num_classes: int,
         total_steps: int,
         input_size: int | None = None,
         teacher: Teacher | None = None,
@@ -95,6 +96,7 @@ class ClassificationModule(LightningModule):
         self.automatic_optimization = False
         self.network = network.to(memory_format=torch.channels_last)
         self.train_config = train
+        self.num_classes = num_classes
         self.total_steps = total_steps
         self.input_size = input_size
         self.teacher: tuple[Teacher, ...] = (
@@ -129,11 +131,11 @@ class ClassificationModule(LightningModule):
         """One step of the optimizers and of their schedules."""
         images_u8, labels, *answers = batch
         images_u8 = augment(images_u8, self.train_config.augmentation, self.epoch)
-        images = self._shown(images_u8)
+        images, targets = mix(self._shown(images_u8), labels, self.train_config.mixing, self.num_classes)
         network = self._parallel[0] if self._parallel else self.network
         logits = network(shrink(images, self._image_size(images.shape[-1])))
         loss = F.cross_entropy(
-            logits, labels, weight=self.class_weights, label_smoothing=self.train_config.label_smoothing
+            logits, targets, weight=self.class_weights, label_smoothing=self.train_config.label_smoothing
         )
         self.training_totals.add(loss, logits, labels)
         if answers or self.teacher:

@@ -93,6 +93,7 @@ def train_network(
         config,
         channel_mean=mean,
         channel_std=std,
+        num_classes=len(dataset.manifest.classes),
         total_steps=config.num_epochs * len(own_shard),
         input_size=description.input_size,
         teacher=teacher,

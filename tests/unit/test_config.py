@@ -178,6 +178,13 @@ def test_a_recipe_with_an_unknown_optimizer_is_refused_before_anything_is_trigge
         resolved(models="resnet18")
 
 
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match="optimizer: 'sdg' is unknown"):
+        resolved(models="resnet18", settings='{"optimizer": "sdg"}')
+    with pytest.raises(UserError, match="not allowed with mixing"):
+        resolved(models="resnet18", settings='{"mixing": "cutmix"}', teacher="models:/pets-classifier/3")
+
+
 def test_the_form_says_what_its_empty_fields_mean() -> None:
     said = {name: schema["description"] for name, schema in RunParams.json_schema().items()}
     for recipe in RECIPES.values():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from mlpipe.config import NetworkSettings
+from mlpipe.errors import UserError
 
 OPTIMIZERS = {
     "adam": "mlpipe.training.optimizers.adam:build",
@@ -28,17 +29,17 @@ OPTIMIZERS = {
 def check_optimizer(name: str) -> None:
     """
     Raises:
-        ValueError: there is no optimizer of that name.
+        UserError: there is no optimizer of that name.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer: {name!r} is unknown; known are {', '.join(OPTIMIZERS)}")
+        raise UserError(f"optimizer: {name!r} is unknown; known are {', '.join(OPTIMIZERS)}")
 
 
 def build_optimizers(parameters: Sequence[nn.Parameter], settings: NetworkSettings) -> list[Optimizer]:
     """The optimizers of `settings.optimizer`; each parameter is trained by one of them.
 
     Raises:
-        ValueError: there is no such optimizer.
+        UserError: there is no such optimizer.
     """
     check_optimizer(settings.optimizer)
     module, _, name = OPTIMIZERS[settings.optimizer].partition(":")

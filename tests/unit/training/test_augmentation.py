@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mlpipe.training.augmentation import augment
+from mlpipe.training.augmentation import augment, mix
 
 
 def numbered(batch: int, size: int) -> torch.Tensor:
@@ -56,3 +56,27 @@ def test_the_generator_decides() -> None:
     torch.manual_seed(1)
     assert torch.equal(first, augment(images, "flip_crop", 0))
     assert not torch.equal(first, augment(images, "flip_crop", 0))
+
+
+def test_trivial_changes_parts_of_a_batch_each_in_its_own_way() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8)
+    changed = augment(images, "trivial", 0)
+    assert (changed.shape, changed.dtype) == (images.shape, torch.uint8)
+    assert len({float(image.float().mean()) for image in changed}) > 32
+
+
+def test_mixing_blends_images_and_labels_alike() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 1, 2, 3])
+    images = labels.float().view(4, 1, 1, 1).expand(4, 3, 8, 8)  # each filled by its class
+    for kind in ("mixup", "cutmix"):
+        blended, shares = mix(images, labels, kind, 5)  # type: ignore[arg-type]
+        assert shares.shape == (4, 5)
+        assert torch.allclose(shares.sum(dim=1), torch.ones(4))
+        expected = shares @ torch.arange(5.0)
+        assert torch.allclose(blended.mean(dim=(1, 2, 3)), expected, atol=1e-5)
+        assert not torch.equal(blended, images)
+    same, whole = mix(images, labels, "none", 5)
+    assert same is images
+    assert whole is labels

@@ -231,8 +231,10 @@ def test_early_stopping_ends_after_patience_epochs_without_a_better_one(
             "schedule": "linear",
             "augmentation": "flip_crop",
         },
+        {"augmentation": "trivial", "mixing": "mixup"},
+        {"mixing": "cutmix"},
     ],
-    ids=["adam", "sgd", "decayed", "muon", "normalized_muon"],
+    ids=["adam", "sgd", "decayed", "muon", "normalized_muon", "mixup", "cutmix"],
 )
 def test_an_interrupted_training_ends_like_an_unbroken_one(
     settings, dataset, config, train, tracking, store, monkeypatch

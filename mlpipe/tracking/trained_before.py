@@ -1,0 +1,100 @@
+"""Versions that were trained in the same way before: such a training is not done twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
+
+from mlpipe.config import ModelConfig
+from mlpipe.data.storage.store import file_sha256
+from mlpipe.models.architectures import find
+from mlpipe.tracking import registry
+from mlpipe.tracking.runs import TrackedRun, batched, git_sha, key_of
+
+TAG = "training_key"
+"""Of a registered version: identity of its training."""
+
+LIBRARIES = ("torch", "torchvision", "timm", "scikit-learn", "numpy")
+
+
+def training_key(model: ModelConfig, digest: str) -> str | None:
+    """Identity of a training: its data, settings, seed, code and libraries.
+
+    Args:
+        digest: of the data set.
+
+    Returns:
+        `None` where something is not known to stay the same: changed files of this project, an alias of the registry,
+        or an address whose content may change.
+    """
+    settings = asdict(model)
+    addresses = (model.weights, settings["train"].get("teacher") or "none")
+    code = git_sha()
+    if code == "unknown":
+        code = version("mlpipe")
+    if code.endswith("-dirty") or not all(map(_is_fixed, addresses)):
+        return None
+    architecture = find(model.architecture)
+    if own_file := architecture.own_file:
+        settings["architecture"] = [architecture.name, file_sha256(own_file)]
+    libraries = [_installed(name) for name in (*LIBRARIES, architecture.distribution or "")]
+    return key_of(json.dumps([digest, settings, code, libraries], sort_keys=True))
+
+
+def _is_fixed(address: str) -> bool:
+    """Whether what an address leads to never changes."""
+    return address in ("none", "random", "imagenet") or (address.startswith("models:/") and "@" not in address)
+
+
+def _installed(name: str) -> str:
+    try:
+        return f"{name}=={version(name)}"
+    except (PackageNotFoundError, ValueError):
+        return name
+
+
+def find_trained(name: str, key: str) -> registry.RegisteredVersion | None:
+    """The newest version of a registered model with that key whose training run is still there."""
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{name}' and tags.{TAG} = '{key}'")
+    for each in sorted(found, key=lambda each: -int(each.version)):
+        known = registry.by_version(name, str(each.version))
+        if _has_ended_well(known.run_id):
+            return known
+    return None
+
+
+def _has_ended_well(run_id: str) -> bool:
+    try:
+        run = mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return False
+    return run.info.lifecycle_stage == "active" and run.info.status == "FINISHED"
+
+
+def copy_history(source: TrackedRun, target: TrackedRun) -> Mapping[str, float]:
+    """Copy a training's parameters and metrics, their course included; their last values.
+
+    What `evaluate` measures, and the use of the machine, stay behind.
+    """
+    client = mlflow.MlflowClient()
+    data: Any = client.get_run(source.run_id).data
+    wanted = {name: value for name, value in data.metrics.items() if not name.startswith(("system/", "test/"))}
+    target.log_params(data.params)
+    present = client.get_run(target.run_id).data.metrics
+    for name in wanted:
+        if name not in present:
+            entries = client.get_metric_history(source.run_id, name)
+            for part in batched((Metric(name, e.value, e.timestamp, e.step) for e in entries), MAX_METRICS_PER_BATCH):
+                client.log_batch(target.run_id, metrics=part)
+    return wanted

@@ -1,0 +1,63 @@
+"""When a training counts as one that was done before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlpipe.config import ModelConfig, RunParams
+from mlpipe.recipes import resolve
+from mlpipe.tracking import trained_before
+from mlpipe.tracking.trained_before import training_key
+
+
+@pytest.fixture(autouse=True)
+def _commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained_before, "git_sha", lambda: "1" * 40)
+
+
+def model(**form: object) -> ModelConfig:
+    return resolve(RunParams(**{"models": "custom_cnn", **form})).models[0]  # type: ignore[arg-type]
+
+
+def test_only_the_same_data_settings_seed_and_code_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = training_key(model(), "digest")
+    assert key == training_key(model(promotion="disabled", name="other"), "digest")
+    others = [model(seed=1), model(epochs=6), model(recipe="report"), model(models="resnet18=random")]
+    keys = {training_key(each, "digest") for each in others} | {training_key(model(), "grown")}
+    monkeypatch.setattr(trained_before, "git_sha", lambda: "2" * 40)
+    keys.add(training_key(model(), "digest"))
+    assert len(keys - {None, key}) == 6
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"models": "resnet18=models:/pets-classifier@champion"},
+        {"models": "resnet18=s3://bucket/weights.pth"},
+        {"teacher": "models:/pets-classifier@champion"},
+    ],
+)
+def test_what_may_have_changed_is_trained_again(form: dict[str, str]) -> None:
+    assert training_key(model(**form), "digest") is None
+
+
+def test_a_fixed_version_never_changes() -> None:
+    assert training_key(model(teacher="models:/pets-classifier/3"), "digest")
+
+
+def test_changed_code_is_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained_before, "git_sha", lambda: "1" * 40 + "-dirty")
+    assert training_key(model(), "digest") is None
+
+
+def test_a_file_of_ones_own_counts_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "mynets.py"
+    file.write_text("def Tiny(num_classes): ...")
+    own = replace(model(), architecture=f"{file}:Tiny")
+    before = training_key(own, "digest")
+    assert before == training_key(own, "digest")
+    file.write_text("def Tiny(num_classes): return None")
+    assert training_key(own, "digest") != before
