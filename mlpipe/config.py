@@ -95,6 +95,7 @@ class RunParams(Form):
             "teacher",
             "devices",
             "seed",
+            "folds",
             "retrain",
         ),
         "Images and promotion": (
@@ -230,6 +231,14 @@ class RunParams(Form):
     )
     seed: int = describe(
         0, "Seed", "Seeds initial weights, batch order and augmentation.", minimum=0, maximum=2**31 - 1
+    )
+    folds: int | None = describe(
+        None,
+        "Folds",
+        "Cross-validation: parts of the training images, each held out once by a training of its own, beside the "
+        "training on all. For small data sets. Empty: none.",
+        minimum=2,
+        maximum=20,
     )
     retrain: bool = describe(
         False,
@@ -462,6 +471,8 @@ class RunConfig:
     promotion: PromotionConfig
     compare_with: tuple[str, ...] = ()
     """Addresses of registered models that are tested beside this run's."""
+    folds: int = 0
+    """Parts of the cross-validation of each model; 0: none."""
     retrain: bool = False
     """Whether models are trained that were trained before in the same way."""
     form: Mapping[str, Any] = field(default_factory=dict)

@@ -154,6 +154,7 @@ def resolve(params: RunParams) -> RunConfig:
         ),
         models=_models(params, image_size),
         compare_with=_model_addresses(params.compare_with, "compare_with"),
+        folds=params.folds or 0,
         retrain=params.retrain,
         promotion=PromotionConfig(mode=params.promotion, metric=params.promotion_metric),
         form={

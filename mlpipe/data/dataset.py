@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mlpipe.data.manifest import Manifest, load_manifest
 from mlpipe.data.storage.store import ObjectStore
+from mlpipe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,47 @@ class Dataset:
     def test_split(self) -> Split:
         """For evaluation alone."""
         return self._part("test", "test_indices.npy")
+
+    def folds(self, num_folds: int, seed: int) -> Iterator[tuple[Dataset, Split]]:
+        """For cross-validation: each part of the training and validation images once held out.
+
+        Parts have the same shares of the classes. The data set that comes with each has the other parts' images, a
+        tenth of them for validation, and no test images.
+
+        Raises:
+            UserError: a class has fewer images than there are parts.
+        """
+        from sklearn.model_selection import StratifiedKFold, train_test_split
+
+        rows = np.sort(np.concatenate([self._open("train_indices.npy"), self._open("val_indices.npy")]))
+        labels = self._open("train_labels.npy")[rows]
+        fewest = int(np.bincount(labels, minlength=len(self.manifest.classes)).min())
+        if fewest < num_folds:
+            raise UserError(f"folds: {num_folds} is not allowed; the smallest class has {fewest} images to train on")
+        images_u8 = self._open("train_images.npy")
+        parts = StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(rows, labels)
+        for number, (others, held_out) in enumerate(parts):
+            stratify = labels[others] if fewest >= 2 * 10 else None
+            chosen = train_test_split(others, test_size=0.1, stratify=stratify, random_state=seed)
+            arrays = {
+                "train_images.npy": images_u8,
+                "train_labels.npy": self._open("train_labels.npy"),
+                "train_indices.npy": rows[np.sort(chosen[0])],
+                "val_indices.npy": rows[np.sort(chosen[1])],
+            }
+            counts = [np.bincount(labels[each], minlength=len(self.manifest.classes)).tolist() for each in chosen]
+            manifest = replace(
+                self.manifest,
+                digest=f"{self.manifest.digest}-{number}-of-{num_folds}",
+                num_train=len(chosen[0]),
+                num_val=len(chosen[1]),
+                class_counts={**self.manifest.class_counts, "train": tuple(counts[0]), "val": tuple(counts[1])},
+            )
+            held_out_rows = rows[held_out]
+            yield (
+                Dataset(manifest, arrays.__getitem__),
+                Split(ImageRows(images_u8, held_out_rows), labels[held_out]),
+            )
 
     def test_hashes(self) -> NDArray[np.uint64]:
         """(N,) hashes of the test images' files, by which an image is known in other data sets."""

@@ -63,7 +63,13 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table, the paired tests and what there is to note, as GitHub-flavoured Markdown."""
-        parts = [_markdown_table(_table_header(), [_table_row(row, self.num_images) for row in self.rows], self.failed)]
+        rows = [_table_row(row, self.num_images) for row in self.rows]
+        header = _table_header()
+        if self.is_cross_validated:
+            header.insert(CROSS_VALIDATION_COLUMN, CROSS_VALIDATION)
+            for cells, row in zip(rows, self.rows, strict=True):
+                cells.insert(CROSS_VALIDATION_COLUMN, row.cross_validation_text)
+        parts = [_markdown_table(header, rows, self.failed)]
         if self.tests:
             parts.append(_markdown_table(_TEST_HEADER, [_test_row(test) for test in self.tests], {}))
             parts.append("Paired tests: McNemar, exact, two-sided; p adjusted over all pairs by Holm's method.")
@@ -71,11 +77,20 @@ class Comparison:
         parts.append("\n".join(f"- {_cell(note)}" for note in notes))
         return "\n\n".join(part for part in parts if part) + "\n"
 
+    @property
+    def is_cross_validated(self) -> bool:
+        """Whether any model was."""
+        return any(row.cross_validated for row in self.rows)
+
     def plain_table(self) -> str:
         """The models with their accuracies, a line each, for a log."""
         width = max(len(row.display_name) for row in self.rows)
         lines = [f"{row.display_name:<{width}}  {row.evaluation.accuracy_text}" for row in self.rows]
-        return "\n".join([f"{'model':<{width}}  accuracy (95 % interval)", *lines])
+        head = f"{'model':<{width}}  accuracy (95 % interval)"
+        if self.is_cross_validated:
+            head += ", cross-validation"
+            lines = [f"{line}, {row.cross_validation_text} %" for line, row in zip(lines, self.rows, strict=True)]
+        return "\n".join([head, *lines])
 
     def csv(self) -> str:
         """The table with all digits, one row for each model, the failed ones last."""
@@ -181,6 +196,9 @@ def _check_same_images(rows: Sequence[ModelResult]) -> None:
 # --- Texts
 
 _TEST_HEADER = ("Better", "Worse", "Lead, points", "Only better right", "Only worse right", "p", "p adjusted")
+CROSS_VALIDATION = "Cross-validation, %"
+"""Title of a column: mean accuracy and its standard error."""
+CROSS_VALIDATION_COLUMN = 3
 _FEWER_DECIMALS = 3
 """Of metrics that are no shares."""
 
@@ -234,6 +252,8 @@ def _csv_row(rank: int, row: ModelResult) -> dict[str, object]:
         if interval := evaluation.intervals.get(name):
             values[f"{name}_ci_low"], values[f"{name}_ci_high"] = interval
     # None becomes an empty field
+    mean, error = row.cross_validated or (None, None)
+    values |= {"cross_validated_accuracy": mean, "cross_validation_error": error}
     values |= {"train_seconds": row.train_seconds, "images_per_second": row.images_per_second}
     return values | {"num_test_images": evaluation.num_images}
 

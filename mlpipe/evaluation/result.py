@@ -24,6 +24,17 @@ class ModelResult:
     images_per_second: float | None = None
     """Throughput of the training."""
 
+    cross_validated: tuple[float, float] | None = None
+    """Mean accuracy, 0 to 1, and its standard error over the parts of a cross-validation."""
+
+    @property
+    def cross_validation_text(self) -> str:
+        """Percent and standard error: 96.1 ± 0.4."""
+        if self.cross_validated is None:
+            return "–"
+        mean, error = self.cross_validated
+        return f"{100 * mean:.1f} ± {100 * error:.1f}"
+
     @property
     def random_weights(self) -> bool:
         """Whether it is a network that started from random weights."""

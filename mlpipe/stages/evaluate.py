@@ -36,6 +36,7 @@ from mlpipe.tracking.evaluation_run import (
 )
 from mlpipe.tracking.leaderboard import ensure_leaderboard
 from mlpipe.tracking.runs import TaskContext
+from mlpipe.training.cross_validation import ERROR, MEAN
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> M
         weights=model.weights,
         train_seconds=model.train_seconds,
         images_per_second=model.images_per_second,
+        cross_validated=(model.metrics[MEAN], model.metrics[ERROR]) if MEAN in model.metrics else None,
     )
 
 

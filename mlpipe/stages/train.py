@@ -32,7 +32,8 @@ from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.tracking.trained_before import TAG as TRAINING_KEY
 from mlpipe.tracking.trained_before import copy_history, find_trained, training_key
 from mlpipe.training.checkpoints import CheckpointStore
-from mlpipe.training.protocol import TrainedModel
+from mlpipe.training.cross_validation import ACCURACY, cross_validate
+from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher, load_teacher
 from mlpipe.training.temperature import with_temperature
 
@@ -53,7 +54,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     model = _with_own_copy(config.model(name), environment.cache_dir)
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data.digest, store, environment.cache_dir)
-    key = training_key(model, data.digest)
+    key = training_key(model, data.digest, config.folds)
     registered = registry.registered_name(data.name)
     if key and not config.retrain and (earlier := find_trained(registered, key)):
         own = runs.find_run(experiment(config), origin.key(model.name))
@@ -80,8 +81,10 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         checkpoints = CheckpointStore(store, tracked.run_id)
         trained = _fit(model, description, dataset, tracked, start, teacher, checkpoints, store)
         trained = with_temperature(trained, dataset.val_split())
+        folds = _cross_validate(config, model, description, dataset, tracked, teacher, store) if config.folds else {}
         tracked.log_metrics(
             {
+                **folds,
                 "temperature": trained.description.temperature,
                 "train_seconds": trained.train_seconds,
                 "best/epoch": trained.best_epoch,
@@ -120,7 +123,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
             version=version.version,
             train_seconds=trained.train_seconds,
             images_per_second=trained.images_per_second,
-            metrics=trained.metrics,
+            metrics={**trained.metrics, **folds},
         ),
         dataset=data,
     )
@@ -172,7 +175,7 @@ def _reuse(
             train_seconds=metrics["train_seconds"],
             images_per_second=metrics.get("images_per_second", 0.0),
             metrics={
-                **{name: value for name, value in metrics.items() if name.startswith(("train/", "val/"))},
+                **{name: value for name, value in metrics.items() if name.startswith(("train/", "val/", "folds/"))},
                 "val/accuracy": metrics["best/val_accuracy"],
             },
         ),
@@ -202,7 +205,7 @@ def _fit(
     model: ModelConfig,
     description: ModelDescription,
     dataset: Dataset,
-    tracked: TrackedRun,
+    tracked: TrainingLogger,
     start: InitialNetwork | None,
     teacher: Teacher | None,
     checkpoints: CheckpointStore,
@@ -222,6 +225,26 @@ def _fit(
     from mlpipe.training.network import train_network
 
     return train_network(model, dataset, tracked, start=start, checkpoints=checkpoints, teacher=teacher)
+
+
+def _cross_validate(
+    config: RunConfig,
+    model: ModelConfig,
+    description: ModelDescription,
+    dataset: Dataset,
+    tracked: TrackedRun,
+    teacher: Teacher | None,
+    store: ObjectStore,
+) -> dict[str, float]:
+    def train_part(part: Dataset, silent: TrainingLogger, number: int) -> TrainedModel:
+        start = initial_network(model, description, store) if description.kind == "network" else None
+        checkpoints = CheckpointStore(store, f"{tracked.run_id}-{number}")
+        trained = _fit(model, description, part, silent, start, teacher, checkpoints, store)
+        checkpoints.delete()
+        return trained
+
+    known = {step: value for step, value in tracked.history(ACCURACY) if step <= config.folds}
+    return cross_validate(dataset, config.folds, model.train.seed, known, tracked, train_part)
 
 
 def _package(model: ModelConfig, dataset: Dataset, trained: TrainedModel) -> PackagedModel:

@@ -26,11 +26,12 @@ TAG = "training_key"
 LIBRARIES = ("torch", "torchvision", "timm", "scikit-learn", "numpy")
 
 
-def training_key(model: ModelConfig, digest: str) -> str | None:
+def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
     """Identity of a training: its data, settings, seed, code and libraries.
 
     Args:
         digest: of the data set.
+        num_folds: parts of its cross-validation; 0: none.
 
     Returns:
         `None` where something is not known to stay the same: changed files of this project, an alias of the registry,
@@ -47,7 +48,7 @@ def training_key(model: ModelConfig, digest: str) -> str | None:
     if own_file := architecture.own_file:
         settings["architecture"] = [architecture.name, file_sha256(own_file)]
     libraries = [_installed(name) for name in (*LIBRARIES, architecture.distribution or "")]
-    return key_of(json.dumps([digest, settings, code, libraries], sort_keys=True))
+    return key_of(json.dumps([digest, settings, num_folds, code, libraries], sort_keys=True))
 
 
 def _is_fixed(address: str) -> bool:

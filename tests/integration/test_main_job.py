@@ -250,9 +250,11 @@ def test_a_bad_option_is_refused_before_anything_is_triggered(
     assert complaint in done.stderr
 
 
-def test_the_same_data_is_prepared_once(demo: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_same_data_is_prepared_once(
+    demo: dict[str, Any], environment: dict[str, str], client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
     file = tmp_path / "again.json"
-    words = ["--models", "logistic_regression", "--retrain", "--promotion", "dry_run"]
+    words = ["--models", "logistic_regression", "--retrain", "--folds", "3", "--promotion", "dry_run"]
     done = mlpipe(environment, "run", *words, "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     again = json.loads(file.read_text())
@@ -262,6 +264,9 @@ def test_the_same_data_is_prepared_once(demo: dict[str, Any], environment: dict[
     first = next(model for model in demo["models"] if model["name"] == "logistic_regression")
     assert again["models"][0]["metrics"]["test/accuracy"] == first["metrics"]["test/accuracy"]
     assert again["models"][0]["version"] != first["version"]
+    assert again["models"][0]["metrics"]["folds/mean_accuracy"] > 0.9
+    note = client.get_run(again["parent_run_id"]).data.tags["mlflow.note.content"]
+    assert "| Cross-validation, % |" in note
 
 
 def test_what_was_trained_before_is_compared_again(

@@ -23,13 +23,14 @@ def model(**form: object) -> ModelConfig:
 
 
 def test_only_the_same_data_settings_seed_and_code_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = training_key(model(), "digest")
-    assert key == training_key(model(promotion="disabled", name="other"), "digest")
+    key = training_key(model(), "digest", 0)
+    assert key == training_key(model(promotion="disabled", name="other"), "digest", 0)
     others = [model(seed=1), model(epochs=6), model(recipe="report"), model(models="resnet18=random")]
-    keys = {training_key(each, "digest") for each in others} | {training_key(model(), "grown")}
+    keys = {training_key(each, "digest", 0) for each in others} | {training_key(model(), "grown", 0)}
+    keys.add(training_key(model(), "digest", 5))
     monkeypatch.setattr(trained_before, "git_sha", lambda: "2" * 40)
-    keys.add(training_key(model(), "digest"))
-    assert len(keys - {None, key}) == 6
+    keys.add(training_key(model(), "digest", 0))
+    assert len(keys - {None, key}) == 7
 
 
 @pytest.mark.parametrize(
@@ -41,23 +42,23 @@ def test_only_the_same_data_settings_seed_and_code_count(monkeypatch: pytest.Mon
     ],
 )
 def test_what_may_have_changed_is_trained_again(form: dict[str, str]) -> None:
-    assert training_key(model(**form), "digest") is None
+    assert training_key(model(**form), "digest", 0) is None
 
 
 def test_a_fixed_version_never_changes() -> None:
-    assert training_key(model(teacher="models:/pets-classifier/3"), "digest")
+    assert training_key(model(teacher="models:/pets-classifier/3"), "digest", 0)
 
 
 def test_changed_code_is_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained_before, "git_sha", lambda: "1" * 40 + "-dirty")
-    assert training_key(model(), "digest") is None
+    assert training_key(model(), "digest", 0) is None
 
 
 def test_a_file_of_ones_own_counts_by_its_content(tmp_path: Path) -> None:
     file = tmp_path / "mynets.py"
     file.write_text("def Tiny(num_classes): ...")
     own = replace(model(), architecture=f"{file}:Tiny")
-    before = training_key(own, "digest")
-    assert before == training_key(own, "digest")
+    before = training_key(own, "digest", 0)
+    assert before == training_key(own, "digest", 0)
     file.write_text("def Tiny(num_classes): return None")
-    assert training_key(own, "digest") != before
+    assert training_key(own, "digest", 0) != before
