@@ -10,7 +10,7 @@ help: ## Show these targets
 
 install: $(VENV)/.project-installed ## Make .venv and install everything into it; again only when the lock has changed
 
-up: install ## Start the local stack: SeaweedFS, MLflow, Airflow
+up: $(VENV)/.demo-installed ## Start the local stack: SeaweedFS, MLflow, Airflow
 	$(BIN)/mlpipe up
 
 demo: up ## Start the stack, train three models on real digits, compare them
@@ -53,7 +53,7 @@ lint: install ## Run the linter, the type checker and the contracts on imports
 
 lock: ## Make requirements.lock anew from pyproject.toml; what it pins stays where it can
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
-		--no-annotate --no-header --quiet -o requirements.lock
+		--no-header --quiet -o requirements.lock
 
 bench: install ## Measure speed into benchmarks/RESULTS.md, hours: make bench DATA=cifar10-images.zip
 	@test -f "$(DATA)" || { echo 'name the images: make bench DATA=cifar10-images.zip' >&2; exit 1; }
@@ -72,13 +72,14 @@ bench-accuracy: install ## Train the recipe strong with three seeds and without 
 	$(BIN)/python benchmarks/accuracy.py "$(DATA)" --model resnet18 --seeds 0 --ablation-epochs 2 >> benchmarks/ACCURACY.md.partial
 	mv benchmarks/ACCURACY.md.partial benchmarks/ACCURACY.md
 
-$(VENV)/.lock-installed: requirements.lock
+$(VENV)/.demo-installed: requirements.lock pyproject.toml scripts/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 		echo 'Python 3.11 was not found as "$(PYTHON)"; install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/install.py $(VENV) training airflow local-stack
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-compile --editable .
 	@touch $@
 
-$(VENV)/.project-installed: $(VENV)/.lock-installed pyproject.toml
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+$(VENV)/.project-installed: $(VENV)/.demo-installed
+	$(BIN)/python scripts/install.py $(VENV) all
 	@touch $@
