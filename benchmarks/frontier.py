@@ -3,10 +3,10 @@
     python benchmarks/frontier.py cifar10-png.zip --rounds 5                # seconds per image
     python benchmarks/frontier.py cifar10-png.zip --rounds 0 --seeds 3      # accuracy of the published recipe
 
-Written anew after K. Jordan's file of that name (https://github.com/KellerJordan/cifar10-airbench, 2024; 94.01 % as the
-mean of 200 runs on the official images), for a processor: bfloat16 by autocast where it has that, channels last in
-memory, this project's allocator settings. Both train on the same images; the published recipe on all 50,000 with
-`--all-images`, as its authors do.
+Written anew after K. Jordan's file of that name (https://github.com/KellerJordan/cifar10-airbench, 2024; 94.01 %
+as the mean of 200 runs on the official images), for a processor or a GPU: bfloat16 by autocast where it has that,
+channels last in memory, this project's allocator settings. Both train on the same images; the published recipe on all
+50,000 with `--all-images`, as its authors do.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class Recipe:
 
     def __init__(self, images_u8: Tensor, labels: Tensor, seed: int) -> None:
         torch.manual_seed(seed)
-        self.images_u8, self.labels = images_u8, labels
-        self.network = Published().to(memory_format=torch.channels_last)
+        self.images_u8, self.labels, self.device = images_u8, labels, images_u8.device
+        self.network = Published().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         whiten(self.network.whiten, [normalised(images_u8[:5000])])
-        self.mirrored = torch.rand(len(labels)) < 0.5
+        self.mirrored = torch.rand(len(labels), device=self.device) < 0.5
         parameters = dict(self.network.named_parameters())
         self.kernels = [each for each in parameters.values() if each.dim() == 4 and each.requires_grad]
         biases = [each for name, each in parameters.items() if name.startswith("layers") and each.dim() == 1]
@@ -102,11 +102,13 @@ class Recipe:
     def batch(self, rows: Tensor, epoch: int) -> Tensor:
         """Normalised images, shifted by up to two pixels; all are mirrored from epoch to epoch."""
         count = len(rows)
-        positions = torch.arange(32).expand(count, 32)
-        down, across = (_reflected(positions + torch.randint(-2, 3, (count, 1))) for _ in range(2))
+        positions = torch.arange(32, device=self.device).expand(count, 32)
+        down, across = (_reflected(positions + torch.randint(-2, 3, (count, 1), device=self.device)) for _ in range(2))
         mirrored = self.mirrored[rows] ^ (epoch % 2 == 1)
         across = torch.where(mirrored[:, None], 31 - across, across)
-        pixels = ((torch.arange(0, count * 32, 32)[:, None] + down) * 32)[:, :, None] + across[:, None, :]
+        pixels = ((torch.arange(0, count * 32, 32, device=self.device)[:, None] + down) * 32)[:, :, None] + across[
+            :, None, :
+        ]
         gathered = self.images_u8[rows].reshape(-1, 3).index_select(0, pixels.reshape(-1))
         return normalised(gathered.view(count, 32, 32, 3))
 
@@ -114,7 +116,7 @@ class Recipe:
         images, number = self.batch(rows, epoch), self.step_number
         self.network.train()
         early = number < WHITEN_EPOCHS * self.steps_of_epoch
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             logits = self.network(images, early)
         self.network.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), self.labels[rows], label_smoothing=0.2, reduction="sum").backward()
@@ -138,7 +140,7 @@ class Recipe:
         """All epochs; seconds."""
         began = time.perf_counter()
         for epoch in range(EPOCHS):
-            order = torch.randperm(len(self.labels))
+            order = torch.randperm(len(self.labels), device=self.device)
             for start in range(0, self.steps_of_epoch * BATCH_SIZE, BATCH_SIZE):
                 self.step(order[start : start + BATCH_SIZE], epoch)
         return time.perf_counter() - began
@@ -166,7 +168,7 @@ def _reflected(positions: Tensor) -> Tensor:
 
 def normalised(images_u8: Tensor) -> Tensor:
     """(B, 32, 32, 3) uint8 to (B, 3, 32, 32) float32, channels last in memory."""
-    mean, std = torch.tensor(MEAN) * 255, torch.tensor(STD) * 255
+    mean, std = (255 * torch.tensor(values, device=images_u8.device) for values in (MEAN, STD))
     return ((images_u8.float() - mean) / std).permute(0, 3, 1, 2)
 
 

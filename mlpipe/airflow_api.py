@@ -43,6 +43,11 @@ class PausedError(UserError):
     """A DAG is paused."""
 
 
+KILLED = (
+    "the task was killed, most likely by the system for memory; lower batch_size or image_size, or give it more memory"
+)
+
+
 class AirflowApi:
     """A client of one Airflow server, logged in as one user."""
 
@@ -174,6 +179,8 @@ class AirflowApi:
         told = [str(event["event"]) for event in errors if str(event.get("logger")) not in AIRFLOWS_OWN_LOGGERS]
         if told:
             return told[-1]
+        if any("SIGKILL" in str(event) for event in errors):
+            return KILLED
         for event in errors:
             if detail := event.get("error_detail"):
                 return f"{detail[-1].get('exc_type')}: {detail[-1].get('exc_value')}"

@@ -23,6 +23,7 @@ from mlpipe.training.cpu.processor import cpu_computes_bfloat16, cpu_name
 from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
+from mlpipe.training.memory import check_memory
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher
@@ -51,8 +52,8 @@ def train_network(
         teacher: a network whose answers are learned beside the labels.
 
     Raises:
-        UserError: the architecture is no network, the loss became infinite, or there are not as many devices as
-            wanted, or images for them.
+        UserError: the architecture is no network, a batch does not fit into memory, the loss became infinite, or there
+            are not as many devices as wanted, or images for them.
     """
     config = model.train
     if not isinstance(config, NetworkSettings):
@@ -78,6 +79,8 @@ def train_network(
     whitened = getattr(network, "whitened", None)
     if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
         _whiten(whitened, training, mean, std)
+    precision = choose_precision(config.precision)
+    check_memory(network, model.name, batch_size=batch_size, side=side, bfloat16=precision == "bf16-mixed")
     trimmed = TrimmedKernels(network, side)
     own_shard = training.shard(0, config.num_devices)
     keeper = CheckpointCallback(
@@ -99,7 +102,6 @@ def train_network(
         teacher=teacher,
         class_weights=_balanced(dataset) if config.class_weights == "balanced" else None,
     )
-    precision = choose_precision(config.precision)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
     tracking.log_params(
         {"images_per_step": batch_size, "precision": precision, "device": _device_name(), "threads": num_threads}

@@ -1,0 +1,73 @@
+"""Whether a training fits into memory, found before it begins: a killed process could not say why it died."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from mlpipe.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")
+NUM_IMAGES = 2
+"""Of the batch by which memory is measured; one image alone has no variance to normalize by."""
+STATES = 3
+"""A parameter's gradient and its two averages, which an optimizer keeps."""
+
+
+def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, bfloat16: bool) -> None:
+    """
+    Args:
+        name: of the network, for the message.
+        side: height and width of the images, pixels.
+        bfloat16: whether activations are computed in it.
+
+    Raises:
+        UserError: a batch needs more than is free.
+    """
+    parameters = sum(each.numel() * each.element_size() for each in network.parameters())
+    needed = batch_size * bytes_of_an_image(network, side, bfloat16=bfloat16) + STATES * parameters
+    free = free_bytes()
+    if needed > free:
+        raise UserError(
+            f"batch_size: {batch_size} images of {side}×{side} pixels need about {needed / 2**30:.1f} GiB to train "
+            f"{name}, and {free / 2**30:.1f} GiB are free; lower batch_size or image_size"
+        )
+
+
+def bytes_of_an_image(network: nn.Module, side: int, *, bfloat16: bool) -> float:
+    """What is kept of an image from the forward to the backward pass, bytes; the network stays as it is."""
+    copied = copy.deepcopy(network).cpu().train()
+    own = {each.untyped_storage().data_ptr() for each in (*copied.parameters(), *copied.buffers())}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(NUM_IMAGES, 3, side, side).contiguous(memory_format=torch.channels_last)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+    ):
+        copied(images)
+    return sum(kept.values()) / NUM_IMAGES
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take: of the device, else of the machine or of the container's limit."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (CGROUP / "memory.max").read_text().strip(), int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used + int(stat["inactive_file"]))

@@ -1,0 +1,53 @@
+"""A batch that is too large is refused before the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mlpipe.errors import UserError
+from mlpipe.training import memory
+
+
+def test_what_a_pass_keeps_is_counted_once_and_the_network_stays_as_it_is() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    found = memory.bytes_of_an_image(network, 16, bfloat16=False)
+    maps = 16 * 16 * 4  # bytes of one channel
+    # The image, the convolution's result, what ReLU leaves, and dropout's mask (as float32 or bytes).
+    assert (3 + 8 + 8 + 2) * maps <= found <= (3 + 8 + 8 + 8 + 8) * maps + 200
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_bfloat16_takes_less() -> None:
+    network = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(8)))
+    single, half = (memory.bytes_of_an_image(network, 32, bfloat16=each) for each in (False, True))
+    assert half < 0.7 * single
+
+
+def test_a_batch_that_does_not_fit_names_the_numbers_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2**30)
+    network = nn.Conv2d(3, 64, 3)
+    memory.check_memory(network, "mine", batch_size=16, side=64, bfloat16=False)
+    with pytest.raises(
+        UserError, match=r"batch_size: 4096 images of 512×512 pixels need about .* GiB to train mine, and 1\.0"
+    ):
+        memory.check_memory(network, "mine", batch_size=4096, side=512, bfloat16=False)
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    unlimited = memory.free_bytes()
+    (tmp_path / "memory.max").write_text(f"{2**20}\n")
+    (tmp_path / "memory.current").write_text(f"{2**19}\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1024\n")
+    assert memory.free_bytes() == 2**19 + 1024 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes() > 2**20
