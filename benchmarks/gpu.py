@@ -84,7 +84,7 @@ def model(recipe: Any, architecture: str, lab: Lab, seed: int = 0) -> Any:
 
 
 def peak_memory(lab: Lab) -> float | None:
-    """GiB since the last call."""
+    """GiB since the last call; `None` without a GPU."""
     import torch
 
     if lab.device != "cuda":
@@ -310,7 +310,7 @@ def main() -> None:
             failed, found = True, {"failed": {"reason": f"{type(error).__name__}: {error}"[:500]}}
         results[section.__name__] = found
         columns = list(next(iter(found.values())))
-        rows = [[name, *(str(values.get(column, "")) for column in columns)] for name, values in found.items()]
+        rows = [[name, *(str(values.get(column) or "–") for column in columns)] for name, values in found.items()]
         text.append(f"## {title.capitalize()}\n\n{section.__doc__}\n\n{table(['', *columns], rows)}")
         print(f"{title}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         arguments.out.mkdir(parents=True, exist_ok=True)  # after each section: the machine may be taken back

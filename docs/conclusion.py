@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from results import models_of, table
+from statsmodels.stats.proportion import proportion_confint
 
 DOCS = Path(__file__).parent
 RUNS = DOCS / "runs"
@@ -82,11 +83,18 @@ def _search(tune: dict[str, Any], data: str) -> str:
     epochs = sum(trial["epochs"] for trial in tune["trials"])
     whole = max(trial["epochs"] for trial in tune["trials"]) * len(states)
     tested = ", ".join(f"{100 * model['metrics']['test/accuracy']:.2f}" for model in tune["models"])
+    num_val = tune["dataset"]["num_val"]
+
+    def interval(accuracy: float) -> str:
+        low, high = proportion_confint(round(accuracy * num_val), num_val, method="wilson")
+        return f"{100 * accuracy:.2f} % ({100 * low:.2f}–{100 * high:.2f})"
+
     return (
         f"## Search on {data}\n\n{len(states)} trials of custom_cnn, {states.count('pruned')} of them pruned, "
-        f"{epochs} of {whole} epochs trained, {tune['wall_seconds'] / 60:.1f} minutes in all. Validation accuracy "
-        f"{100 * best['value']:.2f} % against {100 * default['value']:.2f} % by the recipe's settings. The best "
-        f"settings on {len(tune['models'])} fresh seeds: test accuracy {tested} %."
+        f"{epochs} of {whole} epochs trained, {tune['wall_seconds'] / 60:.1f} minutes in all. Accuracy on "
+        f"{num_val:,} validation images, with Wilson's 95 % interval: {interval(best['value'])} against "
+        f"{interval(default['value'])} by the recipe's own settings. The best settings on "
+        f"{len(tune['models'])} fresh seeds: test accuracy {tested} %."
     )
 
 

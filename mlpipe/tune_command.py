@@ -42,7 +42,7 @@ def tune(json_path: Path | None, unpause: bool, **values: Any) -> None:
     run_command.print_failures(api, DAG_ID, run_id, tasks, console)
     if found is None:
         raise SystemExit(1)
-    compared = api.xcom(DAG_ID, run_id, "evaluate") or {"models": [], "summary": None}
+    compared = api.xcom(DAG_ID, run_id, "evaluate") or {"dataset": None, "models": [], "summary": None}
     result = _result(found, compared, state, time.monotonic() - began)
     if json_path is not None:
         run_command.write_json(json_path, result)
@@ -66,6 +66,7 @@ def _result(found: dict[str, Any], compared: dict[str, Any], state: str, seconds
             "model_uri": final.get("model_uri"),
             "metrics": final.get("metrics", {}),
         },
+        "dataset": compared["dataset"],
         "models": compared["models"],
         "summary": compared["summary"],
     }

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +65,39 @@ def test_the_first_trial_has_the_recipes_settings(study: optuna.Study) -> None:
     )
 
 
-def test_workers_share_the_trials_and_make_no_more(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a PostgreSQL server of this module's own."""
+    programs = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    folder = tmp_path_factory.mktemp("postgresql")
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # it refuses to run as root
+    if as_user:
+        for each in (folder, *folder.parents):
+            if each.is_relative_to(tmp_path_factory.getbasetemp().parent):
+                each.chmod(0o755)
+        shutil.chown(folder, "postgres")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(*command: str) -> None:
+        subprocess.run([*as_user, *command], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+    run(f"{programs}/initdb", "--auth=trust", "--username=studies", f"{folder}/data")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}"
+    run(f"{programs}/pg_ctl", "-w", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "start")
+    yield f"postgresql+psycopg2://studies@127.0.0.1:{port}/postgres"
+    run(f"{programs}/pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+
+
+@pytest.mark.parametrize("storage", ["file", "postgresql"])
+def test_workers_share_the_trials_and_make_no_more(
+    storage: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if storage == "postgresql":
+        monkeypatch.setenv(studies.STORAGE_VARIABLE, request.getfixturevalue("postgresql"))
     search = search_of(trials=25)
     open_one = [open_study("pets", tmp_path, seed=0, pruning=False, worker=worker) for worker in range(3)]
     request_trials(open_one[0], search, "run-1")
