@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class BatchLoader:
         self.batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
-        self._epoch = 0
+        self._epoch = self._first_batch = 0
         self._rank, self._num_shards = 0, 1
         self._bounds = _bounds(len(split), batch_size, num_shards=1)
 
@@ -95,9 +96,9 @@ class BatchLoader:
         size = self._bounds[batch + 1] - self._bounds[batch]
         return len(range(self._rank, size, self._num_shards)) * self._num_shards / size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, that the next iteration goes through."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, from 0, that the next iteration goes through; before `first_batch` it gives `None` each."""
+        self._epoch, self._first_batch = epoch, first_batch
 
     def order(self) -> NDArray[np.int64]:
         """(N,) positions in the split, each once: a function of seed and epoch alone."""
@@ -113,11 +114,14 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # and `None`, which Lightning passes over
         # A generator: Lightning asks for the iterator before its epoch begins; the order is made at the first batch.
         order = torch.from_numpy(self.order())
         there = order.to(self._labels.device)
-        for start, stop in zip(self._bounds[:-1], self._bounds[1:], strict=True):
+        for number, (start, stop) in enumerate(pairwise(self._bounds)):
+            if number < self._first_batch:
+                yield None  # type: ignore[misc]
+                continue
             part = slice(start + self._rank, stop, self._num_shards)
             if self._kept is None:
                 images = torch.from_numpy(self._split.images_u8.take(order[part].numpy()))

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 10.0
 """Least time between two progress lines within an epoch."""
 
+SAVE_SECONDS = 300.0
+"""Least time between two checkpoints within an epoch."""
+
 LOGGED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second")
 """What of an epoch's record goes to the tracking; the durations are for the totals at the end."""
 
@@ -31,17 +34,19 @@ LOGGED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_
 class EpochCallback(Callback):
     """What every process of a training does around its epochs.
 
-    All randomness of an epoch depends on the seed, the epoch's number and the process's rank alone. So a resumed
-    training needs no state of a random generator, on any device.
+    All randomness of an epoch depends on the seed, the epoch's number and the process's rank alone. So a training that
+    is resumed at the start of an epoch needs no state of a random generator, on any device.
     """
 
     def __init__(self, loader: BatchLoader, *, seed: int, resumed: dict[str, Any] | None) -> None:
         """
         Args:
             loader: the training batches, this process's share of them.
-            resumed: `weights`, `optimizers` and `schedules` as the last attempt left them; `None`: a new training.
+            resumed: `weights`, `optimizers` and `schedules` as the last attempt left them, and `within`, where it was
+                within an epoch; `None`: a new training.
         """
         self.resumed = resumed
+        self._within: dict[str, Any] | None = None
         self.loader = loader
         self._seed = seed
 
@@ -54,14 +59,21 @@ class EpochCallback(Callback):
             optimizer.load_state_dict(state)
         for config, state in zip(trainer.lr_scheduler_configs, self.resumed["schedules"], strict=True):
             config.scheduler.load_state_dict(state)
+        self._within = self.resumed.get("within")
         self.resumed = None  # its memory
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override] # noqa: ARG002
         """Set the order and the random numbers of this epoch."""
         epoch, rank = pl_module.epoch, group.rank()
-        self.loader.set_epoch(epoch)
+        within, self._within = self._within, None
+        self.loader.set_epoch(epoch, within["batches"] if within else 0)
         source = f"{self._seed} {epoch} {rank}" if rank else f"{self._seed} {epoch}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big"))
+        if within:
+            pl_module.totals_before = within["totals"]
+            torch.set_rng_state(within["random"])
+            if pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(within["random_of_device"], pl_module.device)
 
     def on_train_batch_start(  # type: ignore[override]
         self,
@@ -86,7 +98,10 @@ class EpochCallback(Callback):
 
 
 class CheckpointCallback(EpochCallback):
-    """Keeps the state of a training at the end of each epoch and reports it; there is one in a training."""
+    """Keeps the state of a training at the end of each epoch, on one device also within long ones, and reports it.
+
+    There is one in a training.
+    """
 
     def __init__(
         self,
@@ -112,7 +127,7 @@ class CheckpointCallback(EpochCallback):
         self._fingerprint = fingerprint
         self._patience = patience
         super().__init__(loader, seed=seed, resumed=self._load())
-        self._started = self._trained = self._reported = 0.0
+        self._started = self._trained = self._reported = self._saved = 0.0
 
     @property
     def best_epoch(self) -> int:
@@ -140,13 +155,15 @@ class CheckpointCallback(EpochCallback):
             logger.warning("the checkpoint of this run is of another configuration or data set; training starts anew")
             return None
         self.history, self.best_weights = state["history"], state["best_weights"]
-        logger.info("resuming after epoch %d", len(self.history))
+        within = state["within"]
+        batch = f", batch {within['batches']} of the next" if within else ""
+        logger.info("resuming after epoch %d%s", len(self.history), batch)
         last_logged = self._tracking.last_logged_step("val/accuracy")
         for epoch in range(last_logged + 1, len(self.history) + 1):  # saved, but interrupted before it was logged
             self._log(epoch)
-        return {name: state[name] for name in ("weights", "optimizers", "schedules")}
+        return {name: state[name] for name in ("weights", "optimizers", "schedules", "within")}
 
-    def _save(self, trainer: Trainer, module: ClassificationModule) -> None:
+    def _save(self, trainer: Trainer, module: ClassificationModule, within: dict[str, Any] | None = None) -> None:
         if self._checkpoints is None:
             return
         weights = module.network.state_dict()
@@ -156,28 +173,35 @@ class CheckpointCallback(EpochCallback):
                 "fingerprint": self._fingerprint,
                 "history": self.history,
                 # The same tensors where this epoch is the best: they are then stored once.
-                "best_weights": weights if self.best_epoch == len(self.history) else self.best_weights,
+                "best_weights": weights if not within and self.best_epoch == len(self.history) else self.best_weights,
                 "weights": weights,
                 "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
                 "schedules": schedules,
+                "within": within,
             }
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
         """Also note the time."""
+        before = self._within["seconds"] if self._within else 0.0
         super().on_train_epoch_start(trainer, pl_module)
-        self._started = self._reported = time.monotonic()
+        self._reported = self._saved = time.monotonic()
+        self._started = self._reported - before
 
     def on_train_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
         pl_module: ClassificationModule,
         outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
+        batch: Any,
         batch_idx: int,
     ) -> None:
-        """Say now and then how far a long epoch is, from this process's share."""
+        """Say now and then how far a long epoch is, from this process's share, and save its state."""
         now = time.monotonic()
+        if batch is None:
+            return
+        if group.size() == 1 and now - self._saved >= SAVE_SECONDS and batch_idx + 1 < trainer.num_training_batches:
+            self._save_within(trainer, pl_module, batch_idx + 1, now - self._started)
         if now - self._reported < PROGRESS_SECONDS:
             return
         self._reported = now
@@ -188,6 +212,19 @@ class CheckpointCallback(EpochCallback):
             pl_module.epoch + 1, pl_module.train_config.num_epochs, batch_idx + 1, trainer.num_training_batches,
             totals.mean_loss(), totals.accuracy(), rate,
         )  # fmt: skip
+
+    def _save_within(self, trainer: Trainer, module: ClassificationModule, batches: int, seconds: float) -> None:
+        self._tracking.ensure_current()
+        on_gpu = module.device.type == "cuda"
+        within = {
+            "batches": batches,
+            "seconds": seconds,
+            "totals": module.training_totals.state(),
+            "random": torch.get_rng_state(),
+            "random_of_device": torch.cuda.get_rng_state(module.device) if on_gpu else None,
+        }
+        self._save(trainer, module, within)
+        self._saved = time.monotonic()
 
     def on_validation_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override] # noqa: ARG002
         """Note how long the training part of the epoch took; reading the loss waits for the device."""

@@ -94,6 +94,8 @@ def _quiet_lightning() -> Iterator[None]:
     with warnings.catch_warnings():
         # Lightning 2.6.6 uses a part of PyTorch's pytree that 2.14 has deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        # Of an epoch that is resumed within.
+        warnings.filterwarnings("ignore", message="train_dataloader yielded None")
         try:
             for each in loggers:
                 each.setLevel(logging.WARNING)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -28,6 +31,19 @@ class EpochTotals:
         self._loss = torch.zeros((), device=device)
         self._hits = torch.zeros((), device=device, dtype=torch.int64)
         self.num_images = 0
+
+    def state(self) -> dict[str, Tensor | int]:
+        """What `restored` takes."""
+        return {"loss": self._loss.cpu(), "hits": self._hits.cpu(), "num_images": self.num_images}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], device: torch.device) -> Self:
+        """Totals that go on where others were."""
+        totals = cls(device)
+        totals._loss += state["loss"].to(device)
+        totals._hits += state["hits"].to(device)
+        totals.num_images = state["num_images"]
+        return totals
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count one batch.
@@ -104,6 +120,7 @@ class ClassificationModule(LightningModule):
         )  # in a tuple: not a part of the module
         self.loss_weight = 1.0
         self.first_epoch = 0
+        self.totals_before: Mapping[str, Any] | None = None
         self._parallel: tuple[DistributedDataParallel, ...] = ()  # in a tuple: not a part of the module
         self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("class_weights", class_weights, persistent=False)
@@ -120,8 +137,12 @@ class ClassificationModule(LightningModule):
             self._parallel = (DistributedDataParallel(self.network, gradient_as_bucket_view=True),)
 
     def on_train_epoch_start(self) -> None:
-        """Count anew."""
-        self.training_totals = EpochTotals(self.device)
+        """Count anew, or from where an attempt before was within this epoch."""
+        if self.totals_before is None:
+            self.training_totals = EpochTotals(self.device)
+        else:
+            self.training_totals = EpochTotals.restored(self.totals_before, self.device)
+            self.totals_before = None
 
     def on_validation_epoch_start(self) -> None:
         """Count anew."""

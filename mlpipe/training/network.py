@@ -29,7 +29,7 @@ from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher
 from mlpipe.training.whitening import MAX_IMAGES, whiten
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 """Of what `CheckpointCallback` saves."""
 
 

@@ -263,7 +263,36 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(
     assert (resumed.best_epoch, resumed.epochs_run) == (unbroken.best_epoch, 4)
 
 
-def _fails_in_epoch(failing_epoch: int, batches_per_epoch: int) -> Any:
+def test_a_training_interrupted_within_an_epoch_goes_on_after_its_last_saved_batch(
+    dataset, config, train, tracking, store, monkeypatch
+) -> None:
+    model = config(num_epochs=3, augmentation="flip_crop", mixing="mixup", optimizer="sgd", schedule="one_cycle")
+    unbroken = train(model, dataset, tracking)
+    expected = tracking.metrics
+    tracking.steps, tracking.metrics = [], []
+    monkeypatch.setattr("mlpipe.training.epochs.SAVE_SECONDS", 0.0)
+    checkpoints = CheckpointStore(store, "run")
+    for epoch in (1, 2):  # each time in the second batch of three
+        with monkeypatch.context() as patch:
+            failing = _fails_in_epoch(1, batches_per_epoch=3) if epoch == 1 else _fails_at(2 + 2)
+            patch.setattr("mlpipe.training.module.augment", failing)
+            with pytest.raises(RuntimeError, match="killed"):
+                train(model, dataset, tracking, checkpoints=checkpoints)
+        torch.manual_seed(12345)
+    with monkeypatch.context() as patch:
+        patch.setattr("mlpipe.training.module.augment", _fails_at(2 + 3 + 1))
+        resumed = train(model, dataset, tracking, checkpoints=checkpoints)  # two batches, then an epoch of three
+    assert same(unbroken, resumed)
+    assert tracking.steps == [1, 2, 3]
+    for before, after in zip(expected, tracking.metrics, strict=True):
+        assert {**before, "images_per_second": 0} == {**after, "images_per_second": 0}
+
+
+def _fails_at(failing_call: int) -> Any:
+    return _fails_in_epoch(failing_epoch=1, batches_per_epoch=0, first=failing_call)
+
+
+def _fails_in_epoch(failing_epoch: int, batches_per_epoch: int, first: int = 2) -> Any:
     from mlpipe.training.augmentation import augment
 
     calls = 0
@@ -271,7 +300,7 @@ def _fails_in_epoch(failing_epoch: int, batches_per_epoch: int) -> Any:
     def failing(images_u8: Tensor, kind: Any, epoch: int) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == (failing_epoch - 1) * batches_per_epoch + 2:  # in mid-epoch
+        if calls == (failing_epoch - 1) * batches_per_epoch + first:  # in mid-epoch
             raise RuntimeError("killed")
         return augment(images_u8, kind, epoch)
 
