@@ -30,8 +30,8 @@ from mlpipe.models.registry import describe
 from mlpipe.models.weights import initial_network
 from mlpipe.training.cpu.memory import keep_freed_memory
 from mlpipe.training.module import ClassificationModule
-from mlpipe.training.network import choose_precision
 from mlpipe.training.optimizers.muon import orthogonalise
+from mlpipe.training.precision import choose_precision
 from mlpipe.training.whitening import whiten
 
 EPOCHS, BATCH_SIZE, WHITEN_EPOCHS = 8, 2000, 3

@@ -60,7 +60,7 @@ def train(folder: Path, *, in_memory: bool) -> dict[str, Any]:
     from mlpipe.data.dataset import ImageRows, Split, map_array
     from mlpipe.models.registry import build_network
     from mlpipe.training.module import ClassificationModule
-    from mlpipe.training.network import choose_precision
+    from mlpipe.training.precision import choose_precision
 
     target = folder / "datasets" / DIGEST
     indices = np.load(target / "train_indices.npy")

@@ -41,7 +41,7 @@ from mlpipe.training.cpu.dead_taps import TrimmedKernels
 from mlpipe.training.cpu.memory import keep_freed_memory
 from mlpipe.training.cpu.winograd import winograd_convolutions
 from mlpipe.training.module import ClassificationModule
-from mlpipe.training.network import choose_precision
+from mlpipe.training.precision import choose_precision
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import nn
 
-from mlpipe.config import ModelConfig
+from mlpipe.config import ModelConfig, NetworkSettings
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
@@ -25,6 +25,7 @@ from mlpipe.models.features.last_layer import inputs_of
 from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, enlarge, normalise
 from mlpipe.models.weights import InitialNetwork
 from mlpipe.training.cpu.processor import cpu_name
+from mlpipe.training.precision import choose_precision
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 REGULARIZATION = (0.01, 0.1, 1.0)
 """scikit-learn's C; that of the highest validation accuracy is kept."""
 MAX_ITERATIONS = 300
+TOLERANCE, TOLERANCE_BFLOAT16 = 1e-3, 0.05
+"""Within which the last layer's answers must be those that its inputs give; the latter of the largest answer."""
 PROGRESS_SECONDS = 10.0
 
 
@@ -51,12 +54,14 @@ def train_head(
     head = _last_linear(network, model.architecture)
     began = time.monotonic()
     training, validation = dataset.train_split(), dataset.val_split()
+    precision = choose_precision(model.train.precision if isinstance(model.train, NetworkSettings) else "auto")
     facts = [
         dataset.manifest.digest,
         start.sha256,
         description.architecture,
         description.variant,
         description.input_size,
+        precision,
     ]
     features = {
         part: _kept_features(network, head, description, split, store, [*facts, part])
@@ -80,7 +85,9 @@ def train_head(
         metrics[f"{part}/loss"] = float(log_loss(labels, probabilities, labels=best.classes_))
         metrics[f"{part}/accuracy"] = float((best.classes_[probabilities.argmax(axis=1)] == labels).mean())
     rate = (len(training) + len(validation)) / (fitted - began)
-    tracking.log_params({"device": cpu_name(), "threads": torch.get_num_threads(), "head_regularization": best.C})
+    threads = torch.get_num_threads()
+    how = {"device": cpu_name(), "threads": threads, "precision": precision, "head_regularization": best.C}
+    tracking.log_params(how)
     tracking.log_metrics({**metrics, "images_per_second": rate}, step=1)
     logger.info("fitted the head in %.1f s: val/accuracy %.4f", time.monotonic() - fitted, metrics["val/accuracy"])
     return TrainedModel(
@@ -117,7 +124,7 @@ def _kept_features(
         logger.info("the features are kept already")
         known: NDArray[np.float32] = np.load(io.BytesIO(store.get_bytes(key)), allow_pickle=False)
         return known
-    features = _features(network, head, description, split)
+    features = _features(network, head, description, split, bfloat16="bf16-mixed" in facts)
     stream = io.BytesIO()
     np.save(stream, features, allow_pickle=False)
     store.put_bytes(key, stream.getvalue())
@@ -125,7 +132,9 @@ def _kept_features(
 
 
 @torch.inference_mode()
-def _features(network: nn.Module, head: nn.Linear, description: ModelDescription, split: Split) -> NDArray[np.float32]:
+def _features(
+    network: nn.Module, head: nn.Linear, description: ModelDescription, split: Split, *, bfloat16: bool
+) -> NDArray[np.float32]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device).to(memory_format=torch.channels_last)
     mean, std = (
@@ -136,9 +145,11 @@ def _features(network: nn.Module, head: nn.Linear, description: ModelDescription
     with inputs_of(head) as seen:
         for at in range(0, len(split), length):
             images = torch.from_numpy(split.images_u8[at : at + length]).to(device)
-            logits = network(enlarge(normalise(images, mean, std), description.input_size))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                logits = network(enlarge(normalise(images, mean, std), description.input_size)).float()
             own = nn.functional.linear(seen[-1].to(device), head.weight, head.bias)
-            if not at and not torch.allclose(own, logits.float(), atol=1e-3):
+            tolerance = TOLERANCE_BFLOAT16 * float(own.abs().max()) if bfloat16 else TOLERANCE
+            if not at and not torch.allclose(own, logits, atol=tolerance):
                 raise UserError("fine_tuning: head is not allowed for a network that changes what its last layer gives")
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()

@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import asdict
 from itertools import islice
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,13 @@ from mlpipe.models.portable import PIXELS_PER_BATCH, normalise
 from mlpipe.models.weights import Channels, InitialNetwork
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu.dead_taps import TrimmedKernels
-from mlpipe.training.cpu.processor import cpu_computes_bfloat16, cpu_name
+from mlpipe.training.cpu.processor import cpu_name
 from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.memory import check_memory
 from mlpipe.training.module import ClassificationModule
+from mlpipe.training.precision import choose_precision
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher
 from mlpipe.training.whitening import MAX_IMAGES, whiten
@@ -155,17 +155,6 @@ def _fingerprint(model: ModelConfig, dataset: Dataset, start: InitialNetwork) ->
     values = [CHECKPOINT_FORMAT, asdict(model), dataset.manifest.digest, start.source, shapes]
     facts = json.dumps(values, sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()  # an address among them may hold a password
-
-
-def choose_precision(wanted: Literal["auto", "32-true", "bf16-mixed"]) -> Literal["32-true", "bf16-mixed"]:
-    """`auto` becomes bfloat16 where the processor computes with it in hardware."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        in_hardware = cpu_computes_bfloat16()
-    return "bf16-mixed" if in_hardware else "32-true"
 
 
 def _threads_of_each(num_devices: int) -> int:

@@ -19,7 +19,7 @@ from mlpipe.errors import SupersededError, UserError
 from mlpipe.models.portable import normalise
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu import winograd
-from mlpipe.training.network import choose_precision
+from mlpipe.training.precision import choose_precision
 
 METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
 
