@@ -74,7 +74,7 @@ def test_features_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, start = start_of(Pretrained(3))
     store = Objects()
     train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
-    monkeypatch.setattr(head, "_features", lambda *_: pytest.fail("they are computed again"))
+    monkeypatch.setattr(head, "_features", lambda *_, **__: pytest.fail("they are computed again"))
     train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
     with pytest.raises(pytest.fail.Exception):  # other weights have other features
         train_head(model, tiny_dataset(), RecordingLogger(), start=replace(start, sha256="def"), store=store)
