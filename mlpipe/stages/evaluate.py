@@ -20,6 +20,7 @@ from mlpipe.evaluation.gallery import Gallery
 from mlpipe.evaluation.promotion import Overlap, promote
 from mlpipe.evaluation.report import Report
 from mlpipe.evaluation.result import ModelResult
+from mlpipe.evaluation.scoring import Evaluation
 from mlpipe.services import services_named
 from mlpipe.stages.messages import Champion, ComparedModels, PublishedData, RegisteredModel, TrainedVersion
 from mlpipe.tracking import registry, runs
@@ -173,20 +174,10 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> M
     Raises:
         UserError: the model cannot be loaded, or has other classes.
     """
-    try:
-        evaluation = measure(model.model_uri, test, classes)
-    except OtherClassesError as error:
-        raise UserError(f"{model.model_uri} {error}") from error
-    except MlflowException as error:
-        if runs.is_unreachable(error):
-            raise
-        raise UserError(
-            f"{model.model_uri} cannot be loaded ({str(error).splitlines()[0][:200]}); "
-            f"was it deleted, or its registered model renamed? Clear train [{model.name}] to register it again"
-        ) from error
+    way_out = f"; was it deleted, or its registered model renamed? Clear train [{model.name}] to register it again"
     return ModelResult(
         name=model.name,
-        evaluation=evaluation,
+        evaluation=_evaluation(model.model_uri, test, classes, subject=model.model_uri, way_out=way_out),
         architecture=model.architecture,
         version=model.version,
         weights=model.weights,
@@ -202,14 +193,19 @@ def _measure_other(uri: str, test: Split, classes: tuple[str, ...]) -> ModelResu
     Raises:
         UserError: it cannot be loaded, or has other classes.
     """
+    evaluation = _evaluation(uri, test, classes, subject=f"compare_with: {uri}")
+    return ModelResult(name=uri.removeprefix("models:/"), evaluation=evaluation)
+
+
+def _evaluation(uri: str, test: Split, classes: tuple[str, ...], *, subject: str, way_out: str = "") -> Evaluation:
     try:
-        return ModelResult(name=uri.removeprefix("models:/"), evaluation=measure(uri, test, classes))
+        return measure(uri, test, classes)
     except OtherClassesError as error:
-        raise UserError(f"compare_with: {uri} {error}") from error
+        raise UserError(f"{subject} {error}") from error
     except MlflowException as error:
         if runs.is_unreachable(error):
             raise
-        raise UserError(f"compare_with: {uri} cannot be loaded ({str(error).splitlines()[0][:200]})") from error
+        raise UserError(f"{subject} cannot be loaded ({str(error).splitlines()[0][:200]}){way_out}") from error
 
 
 def _version_text(row: ModelResult, data: PublishedData, registered: str) -> str:
