@@ -60,7 +60,8 @@ class Table:
 class Lab:
     """One running stack."""
 
-    def __init__(self, settings: StackSettings) -> None:
+    def __init__(self, settings: StackSettings, dag_id: str = DAG_ID) -> None:
+        self.dag_id = dag_id
         environment = settings.client_environment()
         self.settings = settings
         self.api = AirflowApi(
@@ -75,7 +76,7 @@ class Lab:
 
     def start(self, **form: Any) -> str:
         """Trigger the DAG; returns the DAG run's id."""
-        return self.api.trigger(DAG_ID, {"dataset": "digits", "retrain": True, **form})
+        return self.api.trigger(self.dag_id, {"dataset": "digits", "retrain": True, **form})
 
     def cancel(self, run_id: str) -> None:
         """Set the DAG run to failed, as a person does in the UI."""
@@ -126,7 +127,7 @@ class Lab:
 
     def wait(self, run_id: str, state: str = "success", seconds: float = 900) -> None:
         """Wait until the DAG run has ended, and see that it ended so."""
-        ended = until(lambda: ended_state(self.api.dag_run_state(DAG_ID, run_id)), f"the end of {run_id}", seconds)
+        ended = until(lambda: ended_state(self.api.dag_run_state(self.dag_id, run_id)), f"the end of {run_id}", seconds)
         assert ended == state, self.story(run_id)
 
     def story(self, run_id: str) -> str:
@@ -263,7 +264,7 @@ class Lab:
         until(lambda: health.problem(component) is None, f"{component} in health", 120)
 
     def _airflow(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        return self.api._call(method, f"/api/v2/dags/{DAG_ID}{path}", body)
+        return self.api._call(method, f"/api/v2/dags/{self.dag_id}{path}", body)
 
 
 def name(row: Mapping[str, Any]) -> str:
