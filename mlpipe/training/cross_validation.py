@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlpipe.data.dataset import Dataset, Split
-from mlpipe.training.protocol import TrainedModel, TrainingLogger
+
+if TYPE_CHECKING:
+    from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
 

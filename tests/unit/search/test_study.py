@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -66,17 +67,14 @@ def test_the_first_trial_has_the_recipes_settings(study: optuna.Study) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """Address of a PostgreSQL server of this module's own."""
     programs = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
-    folder = tmp_path_factory.mktemp("postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="mlpipe-postgresql-"))  # pytest's own are closed to other users
     as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # it refuses to run as root
     if as_user:
-        for each in (folder, *folder.parents):
-            if each.is_relative_to(tmp_path_factory.getbasetemp().parent):
-                each.chmod(0o755)
         shutil.chown(folder, "postgres")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,6 +88,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run(f"{programs}/pg_ctl", "-w", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "start")
     yield f"postgresql+psycopg2://studies@127.0.0.1:{port}/postgres"
     run(f"{programs}/pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("storage", ["file", "postgresql"])
