@@ -58,7 +58,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     registered = registry.registered_name(data.name)
     if key and not config.retrain and (earlier := find_trained(registered, key)):
         own = runs.find_run(experiment(config), origin.key(model.name))
-        if own is None or own.info.run_id != earlier.run_id:
+        if own is None or own.data.tags.get("stage") == "reused":  # else an attempt before has begun to train
             return _reuse(config, origin, model, dataset, data, earlier, on_run=on_run)
     # Before the run is opened: weights that cannot be had leave no run behind.
     description = describe(model, dataset.manifest)
