@@ -2,7 +2,8 @@
 
     python benchmarks/first_minute.py 022113d HEAD --rounds 2
 
-The package index's answers are in the operating system's cache after the first round, which is not counted.
+The wheels are in the operating system's cache after a round that is not counted, or after any installation before
+(`--warm`).
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commits", nargs="+")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--warm", action="store_true", help="count the first round, too")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found: dict[str, list[list[float]]] = {commit: [] for commit in arguments.commits}
-    for number in range(arguments.rounds + 1):
+    for number in range(arguments.rounds + (not arguments.warm)):
         for commit in arguments.commits:
             measured = phases(commit)
-            if number:
+            if number or arguments.warm:
                 found[commit].append(measured)
     print("# From a clone to the comparison\n")
     print(conditions("apache-airflow", "mlflow", "torch") + " Seconds, median (range).\n")
