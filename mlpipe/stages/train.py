@@ -32,7 +32,7 @@ from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.tracking.trained_before import TAG as TRAINING_KEY
 from mlpipe.tracking.trained_before import copy_history, find_trained, training_key
 from mlpipe.training.checkpoints import CheckpointStore
-from mlpipe.training.cross_validation import ACCURACY, cross_validate
+from mlpipe.training.cross_validation import ACCURACY, ERROR, MEAN, cross_validate
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher, load_teacher
 from mlpipe.training.temperature import with_temperature
@@ -162,6 +162,7 @@ def _reuse(
         logger.info("%s", told)
         log_input(dataset.manifest, data.uri, context="training")
         metrics = copy_history(runs.tracked(earlier.run_id), tracked)
+        loss = dict(tracked.history("val/loss"))[int(metrics["best/epoch"])]
     return TrainedVersion(
         model=RegisteredModel(
             name=model.name,
@@ -175,8 +176,9 @@ def _reuse(
             train_seconds=metrics["train_seconds"],
             images_per_second=metrics.get("images_per_second", 0.0),
             metrics={
-                **{name: value for name, value in metrics.items() if name.startswith(("train/", "val/", "folds/"))},
                 "val/accuracy": metrics["best/val_accuracy"],
+                "val/loss": loss,
+                **{name: metrics[name] for name in (MEAN, ERROR) if name in metrics},
             },
         ),
         dataset=data,
