@@ -51,7 +51,9 @@ def note_failure(config: RunConfig, origin: TaskContext, error: BaseException) -
     """Say on the parent run which task failed and why; the task's next attempt removes it."""
     experiment = runs.find_experiment(experiment_name(config.data.name))
     if experiment and (run := runs.find_run(experiment, origin.key("parent"))):
-        who = config.models[origin.map_index].name if origin.task_id == "train" else origin.task_id
+        trained = [model.name for model in config.models] if origin.task_id == "train" else []
+        # A search trains one model several times: of the others the task's name must do.
+        who = trained[origin.map_index] if 0 <= origin.map_index < len(trained) else origin.task_id
         runs.tracked(run.info.run_id).set_tags({origin.error_tag: f"{who}: {error}"[:5000]})
 
 

@@ -193,6 +193,18 @@ def test_a_task_keeps_its_reason_while_others_of_its_dag_run_start(
     assert not [tag for tag in fetched(parent).data.tags if tag.startswith("error")]
 
 
+@pytest.mark.usefixtures("_store")
+def test_a_training_beyond_the_models_of_the_form_keeps_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve(RunParams(models="custom_cnn"))  # as of a search, which trains it on several seeds
+    third = dataclasses.replace(origin("seeds"), map_index=2)
+    parent = dag_runs.parent_run(config, third)
+    dag_runs.note_failure(config, third, OSError("disk is full"))
+    assert fetched(parent).data.tags["error/train/2"] == "train: disk is full"
+
+
 def test_links_lead_to_both_pages(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLPIPE_MLFLOW_UI_URL", "http://localhost:5000/")
     monkeypatch.setenv("MLPIPE_AIRFLOW_UI_URL", "http://localhost:8080/")
