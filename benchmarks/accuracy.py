@@ -31,14 +31,17 @@ from mlpipe.recipes import resolve
 from mlpipe.training.network import train_network
 from mlpipe.training.protocol import TrainedModel
 
-NUM_VALIDATION = 5_000
 BATCH_SIZE = 500
 
 
 def dataset(path: Path) -> Dataset:
     """The training images of a zip, a stratified tenth of them held out."""
-    images_u8, labels = read_images(path, "train")
-    train, val = train_test_split(np.arange(len(labels)), test_size=NUM_VALIDATION, stratify=labels, random_state=0)
+    return held_out_tenth(*read_images(path, "train"))
+
+
+def held_out_tenth(images_u8: NDArray[np.uint8], labels: NDArray[np.int64]) -> Dataset:
+    """A data set of ten classes; a stratified tenth of its images is for validation."""
+    train, val = train_test_split(np.arange(len(labels)), test_size=0.1, stratify=labels, random_state=0)
     training, validation = ((images_u8[rows], labels[rows]) for rows in (train, val))
     return Dataset.in_memory(tuple("abcdefghij"), training, validation)
 

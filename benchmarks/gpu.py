@@ -62,18 +62,6 @@ def read_data(path: Path | None, tiny: bool) -> tuple[Images, Images]:
     return train, test
 
 
-def dataset(train: Images) -> Any:
-    """The training images, a stratified tenth of them held out."""
-    from sklearn.model_selection import train_test_split
-
-    from mlpipe.data.dataset import Dataset
-
-    images_u8, labels = train
-    rows = train_test_split(np.arange(len(labels)), test_size=0.1, stratify=labels, random_state=0)
-    training, validation = ((images_u8[part], labels[part]) for part in rows)
-    return Dataset.in_memory(tuple("abcdefghij"), training, validation)
-
-
 def model(recipe: Any, architecture: str, lab: Lab, seed: int = 0) -> Any:
     from mlpipe.config import RunParams
     from mlpipe.recipes import resolve
@@ -96,10 +84,10 @@ def peak_memory(lab: Lab) -> float | None:
 
 def training(lab: Lab) -> Section:
     """Whole trainings by `report` and `strong`, as a run makes them."""
-    from accuracy import hits, trained
+    from accuracy import held_out_tenth, hits, trained
     from common import Logged
 
-    data, found = dataset(lab.train), {}
+    data, found = held_out_tenth(*lab.train), {}
     for recipe in ("report", "strong"):
         for architecture in ("custom_cnn", "resnet18"):
             peak_memory(lab)
@@ -172,9 +160,9 @@ def published(lab: Lab) -> Section:
 def repeated(lab: Lab) -> Section:
     """Whether a seed gives the same weights again; else the operation that PyTorch names."""
     import torch
-    from accuracy import trained
+    from accuracy import held_out_tenth, trained
 
-    data, found = dataset(lab.train), {}
+    data, found = held_out_tenth(*lab.train), {}
     for architecture in ("custom_cnn", "resnet18"):
         config = model("strong", architecture, lab)
         config = replace(config, train=replace(config.train, num_epochs=1))
@@ -263,11 +251,11 @@ def two_tasks(lab: Lab) -> Section:
 
 def one_epoch(lab: Lab) -> None:
     """Print the images/s of two epochs of ResNet-18."""
-    from accuracy import trained
+    from accuracy import held_out_tenth, trained
     from common import Logged
 
     config, logged = model("report", "resnet18", lab), Logged()
-    trained(dataset(lab.train), replace(config, train=replace(config.train, num_epochs=2)), logged)
+    trained(held_out_tenth(*lab.train), replace(config, train=replace(config.train, num_epochs=2)), logged)
     print(logged.epochs[-1]["images_per_second"])
 
 

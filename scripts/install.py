@@ -71,7 +71,7 @@ def batches(entries: dict[str, list[str]], names: Iterable[str], present: set[st
     alone = [[block] for name, block in missing if HEAVY.match(name)]
     rest = [block for name, block in missing if not HEAVY.match(name)]
     parts = [rest[start : start + PACKAGES_OF_A_PIP] for start in range(0, len(rest), PACKAGES_OF_A_PIP)]
-    return sorted(alone, key=lambda part: -("torch" in part[0][:6])) + parts
+    return sorted(alone, key=lambda part: not part[0].startswith("torch")) + parts
 
 
 def install(python: Path, part: list[str]) -> int:

@@ -181,7 +181,8 @@ class Dataset:
         from sklearn.model_selection import StratifiedKFold, train_test_split
 
         rows = np.sort(np.concatenate([self._open("train_indices.npy"), self._open("val_indices.npy")]))
-        labels = self._open("train_labels.npy")[rows]
+        all_labels = self._open("train_labels.npy")
+        labels = all_labels[rows]
         fewest = int(np.bincount(labels, minlength=len(self.manifest.classes)).min())
         if fewest < num_folds:
             raise UserError(f"folds: {num_folds} is not allowed; the smallest class has {fewest} images to train on")
@@ -192,7 +193,7 @@ class Dataset:
             chosen = train_test_split(others, test_size=0.1, stratify=stratify, random_state=seed)
             arrays = {
                 "train_images.npy": images_u8,
-                "train_labels.npy": self._open("train_labels.npy"),
+                "train_labels.npy": all_labels,
                 "train_indices.npy": rows[np.sort(chosen[0])],
                 "val_indices.npy": rows[np.sort(chosen[1])],
             }
@@ -204,11 +205,7 @@ class Dataset:
                 num_val=len(chosen[1]),
                 class_counts={**self.manifest.class_counts, "train": tuple(counts[0]), "val": tuple(counts[1])},
             )
-            held_out_rows = rows[held_out]
-            yield (
-                Dataset(manifest, arrays.__getitem__),
-                Split(ImageRows(images_u8, held_out_rows), labels[held_out]),
-            )
+            yield Dataset(manifest, arrays.__getitem__), Split(ImageRows(images_u8, rows[held_out]), labels[held_out])
 
     def test_hashes(self) -> NDArray[np.uint64]:
         """(N,) hashes of the test images' files, by which an image is known in other data sets."""

@@ -112,15 +112,10 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     # When MLflow has all: until then a retry trains nothing again.
     checkpoints.delete()
     return TrainedVersion(
-        model=RegisteredModel(
-            name=model.name,
-            architecture=description.architecture,
-            weights=redact_uri(model.weights),
-            run_id=run.info.run_id,
-            run_url=tracked.url,
-            model_uri=version.uri,
-            model_id=version.model_id,
-            version=version.version,
+        model=_registered(
+            model,
+            tracked,
+            version,
             train_seconds=trained.train_seconds,
             images_per_second=trained.images_per_second,
             metrics={**trained.metrics, **folds},
@@ -164,15 +159,10 @@ def _reuse(
         metrics = copy_history(runs.tracked(earlier.run_id), tracked)
         loss = dict(tracked.history("val/loss"))[int(metrics["best/epoch"])]
     return TrainedVersion(
-        model=RegisteredModel(
-            name=model.name,
-            architecture=architectures.find(model.architecture).name,
-            weights=redact_uri(model.weights),
-            run_id=run.info.run_id,
-            run_url=tracked.url,
-            model_uri=earlier.uri,
-            version=earlier.version,
-            model_id=earlier.model_id,
+        model=_registered(
+            model,
+            tracked,
+            earlier,
             train_seconds=metrics["train_seconds"],
             images_per_second=metrics.get("images_per_second", 0.0),
             metrics={
@@ -183,6 +173,23 @@ def _reuse(
         ),
         dataset=data,
         is_reused=True,
+    )
+
+
+def _registered(
+    model: ModelConfig, tracked: TrackedRun, version: RegisteredVersion, **training: Any
+) -> RegisteredModel:
+    """The message about a version, as this DAG run's MLflow run of the model has it; `training`: how that went."""
+    return RegisteredModel(
+        name=model.name,
+        architecture=architectures.find(model.architecture).name,
+        weights=redact_uri(model.weights),
+        run_id=tracked.run_id,
+        run_url=tracked.url,
+        model_uri=version.uri,
+        model_id=version.model_id,
+        version=version.version,
+        **training,
     )
 
 

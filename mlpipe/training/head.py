@@ -64,7 +64,9 @@ def train_head(
         precision,
     ]
     features = {
-        part: _kept_features(network, head, description, split, store, [*facts, part])
+        part: _kept_features(
+            network, head, description, split, store, [*facts, part], bfloat16=precision == "bf16-mixed"
+        )
         for part, split in (("train", training), ("val", validation))
     }
     mean, std = features["train"].mean(axis=0), features["train"].std(axis=0) + 1e-6
@@ -118,6 +120,8 @@ def _kept_features(
     split: Split,
     store: ObjectStore,
     facts: list[object],
+    *,
+    bfloat16: bool,
 ) -> NDArray[np.float32]:
     """(N, D) inputs of the last layer, from the object store if they are there."""
     key = f"features/{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
@@ -125,7 +129,7 @@ def _kept_features(
         logger.info("the features are kept already")
         known: NDArray[np.float32] = np.load(io.BytesIO(store.get_bytes(key)), allow_pickle=False)
         return known
-    features = _features(network, head, description, split, bfloat16="bf16-mixed" in facts)
+    features = _features(network, head, description, split, bfloat16=bfloat16)
     stream = io.BytesIO()
     np.save(stream, features, allow_pickle=False)
     store.put_bytes(key, stream.getvalue())
