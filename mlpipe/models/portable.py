@@ -80,6 +80,8 @@ class ModelDescription:
     of their mean for two views of the image, shifted by a pixel down and right, and up and left."""
     temperature: float = 1.0
     """Divides the logarithms of the probabilities, fitted so that they are as high as the share that is right."""
+    uniform_share: float = 0.0
+    """Of the uniform distribution, mixed with the probabilities after that; fitted together with it."""
     code: str = ""
     """What builds the network or makes the estimator's features, as `load_function` takes it. Empty where an earlier
     version of this project logged the model."""
@@ -180,7 +182,7 @@ def network_probabilities(
     """
     images = enlarge(normalise(images_u8, mean, std), description.input_size)
     if description.test_time_averaging == "none":
-        return at_temperature(network(images).float().softmax(dim=1).cpu().numpy(), description.temperature)
+        return calibrated(network(images).float().softmax(dim=1).cpu().numpy(), description)
 
     def both_ways(view: Tensor) -> Tensor:
         return (network(view).float().softmax(dim=1) + network(view.flip(3)).float().softmax(dim=1)) / 2
@@ -191,23 +193,25 @@ def network_probabilities(
         padded = F.pad(images, (1, 1, 1, 1), "reflect")
         shifted = [both_ways(padded[:, :, at : at + height, at : at + width]) for at in (0, 2)]
         probabilities = probabilities / 2 + (shifted[0] + shifted[1]) / 4
-    return at_temperature(probabilities.cpu().numpy(), description.temperature)
+    return calibrated(probabilities.cpu().numpy(), description)
 
 
-def at_temperature(probabilities: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
-    """(N, K) probabilities whose logarithms were divided; the very same ones at 1."""
-    if temperature == 1:
-        return probabilities
-    logs = np.log(np.maximum(probabilities, SMALLEST)) / temperature
-    powers = np.exp(logs - logs.max(axis=1, keepdims=True))
-    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+def calibrated(probabilities: NDArray[np.float32], description: ModelDescription) -> NDArray[np.float32]:
+    """(N, K) probabilities by the description's temperature and uniform share; the very same ones where it has none."""
+    if description.temperature != 1:
+        logs = np.log(np.maximum(probabilities, SMALLEST)) / description.temperature
+        powers = np.exp(logs - logs.max(axis=1, keepdims=True))
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+    if share := description.uniform_share:
+        probabilities = (1 - share) * probabilities + share / probabilities.shape[1]
+    return probabilities.astype(np.float32, copy=False)
 
 
 def estimator_probabilities(
-    estimator: Any, features: NDArray[np.float32], temperature: float = 1.0
+    estimator: Any, description: ModelDescription, features: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """(B, D) features to (B, number of classes) probabilities of a fitted estimator."""
-    return at_temperature(estimator.predict_proba(features).astype(np.float32), temperature)
+    return calibrated(estimator.predict_proba(features).astype(np.float32), description)
 
 
 def import_skops() -> Any:
@@ -396,7 +400,7 @@ class ImageClassifier(PythonModel):
         images = torch.from_numpy(copied).to(self.device)
         images = resize(images.expand(-1, -1, -1, 3), self.description.image_size)
         if self.description.kind == "estimator":
-            return estimator_probabilities(self.predictor, self.features(images), self.description.temperature)
+            return estimator_probabilities(self.predictor, self.description, self.features(images))
         return network_probabilities(self.predictor, self.description, images, self.mean, self.std)
 
     def _frame(self, probabilities: NDArray[np.float32], params: dict[str, Any] | None) -> pd.DataFrame:

@@ -31,11 +31,11 @@ from mlpipe.tracking.registry import RegisteredVersion
 from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.tracking.trained_before import TAG as TRAINING_KEY
 from mlpipe.tracking.trained_before import copy_history, find_trained, training_key
+from mlpipe.training.calibration import with_calibration
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cross_validation import ACCURACY, ERROR, MEAN, cross_validate
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher, load_teacher
-from mlpipe.training.temperature import with_temperature
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +80,13 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         log_input(dataset.manifest, data.uri, context="training")
         checkpoints = CheckpointStore(store, tracked.run_id)
         trained = _fit(model, description, dataset, tracked, start, teacher, checkpoints, store)
-        trained = with_temperature(trained, dataset.val_split())
+        trained = with_calibration(trained, dataset.val_split())
         folds = _cross_validate(config, model, description, dataset, tracked, teacher, store) if config.folds else {}
         tracked.log_metrics(
             {
                 **folds,
                 "temperature": trained.description.temperature,
+                "uniform_share": trained.description.uniform_share,
                 "train_seconds": trained.train_seconds,
                 "best/epoch": trained.best_epoch,
                 "best/val_accuracy": trained.metrics["val/accuracy"],

@@ -66,7 +66,7 @@ class TrainedModel:
         images = resize(torch.from_numpy(images_u8), self.description.image_size)
         if self.description.kind == "estimator":
             features = portable.load_function(self.description.code)
-            return portable.estimator_probabilities(self.predictor, features(images), self.description.temperature)
+            return portable.estimator_probabilities(self.predictor, self.description, features(images))
         mean = torch.tensor(self.description.channel_mean).view(3, 1, 1)
         std = torch.tensor(self.description.channel_std).view(3, 1, 1)
         return portable.network_probabilities(self.predictor, self.description, images, mean, std)
