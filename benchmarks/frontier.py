@@ -200,13 +200,11 @@ def seconds_of_ours(data: Dataset) -> float:
     batches = [batch for batch, _ in zip(loader, range(1 + math.ceil(TIMED_IMAGES / config.batch_size)), strict=False)]
     optimizers, schedules = module.configure_optimizers()
 
-    def step(images_u8: Tensor, labels: Tensor) -> None:
-        from mlpipe.training.augmentation import augment
+    module.on_train_epoch_start()
 
-        images = module._shown(augment(images_u8, config.augmentation, 0))
+    def step(images_u8: Tensor, labels: Tensor) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16-mixed"):
-            logits = module.network(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+            loss = module.training_loss((images_u8, labels))
         module.network.zero_grad()
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

@@ -89,6 +89,8 @@ class RunParams(Form):
             "epochs",
             "batch_size",
             "learning_rate",
+            "find_batch_size",
+            "find_learning_rate",
             "early_stopping",
             "settings",
             "fine_tuning",
@@ -174,6 +176,17 @@ class RunParams(Form):
         "custom_cnn 0.04), 0.1 (strong; custom_cnn 0.16, resnets 0.07, pretrained networks 0.01).",
         exclusiveMinimum=0,
         maximum=10,
+    )
+    find_batch_size: bool = describe(
+        False,
+        "Find batch size",
+        "Each network trains with the largest batch (a power of two, at most 4096) that takes half of the memory.",
+    )
+    find_learning_rate: bool = describe(
+        False,
+        "Find learning rate",
+        "Before its training each network takes 100 steps with growing learning rates, and then trains with the one at "
+        "which the loss fell fastest.",
     )
     early_stopping: int | None = describe(
         None,
@@ -373,6 +386,10 @@ class NetworkSettings:
     """Least number of optimizer steps in an epoch; batches of a small data set are smaller for it."""
     learning_rate: float = 1e-3
     """Step size; the peak, if a schedule varies it."""
+    find_batch_size: bool = False
+    """Whether the largest batch that takes half of the memory replaces `batch_size`."""
+    find_learning_rate: bool = False
+    """Whether a range test around `learning_rate` replaces it before the training."""
     optimizer: str = "adam"
     """Update rule: a key of `mlpipe.training.optimizers.OPTIMIZERS`."""
     weight_decay: float = 0.0
@@ -401,6 +418,8 @@ class NetworkSettings:
     """Weights of the classes in the loss; balanced: inverse to their numbers of training images."""
     teacher: str | None = None
     """`models:/…` address of a network whose answers are learned beside the labels; `None`: none."""
+    width: float = 1.0
+    """Multiple of the network's numbers of channels; for custom_cnn, and for networks whose builder takes `width`."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Arithmetic; auto: bfloat16 if the processor has it in hardware."""
     num_devices: int = 1

@@ -243,6 +243,8 @@ def _settings(
     form = {
         "num_epochs": params.epochs,
         "batch_size": params.batch_size,
+        "find_batch_size": params.find_batch_size or None,
+        "find_learning_rate": params.find_learning_rate or None,
         "min_steps": 1 if params.batch_size else None,
         "learning_rate": params.learning_rate,
         "early_stopping_patience": params.early_stopping,
@@ -255,6 +257,16 @@ def _settings(
     own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
     settings = _checked(recipe.network, {**own, **_of(NetworkSettings, more), **chosen})
     check_optimizer(settings.optimizer)
+    if settings.width != 1 and architecture.is_of_project and not architecture.has_width:
+        raise UserError(
+            f"width: {settings.width:g} is not allowed for {architecture.name}, which has one width; it is for "
+            "custom_cnn and for networks of your own whose builder takes `width`"
+        )
+    if settings.width <= 0:
+        raise UserError(f"width: {settings.width:g} is not allowed; give a multiple of the network's channels, like 2")
+    for finder, given in (("find_batch_size", params.batch_size), ("find_learning_rate", params.learning_rate)):
+        if getattr(settings, finder) and given:
+            raise UserError(f"{finder}: {finder[5:]} is {given:g}, so nothing is to be found; leave one of them out")
     if settings.teacher and settings.mixing != "none":
         raise UserError("teacher: it answers unmixed images, so it is not allowed with mixing; leave one of them out")
     return settings

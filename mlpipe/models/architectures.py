@@ -44,10 +44,10 @@ class Architecture:
     builder: str
     """`module:function`, `module:Class` or `/path/file.py:Class` that makes it.
 
-    A network's is called with those of `num_classes`, `image_size`, `variant` and `architecture` that it takes, and
-    returns a module that maps (B, 3, H, W) to (B, num_classes) logits. Its file travels with the logged model, so it
-    imports nothing of mlpipe. An estimator's is called with its `LinearSettings`, `num_images` and `num_features`, and
-    returns a scikit-learn Pipeline.
+    A network's is called with those of `num_classes`, `image_size`, `variant`, `width` and `architecture` that it
+    takes, and returns a module that maps (B, 3, H, W) to (B, num_classes) logits. Its file travels with the logged
+    model, so it imports nothing of mlpipe. An estimator's is called with its `LinearSettings`, `num_images` and
+    `num_features`, and returns a scikit-learn Pipeline.
     """
     features: str = "mlpipe.models.features.pixels:features"
     """Of an estimator: `module:function` from (B, H, W, 3) uint8 images to (B, D) float32. Its module travels too."""
@@ -57,6 +57,8 @@ class Architecture:
     """Whether torchvision or timm has weights for it that were trained on ImageNet."""
     variants: tuple[Variant, ...] = ("standard",)
     """Forms that it has."""
+    has_width: bool = False
+    """Whether its numbers of channels can be multiplied; of networks of others, their builders tell."""
     takes_any_image_size: bool = False
     """Whether all sizes that the form allows are fine. Otherwise it is built and asked, which loads torch."""
     outline: Literal["meta", "cpu"] = "cpu"
@@ -126,6 +128,7 @@ KNOWN: tuple[Architecture, ...] = (
         kind="network",
         builder="mlpipe.models.networks.custom_cnn:build",
         variants=("standard", "small_images"),
+        has_width=True,
         takes_any_image_size=True,
         outline="meta",
     ),

@@ -73,6 +73,8 @@ class ModelDescription:
     """Divides each channel of a network's input, in units of 0..1."""
     variant: Literal["standard", "small_images"] = "standard"
     """Form of the network, as its builder takes it."""
+    width: float = 1.0
+    """Multiple of the network's numbers of channels, as its builder takes it."""
     input_size: int | None = None
     """Height and width to which a network enlarges its input, pixels; `None`: not at all."""
     test_time_averaging: str = "none"
@@ -137,7 +139,7 @@ def load_function(code: str, folder: Path | None = None) -> Any:
 
 
 def build_network(builder: Any, **values: Any) -> nn.Module:
-    """Call a builder with those of `num_classes`, `image_size`, `variant` and `architecture` that it takes."""
+    """Call a builder with those of `num_classes`, `image_size`, `variant`, `width`, `architecture` that it takes."""
     taken = inspect.signature(builder).parameters
     return builder(**{name: value for name, value in values.items() if name in taken})
 
@@ -302,6 +304,7 @@ class ImageClassifier(PythonModel):
                 num_classes=len(described.classes),
                 image_size=described.input_size or described.image_size,
                 variant=described.variant,
+                width=described.width,
             )
         # The versions of the layers' formats, which mnasnet insists on and safetensors does not hold.
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]

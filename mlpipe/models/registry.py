@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ def describe(model: ModelConfig, manifest: Manifest) -> ModelDescription:
         channel_mean=manifest.channel_mean,
         channel_std=manifest.channel_std,
         variant=model.variant,
+        width=model.train.width if isinstance(model.train, NetworkSettings) else 1.0,
         input_size=model.input_size,
         test_time_averaging=model.train.test_time_averaging if isinstance(model.train, NetworkSettings) else "none",
         code=entry.code,
@@ -119,16 +121,25 @@ def _try_out(entry: Architecture, image_size: int, variant: Variant) -> None:
 
 
 def build_network(
-    architecture: str, *, num_classes: int, image_size: int, seed: int, variant: Variant = "standard"
+    architecture: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    seed: int,
+    variant: Variant = "standard",
+    width: float = 1.0,
 ) -> nn.Module:
     """A network with random weights that depend on the seed alone.
 
     Raises:
-        UserError: no such architecture, or one that cannot take images of that size.
+        UserError: no such architecture, or one that cannot take images of that size, or has no other width.
     """
     check_architecture(architecture, image_size, variant)
+    entry = architectures.find(architecture)
+    if width != 1 and "width" not in inspect.signature(portable.load_function(entry.builder)).parameters:
+        raise UserError(f"width: {entry.name} has one width alone, for what builds it takes no `width`; leave it at 1")
     torch.manual_seed(seed)
-    return _build(architectures.find(architecture), num_classes, image_size, variant)
+    return _build(entry, num_classes, image_size, variant, width)
 
 
 def outline_network(architecture: str, num_classes: int, image_size: int, variant: Variant = "standard") -> nn.Module:
@@ -138,11 +149,12 @@ def outline_network(architecture: str, num_classes: int, image_size: int, varian
         return _build(entry, num_classes, image_size, variant)
 
 
-def _build(entry: Architecture, num_classes: int, image_size: int, variant: Variant) -> nn.Module:
+def _build(entry: Architecture, num_classes: int, image_size: int, variant: Variant, width: float = 1.0) -> nn.Module:
     return portable.build_network(
         portable.load_function(entry.builder),
         architecture=entry.name,
         num_classes=num_classes,
         image_size=image_size,
         variant=variant,
+        width=width,
     )

@@ -119,6 +119,7 @@ def _build(model: ModelConfig, description: ModelDescription) -> nn.Module:
         image_size=description.input_size or description.image_size,
         seed=model.train.seed,
         variant=description.variant,
+        width=description.width,
     )
 
 
@@ -222,6 +223,7 @@ def _registered(model: ModelConfig, description: ModelDescription, folder: Path)
             channel_mean=logged.channel_mean,
             channel_std=logged.channel_std,
             variant=logged.variant,
+            width=logged.width,
             input_size=logged.input_size,
         ),
         other_classes=logged.classes != description.classes,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from mlpipe.config import Form, ModelConfig, NetworkSettings, RecipeName, RunConfig, RunParams, SmallClasses, describe
 from mlpipe.errors import UserError
+from mlpipe.models.architectures import find
 from mlpipe.recipes import resolve
 
 NETWORK_SETTINGS = (
@@ -19,6 +20,7 @@ NETWORK_SETTINGS = (
     "augmentation",
     "mixing",
     "optimizer",
+    "width",
 )
 LINEAR_SETTINGS = ("inverse_regularization", "num_components")
 
@@ -132,6 +134,9 @@ def resolve_search(params: TuneParams, dag_run_id: str) -> Search:
     vary = tuple(part.strip() for part in params.vary.split(",") if part.strip()) if params.vary else default
     if wrong := [name for name in vary if name not in known]:
         raise UserError(f"vary: {', '.join(wrong)} is not allowed for {model.name}; give some of {', '.join(known)}")
+    entry = find(model.architecture)
+    if "width" in vary and entry.is_of_project and not entry.has_width:
+        raise UserError(f"vary: width is not allowed for {model.name}, which has one width; vary other settings")
     named = re.sub(r"[^a-z0-9_.-]+", "-", f"{run.data.name}-{model.name}-{dag_run_id}".lower())[:80]
     return Search(
         run=run,

@@ -16,6 +16,7 @@ NUM_IMAGES = 2
 """Of the batch by which memory is measured; one image alone has no variance to normalize by."""
 MOST_OF_AN_INPUT = 1000
 """A network keeps less of an image than this many times its input: EfficientNet-B7 890 times, ResNet-152 300 times."""
+LARGEST_BATCH = 4096
 STATES = 3
 """A parameter's gradient and its two averages, which an optimizer keeps."""
 
@@ -42,6 +43,16 @@ def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, b
         )
 
 
+def largest_batch(network: nn.Module, *, side: int, bfloat16: bool) -> int:
+    """The largest power of two of images, from 2 to 4096, that takes half of the device's memory to train on.
+
+    Half of all memory, not of what is free now: a training that is resumed finds the same.
+    """
+    parameters = sum(each.numel() * each.element_size() for each in network.parameters())
+    images = (all_bytes() / 2 - STATES * parameters) / bytes_of_an_image(network, side, bfloat16=bfloat16)
+    return 1 << int(min(max(images, 2), LARGEST_BATCH)).bit_length() - 1
+
+
 def bytes_of_an_image(network: nn.Module, side: int, *, bfloat16: bool) -> float:
     """What is kept of an image from the forward to the backward pass, bytes; the network stays as it is."""
     copied = copy.deepcopy(network).cpu().train()
@@ -62,6 +73,18 @@ def bytes_of_an_image(network: nn.Module, side: int, *, bfloat16: bool) -> float
     ):
         copied(images)
     return sum(kept.values()) / NUM_IMAGES
+
+
+def all_bytes() -> int:
+    """Memory of the device, else of the machine or the container's limit."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    whole = int(psutil.virtual_memory().total)
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+    except OSError:
+        return whole
+    return whole if limit == "max" else min(whole, int(limit))
 
 
 def free_bytes() -> int:

@@ -150,6 +150,17 @@ class ClassificationModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:  # noqa: ARG002
         """One step of the optimizers and of their schedules."""
+        loss = self.training_loss(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            self.network.zero_grad()
+            self.manual_backward(loss if self.loss_weight == 1.0 else loss * self.loss_weight)
+            for optimizer in self.trainer.optimizers:
+                optimizer.step()
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # type: ignore[call-arg]  # none that looks at a metric
+
+    def training_loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Of one batch, augmented; it is counted."""
         images_u8, labels, *answers = batch
         images_u8 = augment(images_u8, self.train_config.augmentation, self.epoch)
         images, targets = mix(self._shown(images_u8), labels, self.train_config.mixing, self.num_classes)
@@ -162,13 +173,7 @@ class ClassificationModule(LightningModule):
         if answers or self.teacher:
             taught = answers[0] if answers else self.teacher[0].logits(images_u8)
             loss = (1 - WEIGHT) * loss + WEIGHT * distillation_loss(logits.float(), taught)
-        with torch.autocast(self.device.type, enabled=False):
-            self.network.zero_grad()
-            self.manual_backward(loss if self.loss_weight == 1.0 else loss * self.loss_weight)
-            for optimizer in self.trainer.optimizers:
-                optimizer.step()
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.step()  # type: ignore[call-arg]  # none that looks at a metric
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Count one batch, without augmentation."""

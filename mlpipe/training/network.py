@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from dataclasses import asdict
+import logging
+from dataclasses import asdict, replace
 from itertools import islice
 
 import torch
@@ -22,12 +24,15 @@ from mlpipe.training.cpu.processor import cpu_name
 from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
-from mlpipe.training.memory import check_memory
+from mlpipe.training.learning_rate import NUM_STEPS, find_learning_rate
+from mlpipe.training.memory import check_memory, largest_batch
 from mlpipe.training.module import ClassificationModule
 from mlpipe.training.precision import choose_precision
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher
 from mlpipe.training.whitening import MAX_IMAGES, whiten
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 4
 """Of what `CheckpointCallback` saves."""
@@ -61,10 +66,15 @@ def train_network(
     network, description = start.network, start.description
     mean, std = description.channel_mean, description.channel_std
     split = dataset.train_split()
+    side = description.input_size or description.image_size
+    precision = choose_precision(config.precision)
+    bfloat16 = precision == "bf16-mixed"
+    if config.find_batch_size:
+        config = replace(config, batch_size=config.num_devices * largest_batch(network, side=side, bfloat16=bfloat16))
+        logger.info("the largest batch that takes half of the memory has %d images", config.batch_size)
     batch_size = min(config.batch_size, max(2 * config.num_devices, len(split) // config.min_steps))
     training = BatchLoader(split, batch_size, seed=config.seed, shuffle=True)
     # What fits when it is trained on fits when it is not.
-    side = description.input_size or description.image_size
     validation_batch_size = max(batch_size, PIXELS_PER_BATCH // side**2)
     validation = BatchLoader(dataset.val_split(), validation_batch_size, seed=config.seed, shuffle=False)
     check_devices(
@@ -79,29 +89,35 @@ def train_network(
     whitened = getattr(network, "whitened", None)
     if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
         _whiten(whitened, training, mean, std)
-    precision = choose_precision(config.precision)
-    check_memory(network, model.name, batch_size=batch_size, side=side, bfloat16=precision == "bf16-mixed")
+    check_memory(network, model.name, batch_size=batch_size, side=side, bfloat16=bfloat16)
+
+    def module_for(network: nn.Module, settings: NetworkSettings, total_steps: int) -> ClassificationModule:
+        return ClassificationModule(
+            network,
+            settings,
+            channel_mean=mean,
+            channel_std=std,
+            num_classes=len(dataset.manifest.classes),
+            total_steps=total_steps,
+            input_size=description.input_size,
+            teacher=teacher,
+            class_weights=_balanced(dataset) if config.class_weights == "balanced" else None,
+        )
+
+    if config.find_learning_rate:
+        trial = module_for(copy.deepcopy(network), replace(config, schedule="constant"), NUM_STEPS)
+        config = replace(config, learning_rate=find_learning_rate(trial, training, tracking, bfloat16=bfloat16))
     trimmed = TrimmedKernels(network, side)
     own_shard = training.shard(0, config.num_devices)
     keeper = CheckpointCallback(
         own_shard,
         tracking,
         checkpoints,
-        fingerprint=_fingerprint(model, dataset, start),
+        fingerprint=_fingerprint(replace(model, train=config), dataset, start),
         seed=config.seed,
         patience=config.early_stopping_patience,
     )
-    module = ClassificationModule(
-        network,
-        config,
-        channel_mean=mean,
-        channel_std=std,
-        num_classes=len(dataset.manifest.classes),
-        total_steps=config.num_epochs * len(own_shard),
-        input_size=description.input_size,
-        teacher=teacher,
-        class_weights=_balanced(dataset) if config.class_weights == "balanced" else None,
-    )
+    module = module_for(network, config, config.num_epochs * len(own_shard))
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
     tracking.log_params(
         {"images_per_step": batch_size, "precision": precision, "device": _device_name(), "threads": num_threads}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -183,6 +184,20 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         resolved(models="resnet18", settings='{"optimizer": "sdg"}')
     with pytest.raises(UserError, match="not allowed with mixing"):
         resolved(models="resnet18", settings='{"mixing": "cutmix"}', teacher="models:/pets-classifier/3")
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"models": "resnet18", "settings": '{"width": 2}'}, "width: 2 is not allowed for resnet18"),
+        ({"models": "custom_cnn", "settings": '{"width": -1}'}, "width: -1 is not allowed"),
+        ({"find_learning_rate": True, "learning_rate": 0.1}, "find_learning_rate: learning_rate is 0.1"),
+        ({"find_batch_size": True, "batch_size": 64}, "find_batch_size: batch_size is 64"),
+    ],
+)
+def test_what_cannot_be_found_or_widened_is_refused(form: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        resolved(**form)
 
 
 def test_the_form_says_what_its_empty_fields_mean() -> None:

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def build(num_classes: int, variant: str = "standard") -> nn.Module:
-    """The network of that variant (`standard` or `small_images`), with random weights."""
-    return SmallImageCNN(num_classes) if variant == "small_images" else CustomCNN(num_classes)
+def build(num_classes: int, variant: str = "standard", width: float = 1.0) -> nn.Module:
+    """The network of that variant (`standard` or `small_images`) and multiple of its channels, with random weights."""
+    return (SmallImageCNN if variant == "small_images" else CustomCNN)(num_classes, width)
+
+
+def _times(channels: int, width: float) -> int:
+    """Channels of a wider or narrower network: a multiple of 8, which processors compute fastest with."""
+    return max(8, 8 * round(channels * width / 8))
 
 
 class ByteDropout(nn.Dropout):
@@ -49,22 +54,23 @@ class CustomCNN(nn.Module):
     Images of any size are pooled to 8×8 features, which for 32×32 images they already are.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0) -> None:
         super().__init__()
+        first, second, hidden = (_times(channels, width) for channels in (32, 64, 256))
         self.features = nn.Sequential(
-            nn.Conv2d(3, 32, kernel_size=3, padding=1),
+            nn.Conv2d(3, first, kernel_size=3, padding=1),
             nn.MaxPool2d(2),
             nn.ReLU(inplace=True),  # after pooling, with which it commutes: a quarter of the work
-            nn.Conv2d(32, 64, kernel_size=3, padding=1),
+            nn.Conv2d(first, second, kernel_size=3, padding=1),
             nn.MaxPool2d(2),
             nn.ReLU(inplace=True),
         )
         self.classifier = nn.Sequential(
             ByteDropout(0.5),
-            nn.Linear(64 * 8 * 8, 256),
+            nn.Linear(second * 8 * 8, hidden),
             nn.ReLU(inplace=True),
             ByteDropout(0.25),
-            nn.Linear(256, num_classes),
+            nn.Linear(hidden, num_classes),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -136,10 +142,10 @@ class SmallImageCNN(nn.Module):
     HEAD_STD, HEAD_DIVISOR = 0.02, 5.0
     """Of the last layer's initial weights and of its outputs; so scaled, it learns as fast as the convolutions."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, self.STEM_CHANNELS, kernel_size=2).requires_grad_(False)
-        widths = (self.STEM_CHANNELS, *self.WIDTHS)
+        widths = (self.STEM_CHANNELS, *(_times(channels, width) for channels in self.WIDTHS))
         self.blocks = nn.Sequential(*(Block(*pair) for pair in pairwise(widths)))
         self.classifier = nn.Linear(widths[-1], num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=self.HEAD_STD)

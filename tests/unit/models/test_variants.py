@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mlpipe.config import ModelConfig, NetworkSettings
+from mlpipe.errors import UserError
 from mlpipe.models import package, registry, weights
 from mlpipe.models.architectures import KNOWN
 from mlpipe.models.features.oriented_gradients import oriented_gradients
@@ -129,11 +131,46 @@ def test_a_network_for_small_images_is_found_again_by_its_description(
     assert seen == [torch.Size([2, 3, 40, 40])]
 
 
+@pytest.mark.parametrize("variant", ["standard", "small_images"])
+def test_a_wider_network_is_found_again_by_its_description(
+    description: ModelDescription, tmp_path: Path, variant: Literal["standard", "small_images"]
+) -> None:
+    sizes = {}
+    for width in (0.5, 1.0, 2.0):
+        network = registry.build_network(
+            "custom_cnn", num_classes=3, image_size=32, seed=0, variant=variant, width=width
+        ).eval()
+        sizes[width] = sum(each.numel() for each in network.parameters())
+        described = replace(description, variant=variant, width=width, image_size=32)
+        loaded = ImageClassifier()
+        loaded.load(*package.write_files(described, network, tmp_path))
+        assert loaded.probabilities(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 3)
+    assert 3 * sizes[0.5] < 1.2 * sizes[1.0] < 0.5 * sizes[2.0]
+
+
+def test_a_network_of_one_width_says_so(tmp_path: Path) -> None:
+    own = tmp_path / "mynets.py"
+    own.write_text(
+        "from torch import nn\n"
+        "def wide(num_classes, width=1.0):\n"
+        "    return nn.Sequential(nn.Conv2d(3, int(8 * width), 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(int(8 * width), num_classes))\n"
+        "def narrow(num_classes):\n"
+        "    return wide(num_classes)\n"
+    )
+    network = registry.build_network(f"{own}:wide", num_classes=3, image_size=32, seed=0, width=2.0)
+    assert len(network[0].weight) == 16  # type: ignore[index]
+    with pytest.raises(UserError, match="width: narrow has one width alone"):
+        registry.build_network(f"{own}:narrow", num_classes=3, image_size=32, seed=0, width=2.0)
+
+
 def test_registered_weights_bring_their_form(
     description: ModelDescription, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=1, variant="small_images")
-    described = replace(description, variant="small_images", image_size=32, input_size=48)
+    source = registry.build_network(
+        "custom_cnn", num_classes=3, image_size=32, seed=1, variant="small_images", width=0.5
+    )
+    described = replace(description, variant="small_images", width=0.5, image_size=32, input_size=48)
     _, parameters, *_ = package.write_files(described, source, tmp_path)
     # The download is tested in test_package.py, against a real server.
     monkeypatch.setattr(package, "download_packaged_model", lambda uri, folder: (described, parameters))  # noqa: ARG005

@@ -172,7 +172,7 @@ def test_the_best_trial_is_never_worse_than_the_recipe(study: optuna.Study) -> N
 
 
 def test_any_setting_of_any_model_can_be_varied(study: optuna.Study) -> None:
-    names = "learning_rate,weight_decay,label_smoothing,batch_size,augmentation,optimizer"
+    names = "learning_rate,weight_decay,label_smoothing,batch_size,augmentation,optimizer,width"
     for form in ({"vary": names}, {"model": "logistic_regression"}):
         search = search_of(**form)
         trial = study.ask()
@@ -188,6 +188,7 @@ def test_any_setting_of_any_model_can_be_varied(study: optuna.Study) -> None:
         ({"model": "custom_cnn,resnet18"}, "model"),
         ({"vary": "num_components"}, "vary"),
         ({"model": "logistic_regression", "vary": "learning_rate"}, "vary"),
+        ({"model": "resnet18=random", "vary": "width"}, "vary"),
         ({"trials": 1}, "trials"),
         ({"study": "No Name"}, "study"),
     ],

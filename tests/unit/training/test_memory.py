@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -39,6 +40,18 @@ def test_a_batch_that_does_not_fit_names_the_numbers_and_the_way_out(monkeypatch
         UserError, match=r"batch_size: 4096 images of 512×512 pixels need about .* GiB to train mine, and 1\.0"
     ):
         memory.check_memory(network, "mine", batch_size=4096, side=512, bfloat16=False)
+
+
+@pytest.mark.parametrize(("memory_bytes", "found"), [(2**10, 2), (2**24, 512), (2**40, 4096)])
+def test_the_largest_batch_takes_half_of_the_memory(
+    memory_bytes: int, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Mock(total=2**50))
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{memory_bytes}\n")
+    network = nn.Conv2d(3, 24, 3, padding=1)  # keeps the image, 12 KiB
+    assert memory.largest_batch(network, side=32, bfloat16=False) == found
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
