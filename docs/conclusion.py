@@ -21,6 +21,7 @@ RUNS = DOCS / "runs"
 PRETRAINED = (
     ("lite_head", "a new last layer on ImageNet's features", "128"),
     ("lite_all", "all layers from ImageNet's weights, three epochs", "64"),
+    ("lite96", "all layers from ImageNet's weights, three epochs of `strong`", "96"),
     ("lite_random", "all layers from random weights, three epochs", "64"),
 )
 """Run, what it trained, and the height and width of its images."""
