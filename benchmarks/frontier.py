@@ -199,7 +199,6 @@ def seconds_of_ours(data: Dataset) -> float:
     loader = BatchLoader(data.train_split(), config.batch_size, seed=0, shuffle=True)
     batches = [batch for batch, _ in zip(loader, range(1 + math.ceil(TIMED_IMAGES / config.batch_size)), strict=False)]
     optimizers, schedules = module.configure_optimizers()
-
     module.on_train_epoch_start()
 
     def step(images_u8: Tensor, labels: Tensor) -> None:

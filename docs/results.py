@@ -84,7 +84,7 @@ def frontier(points: list[tuple[str, float, float]], path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("minutes")
         axes.grid(visible=True)
-        axes.margins(x=0.25)
+        axes.margins(x=0.25, y=0.12)
         figure.savefig(path)
 
 

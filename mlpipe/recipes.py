@@ -257,7 +257,7 @@ def _settings(
     own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
     settings = _checked(recipe.network, {**own, **_of(NetworkSettings, more), **chosen})
     check_optimizer(settings.optimizer)
-    if settings.width != 1 and architecture.is_of_project and not architecture.has_width:
+    if settings.width != 1 and architecture.has_one_width:
         raise UserError(
             f"width: {settings.width:g} is not allowed for {architecture.name}, which has one width; it is for "
             "custom_cnn and for networks of your own whose builder takes `width`"

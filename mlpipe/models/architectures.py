@@ -74,6 +74,11 @@ class Architecture:
         return Path(path) if path.endswith(".py") else None
 
     @property
+    def has_one_width(self) -> bool:
+        """Whether its numbers of channels are known to be fixed without building the model."""
+        return self.is_of_project and not self.has_width
+
+    @property
     def is_of_project(self) -> bool:
         """Whether its code is this project's."""
         return self.builder.startswith("mlpipe.")

@@ -134,8 +134,7 @@ def resolve_search(params: TuneParams, dag_run_id: str) -> Search:
     vary = tuple(part.strip() for part in params.vary.split(",") if part.strip()) if params.vary else default
     if wrong := [name for name in vary if name not in known]:
         raise UserError(f"vary: {', '.join(wrong)} is not allowed for {model.name}; give some of {', '.join(known)}")
-    entry = find(model.architecture)
-    if "width" in vary and entry.is_of_project and not entry.has_width:
+    if "width" in vary and find(model.architecture).has_one_width:
         raise UserError(f"vary: width is not allowed for {model.name}, which has one width; vary other settings")
     named = re.sub(r"[^a-z0-9_.-]+", "-", f"{run.data.name}-{model.name}-{dag_run_id}".lower())[:80]
     return Search(

@@ -34,8 +34,7 @@ def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, b
     free = free_bytes()
     if batch_size * 3 * side**2 * 4 * MOST_OF_AN_INPUT < free:
         return
-    parameters = sum(each.numel() * each.element_size() for each in network.parameters())
-    needed = batch_size * bytes_of_an_image(network, side, bfloat16=bfloat16) + STATES * parameters
+    needed = batch_size * bytes_of_an_image(network, side, bfloat16=bfloat16) + _bytes_of_states(network)
     if needed > free:
         raise UserError(
             f"batch_size: {batch_size} images of {side}×{side} pixels need about {needed / 2**30:.1f} GiB to train "
@@ -48,9 +47,12 @@ def largest_batch(network: nn.Module, *, side: int, bfloat16: bool) -> int:
 
     Half of all memory, not of what is free now: a training that is resumed finds the same.
     """
-    parameters = sum(each.numel() * each.element_size() for each in network.parameters())
-    images = (all_bytes() / 2 - STATES * parameters) / bytes_of_an_image(network, side, bfloat16=bfloat16)
+    images = (all_bytes() / 2 - _bytes_of_states(network)) / bytes_of_an_image(network, side, bfloat16=bfloat16)
     return 1 << int(min(max(images, 2), LARGEST_BATCH)).bit_length() - 1
+
+
+def _bytes_of_states(network: nn.Module) -> int:
+    return STATES * sum(each.numel() * each.element_size() for each in network.parameters())
 
 
 def bytes_of_an_image(network: nn.Module, side: int, *, bfloat16: bool) -> float:
@@ -79,22 +81,28 @@ def all_bytes() -> int:
     """Memory of the device, else of the machine or the container's limit."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[1])
-    whole = int(psutil.virtual_memory().total)
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-    except OSError:
-        return whole
-    return whole if limit == "max" else min(whole, int(limit))
+    whole, limit = int(psutil.virtual_memory().total), _limit_of_container()
+    return whole if limit is None else min(whole, limit)
 
 
 def free_bytes() -> int:
     """Memory that this process may still take: of the device, else of the machine or of the container's limit."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    free = int(psutil.virtual_memory().available)
+    free, limit = int(psutil.virtual_memory().available), _limit_of_container()
+    if limit is None:
+        return free
     try:
-        limit, used = (CGROUP / "memory.max").read_text().strip(), int((CGROUP / "memory.current").read_text())
+        used = int((CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return free
-    return free if limit == "max" else min(free, int(limit) - used + int(stat["inactive_file"]))
+    return min(free, limit - used + int(stat["inactive_file"]))
+
+
+def _limit_of_container() -> int | None:
+    """Bytes; `None`: there is no limit, or no container."""
+    try:
+        return int((CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):  # it says max, where there is none
+        return None
