@@ -180,7 +180,8 @@ class RunParams(Form):
     find_batch_size: bool = describe(
         False,
         "Find batch size",
-        "Each network trains with the largest batch (a power of two, at most 4096) that takes half of the memory.",
+        "Each network trains with the largest batch that takes half of the memory: a power of two, at most 4096, or a "
+        "tenth of the training images, whichever is less.",
     )
     find_learning_rate: bool = describe(
         False,

@@ -34,6 +34,9 @@ from mlpipe.training.whitening import MAX_IMAGES, whiten
 
 logger = logging.getLogger(__name__)
 
+MIN_STEPS_OF_FOUND_BATCH = 10
+"""In an epoch: of a small data set all images fit into a batch, and a step an epoch learns nothing."""
+
 CHECKPOINT_FORMAT = 4
 """Of what `CheckpointCallback` saves."""
 
@@ -67,11 +70,11 @@ def train_network(
     mean, std = description.channel_mean, description.channel_std
     split = dataset.train_split()
     side = description.input_size or description.image_size
-    precision = choose_precision(config.precision)
-    bfloat16 = precision == "bf16-mixed"
     if config.find_batch_size:
-        config = replace(config, batch_size=config.num_devices * largest_batch(network, side=side, bfloat16=bfloat16))
-        logger.info("the largest batch that takes half of the memory has %d images", config.batch_size)
+        bfloat16 = choose_precision(config.precision) == "bf16-mixed"
+        largest = config.num_devices * largest_batch(network, side=side, bfloat16=bfloat16)
+        config = replace(config, batch_size=largest, min_steps=max(config.min_steps, MIN_STEPS_OF_FOUND_BATCH))
+        logger.info("the largest batch that takes half of the memory has %d images", largest)
     batch_size = min(config.batch_size, max(2 * config.num_devices, len(split) // config.min_steps))
     training = BatchLoader(split, batch_size, seed=config.seed, shuffle=True)
     # What fits when it is trained on fits when it is not.
@@ -89,6 +92,8 @@ def train_network(
     whitened = getattr(network, "whitened", None)
     if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
         _whiten(whitened, training, mean, std)
+    precision = choose_precision(config.precision)  # after the devices are known to be there
+    bfloat16 = precision == "bf16-mixed"
     check_memory(network, model.name, batch_size=batch_size, side=side, bfloat16=bfloat16)
 
     def module_for(network: nn.Module, settings: NetworkSettings, total_steps: int) -> ClassificationModule:
