@@ -65,7 +65,8 @@ def plan_splits(images: DecodedImages, data: DataConfig) -> Splits:
     An image's hash, mixed with `data.split_seed`, is a number from 0 to 1. The lowest `data.test_fraction` are test
     images, and `data.validation_fraction` of the rest are validation images. So the shares of each class are as asked
     for up to chance, and no image moves from training to test when others are added. A class to which chance gives
-    no test or validation image gets the one of lowest number. Near-duplicates go by the highest number among them.
+    no test or validation image gets the one of lowest number, and one to which it leaves too few for the other splits
+    keeps those of highest number there; they alone may become test images when the class grows. Near-duplicates go by the highest number among them.
 
     Raises:
         UserError: a class has too few images, or none for one of the splits; says which and how many.
@@ -84,6 +85,7 @@ def _split(images: DecodedImages, data: DataConfig) -> Splits:
     if images.is_test is None:
         is_test = used & (number < data.test_fraction)
         _give_each_class_one(is_test, used, number, images)
+        _leave_each_class(is_test, used, number, images, count=2 if images.is_val is None else 1)
         number = (number - data.test_fraction) / (1 - data.test_fraction)
     else:
         is_test = used & images.is_test
@@ -91,6 +93,7 @@ def _split(images: DecodedImages, data: DataConfig) -> Splits:
     if images.is_val is None:
         is_val = training & (number < data.validation_fraction)
         _give_each_class_one(is_val, training, number, images)
+        _leave_each_class(is_val, training, number, images, count=1)
     else:
         is_val = training & images.is_val
     return Splits(images.classes, images.labels, training & ~is_val, is_val, is_test)
@@ -134,6 +137,27 @@ def _give_each_class_one(
         members = np.flatnonzero(among & (images.labels == label))
         first = images.groups[members[number[members].argmin()]]
         chosen |= among & (images.groups == first)
+
+
+def _leave_each_class(
+    chosen: NDArray[np.bool_],
+    among: NDArray[np.bool_],
+    number: NDArray[np.float64],
+    images: DecodedImages,
+    *,
+    count: int,
+) -> None:
+    """Take, from `chosen`, the images of highest number of each class that has fewer than `count` outside of it.
+
+    One different picture of the class stays in `chosen`.
+    """
+    outside = np.bincount(images.labels[among & ~chosen], minlength=len(images.classes))
+    for label in np.flatnonzero(outside < count):
+        members = among & (images.labels == label)
+        inside, left = (set(images.groups[members & side]) for side in (chosen, ~chosen))
+        highest = sorted(inside, key=lambda group: number[members & (images.groups == group)].max(), reverse=True)
+        taken = highest[: max(0, min(count - len(left), len(inside) - 1))]
+        chosen &= ~(among & np.isin(images.groups, taken))
 
 
 def without_small_classes(images: AnyImages, data: DataConfig) -> tuple[AnyImages, tuple[str, ...]]:
