@@ -66,7 +66,8 @@ def plan_splits(images: DecodedImages, data: DataConfig) -> Splits:
     images, and `data.validation_fraction` of the rest are validation images. So the shares of each class are as asked
     for up to chance, and no image moves from training to test when others are added. A class to which chance gives
     no test or validation image gets the one of lowest number, and one to which it leaves too few for the other splits
-    keeps those of highest number there; they alone may become test images when the class grows. Near-duplicates go by the highest number among them.
+    keeps those of highest number there; they alone may become test images when the class grows. Near-duplicates go by
+    the highest number among them.
 
     Raises:
         UserError: a class has too few images, or none for one of the splits; says which and how many.
