@@ -20,6 +20,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Column, Table
@@ -230,12 +231,19 @@ def _upload(path: Path, console: Console) -> str:
 
     from mlpipe.tracking.uploads import upload
 
-    with console.status(f"Uploading {path.name}, {path.stat().st_size / 1e6:,.1f} MB"):
+    again = "the same command sends what is missing"
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task(f"Uploading {escape(path.name)}", total=path.stat().st_size)
         try:
-            return upload(path, file_sha256(path))
+            return upload(path, file_sha256(path), lambda done: progress.update(bar, completed=done))
         except (MlflowException, requests.RequestException) as error:
             reason = str(error).splitlines()[0][:300]
-            raise UserError(f"data_uri: {path.name} could not be uploaded to MLflow ({reason}); see its log") from error
+            raise UserError(
+                f"data_uri: {path.name} could not be uploaded to MLflow ({reason}); see its log, then {again}"
+            ) from error
+        except KeyboardInterrupt:
+            raise UserError(f"stopped during the upload of {path.name}; {again}") from None
 
 
 def _upload_folder(folder: Path, console: Console) -> str:

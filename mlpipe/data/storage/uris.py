@@ -235,11 +235,9 @@ def _fetch(address: str, partial: Path, field: str, max_bytes: int) -> Fetched:
 
 
 def _fetch_upload(address: str, partial: Path, field: str, max_bytes: int) -> Fetched:
-    from mlpipe.tracking.uploads import downloaded  # loads MLflow, of which other addresses have no need
+    from mlpipe.tracking.uploads import read_upload  # loads MLflow, of which other addresses have no need
 
-    with downloaded(address, field=field) as path, path.open("rb") as file:
-        _check_size(path.stat().st_size, max_bytes, address, field)
-        return _write(iter(lambda: file.read(_PIECE), b""), partial, address, field, max_bytes, None)
+    return _write(read_upload(address, field=field), partial, address, field, max_bytes, None)
 
 
 def _check_file_host(address: str, field: str) -> None:
