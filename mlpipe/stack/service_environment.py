@@ -67,7 +67,10 @@ def _airflow(settings: StackSettings, credentials: Credentials) -> dict[str, str
             # This project's are found by their entry points.
             "plugins_folder": settings.airflow_home / "plugins",
             # LocalExecutor forks as many processes at its start.
-            "parallelism": min(32, max(8, os.cpu_count() or 1)),
+            "parallelism": min(16, max(8, os.cpu_count() or 1)),
+            # It hands them tasks through a pipe of 16 pages, a page each, and limits their number by the pool alone. A
+            # full pipe would stop the scheduler until a process takes a task (Airflow issue 70526).
+            "default_pool_task_slot_count": 16,
             "simple_auth_manager_users": f"{credentials.airflow_user}:admin",
             "simple_auth_manager_passwords_file": settings.airflow_home / "passwords.json",
             "fernet_key": credentials.airflow_fernet_key,

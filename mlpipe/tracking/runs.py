@@ -45,6 +45,7 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 from mlpipe.addresses import without_login
 from mlpipe.environment import Environment
 from mlpipe.errors import SupersededError
+from mlpipe.tracking.gpu_metrics import watch_visible_devices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -377,6 +378,7 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     """
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
+        watch_visible_devices()
     _keep_quiet()
     mlflow.start_run(run_id=run.info.run_id, log_system_metrics=system_metrics)
     try:
