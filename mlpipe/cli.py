@@ -41,6 +41,7 @@ for command in (
     runs_commands.open_page,
     commands.up,
     commands.down,
+    commands.env,
     commands.status,
     commands.logs,
     commands.doctor,

@@ -375,7 +375,8 @@ def _print_comparison(result: dict[str, Any], console: Console) -> None:
     if champion := result["champion"]:
         address = json.dumps(result["tracking_uri"])
         lines = [
-            f"{'Champion':<9}{champion['name']} version {champion['version']}; in any Python that has MLflow:",
+            f"{'Champion':<9}{champion['name']} version {champion['version']}; in any Python that has MLflow and "
+            'its login (eval "$(mlpipe env)"):',
             f"import mlflow; mlflow.set_tracking_uri({address}); "
             f'model = mlflow.pyfunc.load_model("models:/{champion["name"]}@champion")',
         ]

@@ -16,15 +16,16 @@ from urllib.parse import quote
 import jinja2
 import requests
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
-from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_dag
+from airflow.api_fastapi.core_api.security import GetUserDep, get_user, requires_access_dag
 from airflow.plugins_manager import AirflowPlugin
-from fastapi import Depends, FastAPI, HTTPException, Path
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi import Depends, FastAPI, HTTPException, Path, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from markupsafe import Markup
 from mlflow_links import mlflow_ui_url
 
 from mlpipe import pages
 from mlpipe.pages.svg import line_chart
+from mlpipe.stack.mlflow_login import ticket_address
 
 PREFIX = "/mlpipe-report"
 TIMEOUT = 20
@@ -68,6 +69,19 @@ def mlflow(user: GetUserDep) -> HTMLResponse:  # noqa: ARG001 - a login is neede
     address = mlflow_ui_url()
     page = TO_MLFLOW.render(url=f"{address.rstrip('/')}/#/experiments?workflowType=machine_learning" if address else "")
     return HTMLResponse(page, headers=HEADERS)
+
+
+@app.get("/mlflow-login")
+async def mlflow_login(request: Request, to: str = "/") -> RedirectResponse:
+    """Log the browser in to the local stack's MLflow, which knows no other login than Airflow's."""
+    address, login = mlflow_ui_url(), _login()
+    if address is None or login is None:
+        raise HTTPException(404, "no MLflow with this login is set")
+    try:
+        await get_user(request, bearer_credentials=None)
+    except HTTPException:
+        return RedirectResponse(f"/api/v2/auth/login?next={quote(str(request.url), safe='')}")
+    return RedirectResponse(ticket_address(address.rstrip("/"), login[1], to), headers={"Cache-Control": "no-store"})
 
 
 @app.get("/card.js")

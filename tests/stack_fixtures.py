@@ -27,6 +27,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackSettings]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLPIPE_GIT_SHA", COMMIT)
         with running_stack(Path(tmp_path_factory.mktemp("stack"))) as settings:
+            for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+                patch.setenv(name, settings.client_environment()[name])
             yield settings
 
 

@@ -1,4 +1,4 @@
-"""`mlpipe up`, `down`, `status`, `logs` and `doctor`."""
+"""`mlpipe up`, `down`, `env`, `status`, `logs` and `doctor`."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _box(settings: StackSettings) -> object:
     credentials = Credentials.load(settings.credentials_path)
     table = Table.grid(padding=(0, 2))
     table.add_row("Airflow", f"[link]{settings.airflow_url}[/link]")
-    table.add_row("  login", f"{credentials.airflow_user} / {credentials.airflow_password}")
     table.add_row("MLflow", f"[link]{settings.mlflow_url}[/link]")
+    table.add_row("Login", f"{credentials.airflow_user} / {credentials.airflow_password}")
     table.add_row("State", _shown(settings.home))
     table.add_row("Secrets", _shown(settings.credentials_path))
     return Panel(table, expand=False, title="mlpipe", title_align="left")
@@ -98,6 +98,18 @@ def down() -> None:
     if left:
         raise UserError(f"processes {', '.join(map(str, left))} could not be stopped; end them as their owner")
     console.print(f"down after {time.monotonic() - began:.0f} s; the data stays in {_shown(settings.home)}")
+
+
+@click.command()
+def env() -> None:
+    """Print MLflow's address and login for other programs: eval "$(mlpipe env)"."""
+    import shlex
+
+    from mlpipe.stack.credentials import Credentials
+
+    settings = StackSettings.load()
+    for name, value in settings.mlflow_environment(Credentials.load(settings.credentials_path)).items():
+        click.echo(f"export {name}={shlex.quote(value)}")
 
 
 @click.command()

@@ -191,8 +191,16 @@ class StackSettings:
             "MLPIPE_AIRFLOW_PASSWORD": credentials.airflow_password,
         }
 
+    def mlflow_environment(self, credentials: Credentials) -> dict[str, str]:
+        """Environment variables with which any program reaches MLflow; its login is Airflow's."""
+        return {
+            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            "MLFLOW_TRACKING_USERNAME": credentials.airflow_user,
+            "MLFLOW_TRACKING_PASSWORD": credentials.airflow_password,
+        }
+
     def service_addresses(self, credentials: Credentials) -> dict[str, str]:
-        """The part that stages need as well: where MLflow and the object store are, and the latter's keys."""
+        """The part that stages need as well: where MLflow and the object store are, and their login and keys."""
         return {
             "MLPIPE_HOME": str(self.home),
             "MLPIPE_SHARED_FILES": "true",
@@ -200,7 +208,7 @@ class StackSettings:
             "MLPIPE_CACHE_DIR": str(self.home / "cache"),
             "MLPIPE_MLFLOW_UI_URL": self.mlflow_url,
             "MLPIPE_AIRFLOW_UI_URL": self.airflow_url,
-            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            **self.mlflow_environment(credentials),
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "AWS_ENDPOINT_URL_S3": self.s3_url,
             "AWS_ACCESS_KEY_ID": credentials.s3_access_key,

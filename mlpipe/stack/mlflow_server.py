@@ -2,12 +2,14 @@
 
 `mlflow server` migrates and imports in one process and serves from another: it takes twice as long to start, and when
 it is killed its child keeps the port, so that a supervisor could not restart it. This file is copied into the image
-alone: it imports nothing of mlpipe.
+alone: with a database of users it imports nothing of mlpipe.
 
     MLFLOW_BACKEND_STORE_URI       database of runs and of the registry
     MLFLOW_ARTIFACTS_DESTINATION   where artifacts go that clients send through this server, such as s3://mlflow
-    MLFLOW_AUTH_DATABASE_URI       database of users; without it there are no logins
+    MLFLOW_AUTH_DATABASE_URI       database of users; without it there is one user, the local stack's
     MLFLOW_WORKERS                 processes, 1 where it is not set
+
+The local stack's users log in as they do to Airflow (mlpipe/stack/mlflow_login.py).
 """
 
 from __future__ import annotations
@@ -97,6 +99,14 @@ def create_app() -> FastAPI:
 
         database = os.environ["MLFLOW_BACKEND_STORE_URI"]
         handlers.initialize_backend_stores(database, database, "mlflow-artifacts:/")
+        from mlpipe.stack.mlflow_login import Login
+
+        fastapi_app.app.add_middleware(
+            Login,
+            user=os.environ["MLFLOW_TRACKING_USERNAME"],
+            password=os.environ["MLFLOW_TRACKING_PASSWORD"],
+            airflow_url=os.environ["MLPIPE_AIRFLOW_UI_URL"],
+        )
         return _without_assistant(fastapi_app.app)
     from mlflow.server import auth
 

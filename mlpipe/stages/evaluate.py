@@ -114,7 +114,8 @@ def evaluate(
             curves={row.name: learning_curves(models[row.name].run_id) for row in own},
             gallery=_gallery(own, dataset, models),
             snippet=(
-                f'import mlflow\n\nmlflow.set_tracking_uri("{runs.ui_url()}")\n'
+                "import mlflow  # with its login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n\n"
+                f'mlflow.set_tracking_uri("{runs.ui_url()}")\n'
                 f'model = mlflow.pyfunc.load_model("models:/{registered}/{best.version}")'
             ),
             links={

@@ -45,7 +45,6 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 from mlpipe.addresses import without_login
 from mlpipe.environment import Environment
 from mlpipe.errors import SupersededError
-from mlpipe.tracking.gpu_metrics import watch_visible_devices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -378,6 +377,8 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
     """
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL)
+        from mlpipe.tracking.gpu_metrics import watch_visible_devices  # only what trains has NVIDIA's library
+
         watch_visible_devices()
     _keep_quiet()
     mlflow.start_run(run_id=run.info.run_id, log_system_metrics=system_metrics)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -64,18 +65,18 @@ def test_a_task_leads_to_its_mlflow_run(logged_in: Page, environment: dict[str, 
     expect(page.get_by_text(re.compile("custom_cnn")).first).to_be_visible()
 
 
-def test_each_link_opens_mlflows_view_for_model_training(fresh_page: Callable[[], Page], demo: dict[str, Any]) -> None:
+def test_each_link_opens_mlflows_view_for_model_training(fresh_page: Callable[..., Page], demo: dict[str, Any]) -> None:
     board = demo["compare_url"].split("?")[0] + "?workflowType=machine_learning&viewStateShareKey=mlpipe-leaderboard"
     links = [demo["mlflow_url"], demo["compare_url"], demo["champion"]["url"], demo["models"][0]["run_url"], board]
     for link in links:
-        page = fresh_page()
+        page = fresh_page(log_in=True)
         page.goto(link)
         expect(page.get_by_text("Judges")).to_have_count(0)  # of the view for GenAI
         expect(page.get_by_text("Model registry").first).to_be_visible()
 
 
-def test_the_comparison_shows_the_models_by_accuracy(fresh_page: Callable[[], Page], demo: dict[str, Any]) -> None:
-    page = fresh_page()
+def test_the_comparison_shows_the_models_by_accuracy(fresh_page: Callable[..., Page], demo: dict[str, Any]) -> None:
+    page = fresh_page(log_in=True)
     page.goto(demo["compare_url"])
     for model in demo["models"]:
         expect(page.get_by_text(model["name"]).first).to_be_visible()
@@ -83,8 +84,10 @@ def test_the_comparison_shows_the_models_by_accuracy(fresh_page: Callable[[], Pa
     expect(page.get_by_text("test/accuracy").first).to_be_visible()
 
 
-def test_the_leaderboard_has_the_models_alone_by_accuracy(fresh_page: Callable[[], Page], demo: dict[str, Any]) -> None:
-    page = fresh_page()
+def test_the_leaderboard_has_the_models_alone_by_accuracy(
+    fresh_page: Callable[..., Page], demo: dict[str, Any]
+) -> None:
+    page = fresh_page(log_in=True)
     page.goto(demo["compare_url"].split("?")[0] + "?workflowType=machine_learning&viewStateShareKey=mlpipe-leaderboard")
     expect(page.get_by_text("Sort: test/accuracy")).to_be_visible()
     for model in demo["models"]:
@@ -249,6 +252,25 @@ def test_the_dashboard_lists_the_latest_comparisons(
 
 def test_the_note_of_a_dag_run_is_its_verdict(airflow_get: Callable[[str], Any], demo: dict[str, Any]) -> None:
     assert airflow_get(f"{DAG}/dagRuns/{demo['dag_run_id']}")["note"].startswith(demo["summary"][:100])
+
+
+def test_a_link_to_mlflow_leads_through_airflows_login_and_back(
+    fresh_page: Callable[..., Page], environment: dict[str, str], demo: dict[str, Any]
+) -> None:
+    page = fresh_page()
+    page.goto(demo["models"][0]["run_url"])
+    page.fill("input[name=username]", environment["MLPIPE_AIRFLOW_USER"])
+    page.fill("input[name=password]", environment["MLPIPE_AIRFLOW_PASSWORD"])
+    page.keyboard.press("Enter")
+    page.wait_for_url(demo["models"][0]["run_url"])
+    expect(page.get_by_text(demo["models"][0]["name"]).first).to_be_visible()
+
+
+def test_mlflow_sends_nobody_elsewhere(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:
+    page = fresh_page(log_in=True)
+    for elsewhere in ("//elsewhere.example/", "https://elsewhere.example/", "/\\elsewhere.example/"):
+        page.goto(f"{environment['MLPIPE_AIRFLOW_URL']}/mlpipe-report/mlflow-login?to={quote(elsewhere, safe='')}")
+        assert page.url.startswith(environment["MLFLOW_TRACKING_URI"])
 
 
 def test_the_navigation_leads_to_mlflow(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:

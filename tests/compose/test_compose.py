@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import requests
 
+from mlpipe.airflow_api import AirflowApi, TaskInstance
+from mlpipe.config import RunParams
 from tests.stack_fixtures import strangers_champion
 
 from .conftest import ROOT, ComposeStack, run
@@ -28,6 +31,10 @@ log = logging.getLogger(__name__)
 
 MlpipeRun = Callable[..., dict[str, Any]]
 AirflowGet = Callable[[str], Any]
+
+DAG_ID = "image_classification"
+NUM_AT_ONCE = 16
+STARTS = "the stage starts"
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -74,6 +81,18 @@ def cifar10(mlpipe: MlpipeRun, tmp_path_factory: pytest.TempPathFactory) -> dict
     result = mlpipe(*data, "--models", "custom_cnn,logistic_regression", "--epochs", "1", timeout=1800)
     log.info("CIFAR-10 (%s): %.0f s, tasks %s", path, result["wall_seconds"], result["task_seconds"])
     return result
+
+
+@pytest.fixture(scope="module")
+def api(stack: ComposeStack) -> AirflowApi:
+    return AirflowApi.from_env(stack.environment)
+
+
+def until(condition: Callable[[], Any], seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "did not happen in time"
+        time.sleep(1)
 
 
 def noise_zip(path: Path) -> Path:
@@ -123,7 +142,7 @@ def test_logs_of_both_workers_can_be_read(demo: dict[str, Any], airflow_get: Air
     tasks = f"/dags/image_classification/dagRuns/{quote(demo['dag_run_id'], safe='')}/taskInstances"
     for task, map_index in (("download", -1), ("train", 0)):
         lines = airflow_get(f"{tasks}/{task}/logs/1?map_index={map_index}&full_content=true")["content"]
-        assert any("the stage starts" in str(line) for line in lines)
+        assert any(STARTS in str(line) for line in lines)
 
 
 def test_a_stranger_loads_the_champion(demo: dict[str, Any], stack: ComposeStack, tmp_path: Path) -> None:
@@ -229,12 +248,55 @@ def test_only_what_trains_has_torch(stack: ComposeStack) -> None:
     assert has == {"worker": "False", "worker-gpu": "True"}
 
 
+def test_a_stopped_worker_hands_its_training_back(stack: ComposeStack, api: AirflowApi) -> None:
+    form = RunParams.from_mapping({"models": "custom_cnn", "epochs": 150, "promotion": "disabled"}).to_mapping()
+    run_id = api.trigger(DAG_ID, form, "worker-stopped")
+    until(lambda: api.progress(DAG_ID, run_id) and api.progress(DAG_ID, run_id)[0]["epoch"] > 3, 300)
+    began = time.monotonic()
+    stack.compose("stop", "worker-gpu")
+    assert time.monotonic() - began < 40, "it was killed after its time of grace"
+    until(lambda: _training(api, run_id).state in ("up_for_retry", "scheduled", "queued"), 30)
+    stack.compose("start", "worker-gpu")
+    until(lambda: api.dag_run_state(DAG_ID, run_id) in ("success", "failed"), 600)
+    training = _training(api, run_id)
+    assert (training.state, training.try_number) == ("success", 2)
+    events = [str(line.get("event")) for line in api.log(DAG_ID, run_id, training)]
+    assert any(event.startswith("resuming after epoch") for event in events), events
+
+
+def _training(api: AirflowApi, run_id: str) -> TaskInstance:
+    return next(task for task in api.task_instances(DAG_ID, run_id) if task.task_id == "train")
+
+
+def test_two_schedulers_run_each_task_once(stack: ComposeStack, api: AirflowApi) -> None:
+    stack.compose("up", "-d", "--no-recreate", "--scale", "scheduler=2", "scheduler")
+    try:
+        forms = [
+            {"models": "logistic_regression", "seed": seed, "promotion": "disabled"} for seed in range(NUM_AT_ONCE)
+        ]
+        run_ids = [
+            api.trigger(DAG_ID, RunParams.from_mapping(form).to_mapping(), f"two-schedulers-{form['seed']}")
+            for form in forms
+        ]
+        for run_id in run_ids:
+            until(lambda run_id=run_id: api.dag_run_state(DAG_ID, run_id) in ("success", "failed"), 1500)
+        tasks = [task for run_id in run_ids for task in api.task_instances(DAG_ID, run_id)]
+        assert len(stack.compose("ps", "-q", "scheduler").split()) == 2
+    finally:
+        stack.compose("up", "-d", "--no-recreate", "--scale", "scheduler=1", "scheduler")
+    assert {(task.state, task.try_number) for task in tasks} == {("success", 1)}
+    assert len(tasks) == 4 * NUM_AT_ONCE
+    for run_id in run_ids:
+        starts = [line for line in api.log(DAG_ID, run_id, _training(api, run_id)) if line.get("event") == STARTS]
+        assert len(starts) == 1, run_id
+
+
 def test_no_log_holds_a_secret(demo: dict[str, Any], cifar10: dict[str, Any], stack: ComposeStack) -> None:
     assert demo
     assert cifar10
     printed = stack.compose("logs", "--no-color")
     tasks = stack.compose("exec", "-T", "worker", "sh", "-c", "find /opt/airflow/logs -type f -exec cat {} +")
-    assert "the stage starts" in tasks
+    assert STARTS in tasks
     example = (ROOT / ".env.example").read_text().splitlines()
     for name in (line[:-1] for line in example if line.endswith("=")):
         assert stack.settings[name] not in printed, name

@@ -54,7 +54,9 @@ def lab(stack: StackSettings) -> Iterator[Lab]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # of these tests' own questions
         patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        patch.setenv("MLFLOW_TRACKING_URI", stack.mlflow_url)
+        for name, value in stack.client_environment().items():
+            if name.startswith("MLFLOW_TRACKING_"):
+                patch.setenv(name, value)
         yield Lab(stack)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 import requests
+from itsdangerous import URLSafeTimedSerializer
 
 from mlpipe.stack.components import NAMES
 from mlpipe.stack.credentials import Credentials
@@ -125,9 +126,10 @@ def test_nobody_gets_in_without_a_key(stack):
 
 
 def test_pages_of_other_sites_cannot_write_to_mlflow(stack):
-    """MLflow has no login on one machine; a web page that its user has open must not use that."""
+    """A web page that its user has open must not use the login of their browser."""
     http = requests.Session()
     http.trust_env = False
+    http.auth = _login(stack)
     url = f"{stack.mlflow_url}/api/2.0/mlflow/experiments/create"
 
     for headers in ({"Origin": "http://elsewhere.example"}, {"Host": "elsewhere.example"}):
@@ -166,6 +168,7 @@ def test_data_survives_and_no_process_is_left(stack, mlpipe):
     store.put_object(Bucket=DATA_BUCKET, Key="kept", Body=content)
     http = requests.Session()
     http.trust_env = False
+    http.auth = _login(stack)
     created = http.post(
         f"{stack.mlflow_url}/api/2.0/mlflow/experiments/create", json={"name": "kept"}, timeout=10
     ).json()
@@ -203,6 +206,36 @@ def test_a_killed_supervisor_is_cleared_up_and_replaced(stack, mlpipe):
     assert not {process.pid for process in Supervisor(stack).processes()} & orphans
 
 
+def _login(stack: StackSettings) -> tuple[str, str]:
+    environment = stack.client_environment()
+    return environment["MLFLOW_TRACKING_USERNAME"], environment["MLFLOW_TRACKING_PASSWORD"]
+
+
+def test_mlflow_answers_only_who_has_airflows_login(stack):
+    user, password = _login(stack)
+    signed = URLSafeTimedSerializer(password, salt="session").dumps("")
+    other = URLSafeTimedSerializer("another password", salt="session").dumps("")
+    ticket = URLSafeTimedSerializer(password, salt="ticket").dumps("")
+    api = f"{stack.mlflow_url}/api/2.0"
+    for url in (
+        stack.mlflow_url,
+        f"{api}/mlflow/experiments/search?max_results=1",
+        f"{api}/mlflow-artifacts/artifacts?path=uploads",
+        f"{stack.mlflow_url}/ajax-api/2.0/mlflow/experiments/search?max_results=1",
+        f"{stack.mlflow_url}/graphql",
+        f"{stack.mlflow_url}/mlpipe-login?ticket={signed}",
+    ):
+        for given in (None, (user, "wrong"), (user, "")):
+            answer = requests.get(url, auth=given, timeout=30)
+            assert answer.status_code == 401, url
+            assert "mlpipe env" in answer.text
+        for cookie in (other, ticket, "x"):
+            assert requests.get(url, cookies={"mlpipe_mlflow": cookie}, timeout=30).status_code == 401, url
+    assert requests.put(f"{api}/mlflow-artifacts/artifacts/mine", data=b"x", timeout=30).status_code == 401
+    for allowed in ({"auth": (user, password)}, {"cookies": {"mlpipe_mlflow": signed}}):
+        assert requests.get(f"{api}/mlflow/experiments/search?max_results=1", timeout=30, **allowed).ok
+
+
 def _pids(stack: StackSettings) -> dict[str, int]:
     return {state.name: state.pid for state in Supervisor(stack).states() if state.alive and state.pid}
 
@@ -216,5 +249,5 @@ def _until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def test_mlflow_has_no_assistant_that_runs_commands(stack):
     for path in ("config", "sessions"):
-        answer = requests.get(f"{stack.mlflow_url}/ajax-api/3.0/mlflow/assistant/{path}", timeout=30)
-        assert answer.status_code == 404
+        url = f"{stack.mlflow_url}/ajax-api/3.0/mlflow/assistant/{path}"
+        assert requests.get(url, auth=_login(stack), timeout=30).status_code == 404
