@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install up demo down test coverage test-faults test-compose test-next-airflow images lint lock bench bench-accuracy
+.PHONY: help install up demo down test coverage test-faults test-compose test-next-airflow images lint lock audit bench bench-accuracy
 
 help: ## Show these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ lint: install ## Run the linter, the type checker and the contracts on imports
 lock: ## Make requirements.lock anew from pyproject.toml; what it pins stays where it can
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
 		--no-header --quiet -o requirements.lock
+
+audit: install ## Write the bill of materials sbom.cdx.json; ask PyPI for known vulnerabilities of what the lock names
+	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py requirements requirements.lock --output-file sbom.cdx.json
+	$(BIN)/uv tool run pip-audit==2.10.1 --strict --disable-pip --require-hashes --requirement requirements.lock
 
 bench: install ## Measure speed into benchmarks/RESULTS.md, hours: make bench DATA=cifar10-images.zip
 	@test -f "$(DATA)" || { echo 'name the images: make bench DATA=cifar10-images.zip' >&2; exit 1; }
