@@ -93,12 +93,13 @@ class Login:
         return True
 
     def _begin_session(self, request: Request) -> Response:
-        if not self._accepts(request.query_params.get(TICKET, ""), TICKET):
-            return self._refuse(request.headers)
         to = request.query_params.get("to", "/")
         answer = RedirectResponse(to if to.startswith("/") and not to.startswith(("//", "/\\")) else "/")
-        session = sign(self._password, SESSION)
-        answer.set_cookie(COOKIE, session, max_age=SECONDS[SESSION], httponly=True, samesite="lax")
+        if self._accepts(request.query_params.get(TICKET, ""), TICKET):
+            session = sign(self._password, SESSION)
+            answer.set_cookie(COOKIE, session, max_age=SECONDS[SESSION], httponly=True, samesite="lax")
+        elif not self._is_known(request):  # its ticket is of an old address, as a browser's history has
+            return self._refuse(request.headers)
         return answer
 
     def _refuse(self, headers: Headers) -> Response:

@@ -266,6 +266,15 @@ def test_a_link_to_mlflow_leads_through_airflows_login_and_back(
     expect(page.get_by_text(demo["models"][0]["name"]).first).to_be_visible()
 
 
+def test_an_old_ticket_leads_to_mlflow_all_the_same(
+    fresh_page: Callable[..., Page], environment: dict[str, str]
+) -> None:
+    page = fresh_page(log_in=True)
+    for _ in range(2):  # with no session of MLflow's, and with one
+        page.goto(f"{environment['MLFLOW_TRACKING_URI']}/mlpipe-login?ticket=old&to=/%23/experiments")
+        expect(page.get_by_text("Model registry").first).to_be_visible()
+
+
 def test_mlflow_sends_nobody_elsewhere(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:
     page = fresh_page(log_in=True)
     for elsewhere in ("//elsewhere.example/", "https://elsewhere.example/", "/\\elsewhere.example/"):
