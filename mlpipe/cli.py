@@ -39,6 +39,7 @@ for command in (
     runs_commands.stop,
     runs_commands.report,
     runs_commands.open_page,
+    runs_commands.gc,
     commands.up,
     commands.down,
     commands.env,

@@ -1,8 +1,11 @@
-"""`mlpipe models`, `recipes`, `runs`, `watch`, `stop`, `report` and `open`: what can be run, and what has run."""
+"""`mlpipe models`, `recipes`, `runs`, `watch`, `stop`, `report`, `open` and `gc`: what can be run, and what has run."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -15,6 +18,7 @@ from mlpipe.airflow_api import AirflowApi
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import KNOWN, TORCHVISION
 from mlpipe.recipes import RECIPES
+from mlpipe.stack.local import StackSettings
 
 DAG_ID = run_command.DAG_ID
 
@@ -110,3 +114,25 @@ def open_page(page: str) -> None:
         url = api.url
     run_command.new_console().print(url, soft_wrap=True, highlight=False)
     click.launch(url)
+
+
+@click.command()
+def gc() -> None:
+    """Remove for good what was deleted in MLflow: runs, experiments, models without a registered version, their files.
+
+    On several machines, run `mlflow gc` beside the server afterwards.
+    """
+    settings = StackSettings.load()
+    run_command.use_local_stack("MLFLOW_TRACKING_URI")
+    from mlpipe.tracking.deleted import delete_models_of_deleted_runs
+
+    number = delete_models_of_deleted_runs()
+    click.echo(f"models of deleted runs: {number}")
+    if os.environ["MLFLOW_TRACKING_URI"] != settings.mlflow_url:
+        click.echo("they go with the next `mlflow gc` of the server")
+        return
+    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", f"sqlite:///{settings.mlflow_database}"]
+    with tempfile.TemporaryDirectory() as folder:  # MLflow makes a database where it runs
+        done = subprocess.run(command, cwd=folder, check=False)
+    if done.returncode:
+        raise UserError("`mlflow gc` failed; what it has not removed goes with the next one")

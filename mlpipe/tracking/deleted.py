@@ -1,0 +1,52 @@
+"""Models of deleted runs: `mlflow gc` alone keeps their files for ever (mlflow issue 19467)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import mlflow
+from mlflow.entities import LifecycleStage, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+
+def delete_models_of_deleted_runs() -> int:
+    """Mark the logged models of deleted runs as deleted, so that `mlflow gc` removes them; their number.
+
+    A model with a registered version stays.
+    """
+    client = mlflow.MlflowClient()
+    registered = {version.model_id for version in _all(client.search_model_versions)}
+    experiments = [each.experiment_id for each in _all(partial(client.search_experiments, ViewType.ALL))]
+    logged = [model for each in experiments for model in _all(partial(client.search_logged_models, [each]))]
+    deleted = [
+        model.model_id
+        for model in logged
+        if model.model_id not in registered and _is_deleted(client, model.source_run_id)
+    ]
+    for model_id in deleted:
+        client.delete_logged_model(model_id)
+    return len(deleted)
+
+
+def _all(search: Callable[..., Any]) -> Iterator[Any]:
+    """What a search of MLflow finds, page by page."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def _is_deleted(client: mlflow.MlflowClient, run_id: str | None) -> bool:
+    if not run_id:
+        return False
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == LifecycleStage.DELETED
+    except MlflowException as error:  # removed for good
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return True
+        raise
