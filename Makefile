@@ -63,7 +63,8 @@ bench: install ## Measure speed into benchmarks/RESULTS.md, hours: make bench DA
 	@test -f "$(DATA)" || { echo 'name the images: make bench DATA=cifar10-images.zip' >&2; exit 1; }
 	echo '# Measurements of speed' > benchmarks/RESULTS.md.partial
 	set -e; for each in 'training.py "$(DATA)"' convolutions.py 'time_to_accuracy.py "$(DATA)"' 'logistic.py "$(DATA)"' \
-		'preprocess.py "$(DATA)"' 'zip_reader.py "$(DATA)"' 'predict.py "$(DATA)"' larger_than_memory.py dag.py growth.py; do \
+		'preprocess.py "$(DATA)"' 'zip_reader.py "$(DATA)"' 'predict.py "$(DATA)"' larger_than_memory.py \
+		'first_minute.py HEAD --warm' dag.py growth.py soak.py; do \
 		eval "$(BIN)/python benchmarks/$$each" > benchmarks/section.partial; \
 		{ echo; sed 's/^#/##/' benchmarks/section.partial; } >> benchmarks/RESULTS.md.partial; \
 	done
