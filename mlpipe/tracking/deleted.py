@@ -18,7 +18,8 @@ def delete_models_of_deleted_runs() -> int:
     A model with a registered version stays.
     """
     client = mlflow.MlflowClient()
-    registered = {version.model_id for version in _all(client.search_model_versions)}
+    # The source is models:/<id>; a search leaves the field `model_id` empty.
+    registered = {version.source.rpartition("/")[2] for version in _all(client.search_model_versions)}
     experiments = [each.experiment_id for each in _all(partial(client.search_experiments, ViewType.ALL))]
     logged = [model for each in experiments for model in _all(partial(client.search_logged_models, [each]))]
     deleted = [

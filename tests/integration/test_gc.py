@@ -32,6 +32,8 @@ def test_gc_leaves_no_object(stack: StackSettings, environment: dict[str, str], 
         listed = pages.paginate(Bucket=ARTIFACT_BUCKET, Prefix=f"{experiment.experiment_id}/")
         return [entry["Key"] for page in listed for entry in page.get("Contents", [])]
 
+    (version,) = client.search_model_versions("name = 'passing-classifier'")
+    assert version.source in {model.model_uri for model in client.search_logged_models([experiment.experiment_id])}
     assert len(objects()) > 10
     client.delete_registered_model("passing-classifier")
     client.delete_experiment(experiment.experiment_id)
