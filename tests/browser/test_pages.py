@@ -272,7 +272,7 @@ def test_an_old_ticket_leads_to_mlflow_all_the_same(
     page = fresh_page(log_in=True)
     for _ in range(2):  # with no session of MLflow's, and with one
         page.goto(f"{environment['MLFLOW_TRACKING_URI']}/mlpipe-login?ticket=old&to=/%23/experiments")
-        expect(page.get_by_text("Model registry").first).to_be_visible()
+        expect(page.get_by_role("heading", name="Experiments")).to_be_visible()
 
 
 def test_mlflow_sends_nobody_elsewhere(fresh_page: Callable[..., Page], environment: dict[str, str]) -> None:

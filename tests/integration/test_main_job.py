@@ -138,12 +138,20 @@ def test_a_stranger_loads_the_champion(demo: dict[str, Any], environment: dict[s
     assert demo["champion"]
 
 
-def test_the_last_line_loads_the_champion_as_printed(demo: dict[str, Any], tmp_path: Path) -> None:
-    line = demo["printed"].splitlines()[-1]
+def test_the_last_lines_load_the_champion_as_printed(
+    demo: dict[str, Any], environment: dict[str, str], tmp_path: Path
+) -> None:
+    before, line = demo["printed"].splitlines()[-2:]
+    login = before[before.index("eval ") : before.index("):")]
     code = f"{line}; import numpy; print(len(model.predict(numpy.full((2, 8, 8, 3), 9, numpy.uint8))))"
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        ["/bin/bash", "-c", f'{login}; exec python -c "$CODE"'],
+        env={"PATH": path, "HOME": str(tmp_path), "MLPIPE_HOME": environment["MLPIPE_HOME"], "CODE": code},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.strip() == "2", done.stderr
 
