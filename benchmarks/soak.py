@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -74,6 +75,7 @@ def soak(api: AirflowApi, supervisor: Supervisor, num_runs: int) -> tuple[Counte
                 ended[state] += 1
                 if ended.total() % every == 0:
                     samples[ended.total()] = memory(supervisor)
+                    print(ended.total(), samples[ended.total()], file=sys.stderr, flush=True)
     return ended, samples
 
 
