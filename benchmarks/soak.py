@@ -21,6 +21,7 @@ from common import conditions, table
 
 from mlpipe.airflow_api import AirflowApi
 from mlpipe.config import RunParams
+from mlpipe.errors import UserError
 from mlpipe.stack.supervisor import Supervisor
 from mlpipe.stack.temporary import running_stack
 
@@ -65,7 +66,7 @@ def soak(api: AirflowApi, supervisor: Supervisor, num_runs: int) -> tuple[Counte
     every = max(1, min(EVERY, num_runs // 4))
     while ended.total() < num_runs:
         while len(waiting) < AT_ONCE and started < num_runs:
-            waiting.add(api.trigger(DAG_ID, RunParams.from_mapping(FORM).to_mapping(), f"soak-{started:04}"))
+            waiting.add(_trigger(api, f"soak-{started:04}"))
             started += 1
         time.sleep(POLL_SECONDS)
         for run_id in list(waiting):
@@ -77,6 +78,16 @@ def soak(api: AirflowApi, supervisor: Supervisor, num_runs: int) -> tuple[Counte
                     samples[ended.total()] = memory(supervisor)
                     print(ended.total(), samples[ended.total()], file=sys.stderr, flush=True)
     return ended, samples
+
+
+def _trigger(api: AirflowApi, run_id: str) -> str:
+    """Start the DAG run; where no answer comes, it may have been started all the same."""
+    try:
+        return api.trigger(DAG_ID, RunParams.from_mapping(FORM).to_mapping(), run_id)
+    except UserError as error:
+        print(f"{run_id}: {error}", file=sys.stderr, flush=True)
+        known = [run["dag_run_id"] for run in api.dag_runs(DAG_ID, 2 * AT_ONCE)]
+        return run_id if run_id in known else _trigger(api, run_id)
 
 
 def main() -> None:
