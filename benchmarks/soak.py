@@ -19,9 +19,8 @@ from pathlib import Path
 import psutil
 from common import conditions, table
 
-from mlpipe.airflow_api import AirflowApi
+from mlpipe.airflow_api import AirflowApi, NoAnswerError
 from mlpipe.config import RunParams
-from mlpipe.errors import UserError
 from mlpipe.stack.supervisor import Supervisor
 from mlpipe.stack.temporary import running_stack
 
@@ -81,13 +80,12 @@ def soak(api: AirflowApi, supervisor: Supervisor, num_runs: int) -> tuple[Counte
 
 
 def _trigger(api: AirflowApi, run_id: str) -> str:
-    """Start the DAG run; where no answer comes, it may have been started all the same."""
+    """Start the DAG run, again where no answer came."""
     try:
         return api.trigger(DAG_ID, RunParams.from_mapping(FORM).to_mapping(), run_id)
-    except UserError as error:
+    except NoAnswerError as error:
         print(f"{run_id}: {error}", file=sys.stderr, flush=True)
-        known = [run["dag_run_id"] for run in api.dag_runs(DAG_ID, 2 * AT_ONCE)]
-        return run_id if run_id in known else _trigger(api, run_id)
+        return _trigger(api, run_id)
 
 
 def main() -> None:

@@ -43,6 +43,10 @@ class PausedError(UserError):
     """A DAG is paused."""
 
 
+class NoAnswerError(UserError):
+    """Airflow gave no answer to a call, which may have had its effect all the same."""
+
+
 KILLED = (
     "the task was killed, most likely by the system for memory; lower batch_size or image_size, or give it more memory"
 )
@@ -104,10 +108,16 @@ class AirflowApi:
             run_id: the id that it shall have; `None`: Airflow names it.
 
         Raises:
+            NoAnswerError: no answer came, and no DAG run of that id began.
             UserError: the server refuses the parameters or does not have the DAG.
         """
         body = {"logical_date": None, "conf": conf} | ({"dag_run_id": run_id} if run_id else {})
-        answer = self._call("POST", f"/api/v2/dags/{quote(dag_id)}/dagRuns", body)
+        try:
+            answer = self._call("POST", f"/api/v2/dags/{quote(dag_id)}/dagRuns", body)
+        except NoAnswerError:
+            if run_id is None or run_id not in [run["dag_run_id"] for run in self.dag_runs(dag_id, 100)]:
+                raise
+            return run_id
         return str(answer["dag_run_id"])
 
     def dag_runs(self, dag_id: str, number: int) -> list[dict[str, Any]]:
@@ -205,7 +215,7 @@ class AirflowApi:
                 self._log_in()
             answer = self._session.request(method, self.url + path, json=body, timeout=TIMEOUT)
         except requests.RequestException as error:
-            raise UserError(
+            raise NoAnswerError(
                 f"Airflow at {self.url} does not answer ({type(error).__name__}); is it up? See `mlpipe status`"
             ) from error
         if answer.status_code == requests.codes.unauthorized and not fresh:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import mlflow
 import pytest
 import requests
 
-from mlpipe.airflow_api import AirflowApi, log_in
+from mlpipe.airflow_api import AirflowApi, NoAnswerError, log_in
 
 pytestmark = pytest.mark.integration
 
@@ -65,6 +67,49 @@ def statuses(environment: dict[str, str], run_id: str) -> dict[str, str]:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.dag_run_id = '{run_id}'")
     return {f"{run.data.tags['stage']} {run.data.tags.get('model', '')}".strip(): run.info.status for run in found}
+
+
+@pytest.fixture
+def losing_answers(environment: dict[str, str]) -> Iterator[str]:
+    """The API server behind a proxy that loses the answers to triggers."""
+    server_url = environment["MLPIPE_AIRFLOW_URL"]
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer = requests.request(
+                self.command, server_url + self.path, data=body, headers=dict(self.headers), timeout=30
+            )
+            if self.path.endswith("/dagRuns"):
+                return
+            self.send_response(answer.status_code)
+            self.send_header("Content-Length", str(len(answer.content)))
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_dag_run_whose_answer_is_lost_is_found(
+    environment: dict[str, str], api: AirflowApi, losing_answers: str
+) -> None:
+    _, user, password = (environment[name] for name in AirflowApi.VARIABLES)
+    lossy = AirflowApi(losing_answers, user, password)
+    assert lossy.trigger(DAG_ID, FORM, "answer-lost") == "answer-lost"
+    assert api.dag_run_state(DAG_ID, "answer-lost") in ("queued", "running")
+    api.stop(DAG_ID, "answer-lost")
+    with pytest.raises(NoAnswerError, match="does not answer"):
+        lossy.trigger(DAG_ID, FORM | {"epochs": "many"}, "refused")
 
 
 def test_clearing_one_mapped_task_ends_with_ended_runs(
