@@ -38,7 +38,7 @@ def row(model: dict[str, Any]) -> list[str]:
     metrics = model["metrics"]
     accuracy, low, high = (100 * metrics[f"test/accuracy{end}"] for end in ("", "_ci_low", "_ci_high"))
     return [
-        model["name"] + (" (random weights)" if model["weights"] == "random" else ""),
+        model["name"],
         "–" if model["weights"] == "none" else model["weights"],
         f"{accuracy:.2f} ({low:.2f}–{high:.2f})",
         *(f"{factor * metrics[name]:.{digits}f}" for _, name, factor, digits in COLUMNS),

@@ -25,8 +25,8 @@ Augmentation = Literal["none", "crop", "flip", "flip_crop", "trivial"]
 Mixing = Literal["none", "mixup", "cutmix"]
 SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
-"""standard: as published. small_images: for about 32 pixels; custom_cnn becomes a residual network with batch
-normalization; torchvision's resnets begin with a 3×3 convolution without stride and halve their maps by pooling."""
+"""standard: as published. small_images: for about 32 pixels; custom_cnn becomes a network after airbench94;
+torchvision's resnets begin with a 3×3 convolution without stride and halve their maps by pooling."""
 
 MODEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MAX_MODELS = 16
@@ -78,6 +78,15 @@ class Form:
     @classmethod
     def _section(cls, field_name: str) -> dict[str, str]:
         return next(({"section": title} for title, names in cls.sections.items() if field_name in names), {})
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a form's values those that are not empty, to be shown: addresses are without login and query."""
+    return {
+        name: redact_text(value) if isinstance(value, str) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from mlpipe.config import (
     RecipeName,
     RunConfig,
     RunParams,
+    given,
 )
 from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
@@ -157,11 +158,7 @@ def resolve(params: RunParams) -> RunConfig:
         folds=params.folds or 0,
         retrain=params.retrain,
         promotion=PromotionConfig(mode=params.promotion, metric=params.promotion_metric),
-        form={
-            name: redact_text(value) if isinstance(value, str) else value
-            for name, value in params.to_mapping().items()
-            if value is not None
-        },
+        form=given(params.to_mapping()),
     )
 
 

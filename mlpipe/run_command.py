@@ -27,7 +27,7 @@ from rich.table import Column, Table
 
 from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi, PausedError, TaskInstance
-from mlpipe.config import Form, RunParams
+from mlpipe.config import Form, RunParams, given
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE
 from mlpipe.recipes import resolve
@@ -315,6 +315,7 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
     return {
         "dag_run_id": run_id,
         "state": state,
+        "form": given(api.dag_run(DAG_ID, run_id)["conf"]),
         "parent_run_id": compared.get("parent_run_id"),
         "tracking_uri": without_login(os.environ.get("MLFLOW_TRACKING_URI", "")),
         "wall_seconds": round(seconds, 3),

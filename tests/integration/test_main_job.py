@@ -17,6 +17,8 @@ import mlflow
 import numpy as np
 import pytest
 
+from mlpipe.config import RunParams
+from mlpipe.recipes import resolve
 from mlpipe.stack.local import StackSettings
 from tests.stack_fixtures import strangers_champion
 
@@ -43,6 +45,7 @@ def client(environment: dict[str, str]) -> mlflow.MlflowClient:
 
 def test_the_result_file_says_everything(demo: dict[str, Any]) -> None:
     assert demo["state"] == "success"
+    assert resolve(RunParams.from_mapping(demo["form"])) == resolve(RunParams())
     assert {model["name"] for model in demo["models"]} == MODELS
     assert demo["dataset"]["classes"] == [str(digit) for digit in range(10)]
     sizes = [demo["dataset"][f"num_{part}"] for part in ("train", "val", "test")]
