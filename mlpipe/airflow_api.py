@@ -63,7 +63,7 @@ class AirflowApi:
         self._login = user, password
         self._session = requests.Session()
         retry = Retry(total=6, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=("GET",))
-        self._session.mount("http", HTTPAdapter(max_retries=retry))
+        self._session.mount(self.url, HTTPAdapter(max_retries=retry))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:

@@ -261,9 +261,9 @@ def _settings(
         )
     if settings.width <= 0:
         raise UserError(f"width: {settings.width:g} is not allowed; give a multiple of the network's channels, like 2")
-    for finder, given in (("find_batch_size", params.batch_size), ("find_learning_rate", params.learning_rate)):
-        if getattr(settings, finder) and given:
-            raise UserError(f"{finder}: {finder[5:]} is {given:g}, so nothing is to be found; leave one of them out")
+    for finder, value in (("find_batch_size", params.batch_size), ("find_learning_rate", params.learning_rate)):
+        if getattr(settings, finder) and value:
+            raise UserError(f"{finder}: {finder[5:]} is {value:g}, so nothing is to be found; leave one of them out")
     if settings.teacher and settings.mixing != "none":
         raise UserError("teacher: it answers unmixed images, so it is not allowed with mixing; leave one of them out")
     return settings

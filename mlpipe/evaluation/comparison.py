@@ -134,6 +134,11 @@ class Comparison:
         return f"Its lead of {points} over {test.worse}, the second, may be chance ({p_value})."
 
 
+def rank(result: ModelResult) -> tuple[float, float, str]:
+    """The best model has the least. Equal accuracies go by log loss, then by name, never by who finished first."""
+    return -result.evaluation.accuracy, result.evaluation.scores["log_loss"], result.name
+
+
 def compare(results: Sequence[ModelResult], failed: Mapping[str, str] | None = None) -> Comparison:
     """Rank models and test every pair of them.
 
@@ -146,8 +151,7 @@ def compare(results: Sequence[ModelResult], failed: Mapping[str, str] | None = N
     """
     if not results:
         raise ValueError("results: none; at least one model must have been evaluated")
-    # Equal accuracies go by log loss, then by name, so that the order never depends on who finished first.
-    rows = sorted(results, key=lambda row: (-row.evaluation.accuracy, row.evaluation.scores["log_loss"], row.name))
+    rows = sorted(results, key=rank)
     _check_same_images(rows)
     return Comparison(rows=tuple(rows), tests=_paired_tests(rows), failed=dict(failed or {}))
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel
 
 from mlpipe.config import RunConfig
 from mlpipe.data.dataset import Dataset, Split, open_dataset
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
-from mlpipe.evaluation.comparison import compare
+from mlpipe.evaluation.comparison import compare, rank
 from mlpipe.evaluation.gallery import Gallery
 from mlpipe.evaluation.promotion import Overlap, promote
 from mlpipe.evaluation.report import Report
@@ -29,7 +30,6 @@ from mlpipe.tracking.data_input import ImageDataset, log_input
 from mlpipe.tracking.evaluation_run import (
     OtherClassesError,
     learning_curves,
-    load_classifier,
     log_comparison,
     log_evaluation,
     measure,
@@ -66,6 +66,7 @@ def evaluate(
     models = {each.model.name: each.model for each in trained}
     failed = {model.name: "its training failed" for model in config.models if model.name not in models}
     results: list[ModelResult] = []
+    best_model: PyFuncModel | None = None
     with runs.active(parent_run(config, origin)) as parent:
         on_run(parent.url)
         log_input(dataset.manifest, data.uri, context="testing")
@@ -73,15 +74,22 @@ def evaluate(
         for model in models.values():
             logger.info("measuring %s on %d test images", model.name, len(test))
             try:
-                result = _measure(model, test, classes)
+                result, loaded = _measure(model, test, classes)
             except UserError as error:
                 failed[model.name] = str(error)
                 continue
             log_evaluation(result, test, shown, run_id=model.run_id, model_id=model.model_id)
             results.append(result)
-        if not results:
+            if min(results, key=rank) is result:
+                best_model = loaded
+        if best_model is None:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-        others = [_measure_other(uri, test, classes) for uri in config.compare_with]
+        others = []
+        for uri in config.compare_with:
+            try:
+                others.append(_measure_other(uri, test, classes))
+            except UserError as error:
+                failed[uri.removeprefix("models:/")] = str(error)
         comparison = compare([*results, *others], failed)
         own = [row for row in comparison.rows if row in results]
         registered = registry.registered_name(data.name)
@@ -112,7 +120,7 @@ def evaluate(
             verdict=summary,
             notes=data.notes,
             curves={row.name: learning_curves(models[row.name].run_id) for row in own},
-            gallery=_gallery(own, dataset, models),
+            gallery=_gallery(own, dataset, best_model),
             snippet=(
                 "import mlflow  # with its login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n\n"
                 f'mlflow.set_tracking_uri("{runs.ui_url()}")\n'
@@ -158,27 +166,31 @@ def _told_of_reused(trained: Sequence[TrainedVersion]) -> list[str]:
     return [f"Not trained again, for data, settings, seed and code are those of an earlier run: {', '.join(reused)}."]
 
 
-def _gallery(rows: Sequence[ModelResult], dataset: Dataset, models: Mapping[str, RegisteredModel]) -> Gallery:
+def _gallery(rows: Sequence[ModelResult], dataset: Dataset, best_model: PyFuncModel) -> Gallery:
     """Pictures of the best models' mistakes; the best one's are explained, if it is a network."""
-    from mlpipe.evaluation.explain import Explainer  # with torch, which loading the models needs anyway
+    explainer = None
+    if rows[0].weights != "none":
+        from mlpipe.evaluation.explain import Explainer  # with torch, which the network has loaded
 
+        explainer = Explainer.of(best_model.unwrap_python_model())
     gallery = Gallery(dataset.test_split(), dataset.test_names(), dataset.manifest.classes)
-    for rank, row in enumerate(rows[:MODELS_WITH_PICTURES]):
-        explained = Explainer.of(load_classifier(models[row.name].model_uri)) if rank == 0 else None
-        gallery.add_model(row, explained, dataset.train_split())
+    for row in rows[:MODELS_WITH_PICTURES]:
+        gallery.add_model(row, explainer if row is rows[0] else None, dataset.train_split())
     gallery.add_doubts(rows[0])
     return gallery
 
 
-def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> ModelResult:
-    """
+def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> tuple[ModelResult, PyFuncModel]:
+    """The scores, and the loaded model.
+
     Raises:
         UserError: the model cannot be loaded, or has other classes.
     """
     way_out = f"; was it deleted, or its registered model renamed? Clear train [{model.name}] to register it again"
-    return ModelResult(
+    evaluation, loaded = _evaluation(model.model_uri, test, classes, subject=model.model_uri, way_out=way_out)
+    result = ModelResult(
         name=model.name,
-        evaluation=_evaluation(model.model_uri, test, classes, subject=model.model_uri, way_out=way_out),
+        evaluation=evaluation,
         architecture=model.architecture,
         version=model.version,
         weights=model.weights,
@@ -186,6 +198,7 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> M
         images_per_second=model.images_per_second,
         cross_validated=(model.metrics[MEAN], model.metrics[ERROR]) if MEAN in model.metrics else None,
     )
+    return result, loaded
 
 
 def _measure_other(uri: str, test: Split, classes: tuple[str, ...]) -> ModelResult:
@@ -194,11 +207,20 @@ def _measure_other(uri: str, test: Split, classes: tuple[str, ...]) -> ModelResu
     Raises:
         UserError: it cannot be loaded, or has other classes.
     """
-    evaluation = _evaluation(uri, test, classes, subject=f"compare_with: {uri}")
+    try:
+        evaluation, _ = _evaluation(uri, test, classes, subject=f"compare_with: {uri}")
+    except UserError:
+        raise
+    except Exception as error:  # anybody may have written it
+        if runs.is_unreachable(error):
+            raise
+        raise UserError(f"compare_with: {uri} cannot be measured ({str(error) or repr(error)})") from error
     return ModelResult(name=uri.removeprefix("models:/"), evaluation=evaluation)
 
 
-def _evaluation(uri: str, test: Split, classes: tuple[str, ...], *, subject: str, way_out: str = "") -> Evaluation:
+def _evaluation(
+    uri: str, test: Split, classes: tuple[str, ...], *, subject: str, way_out: str = ""
+) -> tuple[Evaluation, PyFuncModel]:
     try:
         return measure(uri, test, classes)
     except OtherClassesError as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.pyfunc import PyFuncModel
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from mlpipe.data.dataset import Split
@@ -39,8 +39,8 @@ class OtherClassesError(UserError):
     """A model does not have the classes of the images."""
 
 
-def measure(model_uri: str, test: Split, classes: Sequence[str]) -> Evaluation:
-    """Load a model by its address, as any user would, and score its predictions.
+def measure(model_uri: str, test: Split, classes: Sequence[str]) -> tuple[Evaluation, PyFuncModel]:
+    """Load a model by its address, as any user would, and score its predictions; the scores, and the model.
 
     Raises:
         OtherClassesError: the model has other classes than the images; the message ends a sentence about the model.
@@ -54,12 +54,7 @@ def measure(model_uri: str, test: Split, classes: Sequence[str]) -> Evaluation:
     if set(own) != set(classes):
         raise OtherClassesError(other_classes(own, classes))
     probabilities = frame[[f"{PROBABILITY}{name}" for name in classes]].to_numpy(np.float64)
-    return evaluate_predictions(test.labels, probabilities, classes, seed=BOOTSTRAP_SEED)
-
-
-def load_classifier(model_uri: str) -> Any:
-    """What predicts inside a logged model."""
-    return mlflow.pyfunc.load_model(model_uri).unwrap_python_model()
+    return evaluate_predictions(test.labels, probabilities, classes, seed=BOOTSTRAP_SEED), model
 
 
 def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> ModelResult | Unmeasured:
@@ -71,7 +66,8 @@ def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> M
     registered = registry.by_version(name, version)
     label = registered.tags.get("model", "a model of unknown name")
     try:
-        return ModelResult(name=label, version=version, evaluation=measure(registered.uri, test, classes))
+        evaluation, _ = measure(registered.uri, test, classes)
+        return ModelResult(name=label, version=version, evaluation=evaluation)
     except OtherClassesError as error:
         problem = str(error)
     except Exception as error:
