@@ -43,6 +43,10 @@ class PausedError(UserError):
     """A DAG is paused."""
 
 
+class RefusedError(UserError):
+    """Airflow refused a call."""
+
+
 class NoAnswerError(UserError):
     """Airflow gave no answer to a call, which may have had its effect all the same."""
 
@@ -94,7 +98,7 @@ class AirflowApi:
         if dag["is_paused"]:
             raise PausedError(
                 f"the DAG {dag_id} is paused, so its runs wait until somebody unpauses it: in Airflow, or by "
-                "`mlpipe run --unpause`"
+                f"`mlpipe {'tune' if dag_id == 'tune' else 'run'} --unpause`"
             )
 
     def unpause(self, dag_id: str) -> None:
@@ -221,7 +225,7 @@ class AirflowApi:
         if answer.status_code == requests.codes.unauthorized and not fresh:
             return self._request(method, path, body, fresh=True)
         if not answer.ok:
-            raise UserError(
+            raise RefusedError(
                 f"Airflow refused {method} {path.partition('?')[0]}: {answer.status_code} {_detail(answer)}"
             )
         return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -18,14 +19,24 @@ class _Group(click.Group):
         try:
             return super().main(*args, **kwargs)
         except UserError as error:
-            click.secho(str(error), fg="red", err=True)
-            sys.exit(2)
+            told = str(error)
+        except Exception as error:
+            if "mlflow" not in sys.modules:
+                raise
+            from mlpipe.tracking.runs import is_unreachable
+
+            if not is_unreachable(error):
+                raise
+            told = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} does not answer; is it up? See `mlpipe status`"
+        click.secho(told, fg="red", err=True)
+        sys.exit(2)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mlpipe")
 def main() -> None:
     """Train image classifiers with Airflow, compare them in MLflow."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 take four minutes
 
 
 for command in (

@@ -179,6 +179,18 @@ def _model_addresses(text: str | None, field_name: str) -> tuple[str, ...]:
 
 ARCHIVE_SUFFIX = re.compile(r"(\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz))+$", re.IGNORECASE)
 MAX_NAME = 48
+OF_THE_FORM = {"seed": "seed", "num_devices": "devices", "teacher": "teacher", "fine_tuning": "fine_tuning"}
+"""Settings that the form's field `settings` may not have, and the fields that they have of their own."""
+RANGES: Mapping[str, tuple[float, float]] = {
+    "num_epochs": (1, 10_000),
+    "batch_size": (1, 65_536),
+    "min_steps": (1, 1_000_000),
+    "weight_decay": (0, 100),
+    "label_smoothing": (0, 0.99),
+    "num_components": (1, 100_000),
+    "max_iterations": (1, 1_000_000),
+}
+ABOVE_ZERO = ("learning_rate", "inverse_regularization", "width")
 """Maximum number of characters in a data set's name."""
 
 
@@ -259,8 +271,6 @@ def _settings(
             f"width: {settings.width:g} is not allowed for {architecture.name}, which has one width; it is for "
             "custom_cnn and for networks of your own whose builder takes `width`"
         )
-    if settings.width <= 0:
-        raise UserError(f"width: {settings.width:g} is not allowed; give a multiple of the network's channels, like 2")
     for finder, value in (("find_batch_size", params.batch_size), ("find_learning_rate", params.learning_rate)):
         if getattr(settings, finder) and value:
             raise UserError(f"{finder}: {finder[5:]} is {value:g}, so nothing is to be found; leave one of them out")
@@ -281,11 +291,22 @@ def parse_settings(text: str | None) -> dict[str, Any]:
         values = json.loads(text)
     except ValueError as error:
         raise UserError(f'settings: {text[:80]!r} is not JSON ({error}); write {{"weight_decay": 0.001}}') from None
-    known = {each.name for kind in (NetworkSettings, LinearSettings) for each in fields(kind)}
+    known = {each.name for kind in (NetworkSettings, LinearSettings) for each in fields(kind)} - OF_THE_FORM.keys()
+    if isinstance(values, dict) and (own := sorted(OF_THE_FORM.keys() & set(values))):
+        raise UserError(f"settings: {own[0]} has a field of its own, {OF_THE_FORM[own[0]]}; set it there")
     if not isinstance(values, dict) or not set(values) <= known:
         wrong = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else text[:80]
         raise UserError(f"settings: {wrong} is unknown; known settings are {', '.join(sorted(known))}")
     return values
+
+
+def _check_ranges(settings: NetworkSettings | LinearSettings) -> None:
+    for name, value in asdict(settings).items():
+        if name in ABOVE_ZERO and not value > 0:
+            raise UserError(f"settings: {name}: {value:g} is not allowed; give more than 0")
+        least, most = RANGES.get(name, (None, None))
+        if (least is not None and value < least) or (most is not None and value > most):
+            raise UserError(f"settings: {name}: {value:g} is not allowed; give {least:g} to {most:g}")
 
 
 def _of(kind: type[NetworkSettings | LinearSettings], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,11 +323,13 @@ def _checked(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(type(settings)).validate_python({**asdict(settings), **changes})
+        checked = TypeAdapter(type(settings)).validate_python({**asdict(settings), **changes})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise UserError(f"settings: {name}: {first['input']!r} is not allowed; {first['msg']}") from None
+    _check_ranges(checked)
+    return checked
 
 
 def _check_devices(num_devices: int, models: Sequence[ModelConfig]) -> None:

@@ -26,7 +26,7 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 
 from mlpipe.addresses import without_login
-from mlpipe.airflow_api import AirflowApi, PausedError, TaskInstance
+from mlpipe.airflow_api import AirflowApi, NoAnswerError, PausedError, TaskInstance
 from mlpipe.config import Form, RunParams, given
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE
@@ -135,13 +135,7 @@ def readable_id(*words: str) -> str:
 def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | None = None) -> None:
     """Show a DAG run until it ends, and print its comparison; exit with 1 where it failed."""
     began = time.monotonic()
-    try:
-        state, tasks = follow_tasks(api, run_id, console)
-    except KeyboardInterrupt:
-        raise UserError(
-            f"stopped watching; the DAG run continues. `mlpipe watch {run_id}` shows it again, "
-            f"`mlpipe stop {run_id}` ends it"
-        ) from None
+    state, tasks = follow_tasks(api, run_id, console)
     result = _result(api, run_id, state, tasks, time.monotonic() - began)
     if json_path is not None:
         write_json(json_path, result)
@@ -184,7 +178,7 @@ def with_local_files(data_uri: str | None, models: str | None) -> tuple[str | No
 
 def _local_file(uri: str | None) -> Path | None:
     """The local file or folder at a path; `None` for an address or no value."""
-    if uri is None or "://" in uri:
+    if uri is None or not uri.strip() or "://" in uri:
         return None
     path = Path(uri).expanduser().resolve()
     if not path.exists():
@@ -225,7 +219,6 @@ def _upload(path: Path, console: Console) -> str:
             f"data_uri: the workers cannot read {path}, and no MLflow server is set for the upload; "
             "set MLFLOW_TRACKING_URI, or give an s3:// or https:// address"
         )
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import requests
     from mlflow.exceptions import MlflowException
 
@@ -260,7 +253,21 @@ def _upload_folder(folder: Path, console: Console) -> str:
 def follow_tasks(
     api: AirflowApi, run_id: str, console: Console, dag_id: str = DAG_ID
 ) -> tuple[str, list[TaskInstance]]:
-    """Show the tasks of a DAG run until it ends; its state, and the tasks."""
+    """Show the tasks of a DAG run until it ends; its state, and the tasks.
+
+    Raises:
+        UserError: the user or an outage of Airflow ended that; the message says how to go on.
+    """
+    ways = f"`mlpipe watch {run_id}` shows it again, `mlpipe stop {run_id}` ends it"
+    try:
+        return _follow_tasks(api, run_id, console, dag_id)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped watching; the DAG run continues. {ways}") from None
+    except NoAnswerError as error:
+        raise UserError(f"{error}. The DAG run may continue: {ways}") from error
+
+
+def _follow_tasks(api: AirflowApi, run_id: str, console: Console, dag_id: str) -> tuple[str, list[TaskInstance]]:
     began = time.monotonic()
     shown: dict[str, str | None] = {}
     with Live(console=console, refresh_per_second=8, transient=False) as live:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,15 +13,16 @@ import click
 from rich.markup import escape
 from rich.table import Column, Table
 
-from mlpipe import run_command
+from mlpipe import run_command, tune_command
 from mlpipe.addresses import without_login
-from mlpipe.airflow_api import AirflowApi
+from mlpipe.airflow_api import AirflowApi, RefusedError
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import KNOWN, TORCHVISION
 from mlpipe.recipes import RECIPES
 from mlpipe.stack.local import StackSettings
 
 DAG_ID = run_command.DAG_ID
+DAG_IDS = (tune_command.DAG_ID, DAG_ID)
 
 
 @click.command()
@@ -53,14 +55,31 @@ def _api() -> AirflowApi:
     return AirflowApi.from_env()
 
 
+def _dag_of(api: AirflowApi, run_id: str) -> str:
+    """The DAG that has a run of this id.
+
+    Raises:
+        UserError: none has.
+    """
+    for dag_id in DAG_IDS[:-1]:
+        with contextlib.suppress(RefusedError):
+            api.dag_run_state(dag_id, run_id)
+            return dag_id
+    api.dag_run_state(DAG_IDS[-1], run_id)
+    return DAG_IDS[-1]
+
+
 @click.command()
 @click.option("-n", "--number", default=10, show_default=True, help="How many, the newest first.")
 def runs(number: int) -> None:
     """List DAG runs."""
     table = Table(Column("run", overflow="fold"), "state", "data set", Column("models", overflow="fold"))
-    for found in _api().dag_runs(DAG_ID, number):
+    api = _api()
+    found_runs = [found for dag_id in DAG_IDS for found in api.dag_runs(dag_id, number)]
+    for found in sorted(found_runs, key=lambda found: str(found["run_after"]), reverse=True)[:number]:
         form = found["conf"] or {}
-        data, chosen = form.get("name") or form.get("dataset"), form.get("models") or form.get("recipe")
+        data = form.get("name") or form.get("dataset")
+        chosen = form.get("model") or form.get("models") or form.get("recipe")
         table.add_row(escape(found["dag_run_id"]), found["state"], escape(data or ""), escape(chosen or ""))
     run_command.new_console().print(table)
 
@@ -70,15 +89,16 @@ def runs(number: int) -> None:
 def watch(run_id: str) -> None:
     """Show a DAG run until it ends, as `mlpipe run` does; Ctrl-C leaves it alone."""
     api = _api()
-    api.dag_run_state(DAG_ID, run_id)  # refused where there is no such run
-    run_command.follow(api, run_id, run_command.new_console())
+    command = tune_command if _dag_of(api, run_id) == tune_command.DAG_ID else run_command
+    command.follow(api, run_id, run_command.new_console())
 
 
 @click.command()
 @click.argument("run_id")
 def stop(run_id: str) -> None:
     """Stop a DAG run; its MLflow runs end as KILLED, and what was trained stays."""
-    _api().stop(DAG_ID, run_id)
+    api = _api()
+    api.stop(_dag_of(api, run_id), run_id)
     run_command.new_console().print(f"stopped {run_id}", markup=False, highlight=False)
 
 
@@ -89,7 +109,8 @@ def report(run_id: str, output: Path) -> None:
     """Write the report of a DAG run as one HTML file."""
     if not output.parent.is_dir():
         raise UserError(f"--output: the folder {str(output.parent)!r} does not exist; create it first")
-    page = _api().report(DAG_ID, run_id)
+    api = _api()
+    page = api.report(_dag_of(api, run_id), run_id)
     output.write_text(page, encoding="utf-8")
     run_command.new_console().print(f"wrote {output}", markup=False, highlight=False)
 
@@ -98,7 +119,6 @@ def report(run_id: str, output: Path) -> None:
 @click.argument("page", type=click.Choice(["airflow", "mlflow", "report"]), default="report")
 def open_page(page: str) -> None:
     """Open Airflow, MLflow or the newest report in a browser; the address is also printed."""
-    api = _api()
     if page == "mlflow":
         run_command.use_local_stack("MLFLOW_TRACKING_URI")
         address = without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
@@ -106,12 +126,13 @@ def open_page(page: str) -> None:
             raise UserError("MLFLOW_TRACKING_URI: not set, and no local stack is up; run `mlpipe up`, or set it")
         url = f"{address.rstrip('/')}/#/experiments?workflowType=machine_learning"
     elif page == "report":
+        api = _api()
         newest = api.dag_runs(DAG_ID, 1)
         if not newest:
             raise UserError("there is no DAG run yet; start one by `mlpipe run`")
         url = run_command.report_url(api, newest[0]["dag_run_id"])
     else:
-        url = api.url
+        url = _api().url
     run_command.new_console().print(url, soft_wrap=True, highlight=False)
     click.launch(url)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from rich.table import Column, Table
 
 from mlpipe import run_command
 from mlpipe.airflow_api import AirflowApi
+from mlpipe.config import given
 from mlpipe.errors import UserError
 from mlpipe.search.form import TuneParams, resolve_search
 
@@ -36,6 +39,11 @@ def tune(json_path: Path | None, unpause: bool, **values: Any) -> None:
     params = TuneParams.from_mapping(values | {"data_uri": run_command.uploaded(values["data_uri"], console)})
     run_id = api.trigger(DAG_ID, params.to_mapping(), run_command.readable_id("tune", params.model.partition("=")[0]))
     console.print(f"Airflow run  {api.url}/dags/{DAG_ID}/runs/{run_id}", soft_wrap=True, highlight=False)
+    follow(api, run_id, console, json_path)
+
+
+def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | None = None) -> None:
+    """Show a search until it ends, and print what it found; exit with 1 where it failed."""
     began = time.monotonic()
     state, tasks = run_command.follow_tasks(api, run_id, console, DAG_ID)
     found = api.xcom(DAG_ID, run_id, "conclude", key="search")
@@ -43,10 +51,12 @@ def tune(json_path: Path | None, unpause: bool, **values: Any) -> None:
     if found is None:
         raise SystemExit(1)
     compared = api.xcom(DAG_ID, run_id, "evaluate") or {"dataset": None, "models": [], "summary": None}
-    result = _result(found, compared, state, time.monotonic() - began)
+    form = given(api.dag_run(DAG_ID, run_id)["conf"])
+    result = {"dag_run_id": run_id, "form": form} | _result(found, compared, state, time.monotonic() - began)
     if json_path is not None:
         run_command.write_json(json_path, result)
     _print(result, compared, console, api, run_id)
+    console.print(f"Use them       {_command(form, found['study'])}", soft_wrap=True, markup=False, highlight=False)
     if state != "success":
         raise SystemExit(1)
 
@@ -89,10 +99,17 @@ def _print(result: dict[str, Any], compared: dict[str, Any], console: Console, a
     settings = json.dumps(result["best"]["params"])
     for line in (
         f"Best settings  {settings}",
-        f"Use them       mlpipe run --tuned {result['study']}",
         f"Report         {api.url}/dags/{DAG_ID}/runs/{run_id}/plugin/report",
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _command(form: Mapping[str, Any], study: str) -> str:
+    """What trains the model of the search with the settings that it found."""
+    shared = ("dataset", "data_uri", "name", "recipe", "image_size", "epochs")
+    options = {name: form[name] for name in shared if name in form} | {"models": form["model"], "tuned": study}
+    words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return shlex.join(["mlpipe", "run", *(part for pair in words for part in pair)])
 
 
 def _short(value: Any) -> str:

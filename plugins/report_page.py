@@ -306,7 +306,8 @@ def _listed(run: dict[str, Any]) -> dict[str, str]:
 
 
 def _of_dag_run(dag_id: str, run_id: str) -> list[dict[str, Any]]:
-    return _search(f"tags.dag_run_id = '{run_id}' and tags.dag_id = '{dag_id}'", 100)
+    """Its MLflow runs, without a search's trials."""
+    return _search(f"tags.dag_run_id = '{run_id}' and tags.dag_id = '{dag_id}' and tags.stage != 'trial'", 100)
 
 
 def _search(wanted: str, limit: int) -> list[dict[str, Any]]:

@@ -200,7 +200,7 @@ class Dataset:
             counts = [np.bincount(labels[each], minlength=len(self.manifest.classes)).tolist() for each in chosen]
             manifest = replace(
                 self.manifest,
-                digest=f"{self.manifest.digest}-{number}-of-{num_folds}",
+                digest=f"{self.manifest.digest}-{number}-of-{num_folds}-seed-{seed}",
                 num_train=len(chosen[0]),
                 num_val=len(chosen[1]),
                 class_counts={**self.manifest.class_counts, "train": tuple(counts[0]), "val": tuple(counts[1])},

@@ -54,7 +54,7 @@ class Report:
     """The form as it was filled in."""
     best_uri: str = ""
     """Of the best model in the registry."""
-    dag_id: str = ""
+    dag_id: str = "image_classification"
 
 
 def render(report: Report) -> str:

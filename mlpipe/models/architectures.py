@@ -196,10 +196,8 @@ def _of_file(path: str, class_name: str) -> Architecture:
             f"models: {redact_text(path)[:80]!r} is not the whole path of a file; give one that every worker can read, "
             f"like /home/me/mynets.py:{class_name}"
         )
-    if not MODEL_NAME.fullmatch(name) or name in registered():
-        raise UserError(
-            f"models: {class_name!r} would be called {name!r}, which is {_fault_of(name)}; give the class another name"
-        )
+    if fault := _fault_of(name):
+        raise UserError(f"models: {class_name!r} would be called {name!r}, {fault}; give the class another name")
     return Architecture(name=name, kind="network", builder=f"{path}:{class_name}")
 
 
@@ -214,12 +212,19 @@ def _of_timm(name: str) -> Architecture:
     )
 
 
-def _fault_of(name: str) -> str:
-    return "another model's name" if name in registered() else "no name (a letter, then letters, digits and _)"
+def _fault_of(name: str) -> str | None:
+    """Why a user's network may not have this name, which is also an alias of its best version; `None`: it may."""
+    if name in registered():
+        return "which is another model's name"
+    if re.fullmatch(r"v\d+|latest|champion", name):
+        return "which is an alias with a meaning of its own"
+    return None if MODEL_NAME.fullmatch(name) else "which is no name (a letter, then letters, digits and _)"
 
 
 def _of_installed_package(name: str) -> Architecture | None:
     for point in entry_points(group=ENTRY_POINTS, name=name):
+        if fault := _fault_of(name):
+            raise UserError(f"models: the entry point {name!r} has a name {fault}; give it another name")
         distribution = f"{point.dist.name}=={point.dist.version.partition('+')[0]}" if point.dist else None
         builder = f"{point.module}:{point.attr}"
         return Architecture(name=name, kind="network", builder=builder, distribution=distribution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -136,7 +137,8 @@ def resolve_search(params: TuneParams, dag_run_id: str) -> Search:
         raise UserError(f"vary: {', '.join(wrong)} is not allowed for {model.name}; give some of {', '.join(known)}")
     if "width" in vary and find(model.architecture).has_one_width:
         raise UserError(f"vary: width is not allowed for {model.name}, which has one width; vary other settings")
-    named = re.sub(r"[^a-z0-9_.-]+", "-", f"{run.data.name}-{model.name}-{dag_run_id}".lower())[:80]
+    named = re.sub(r"[^a-z0-9_.-]+", "-", f"{run.data.name}-{model.name}".lower())[:70]
+    named += f"-{hashlib.sha256(dag_run_id.encode()).hexdigest()[:8]}"
     return Search(
         run=run,
         model=model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -35,6 +35,8 @@ REQUEST = "request"
 """Attribute of a trial: the DAG run that asked for it."""
 DEFAULT = "default"
 """Attribute of the trial that has the recipe's own settings."""
+SUBJECT = "subject"
+"""Attribute of the study: what its trials have in common."""
 SURPLUS = "surplus"
 """Attribute of a trial that two workers made where one was left."""
 
@@ -75,6 +77,28 @@ def _storage(cache_dir: Path, name: str) -> BaseStorage:
     if scheme.startswith("postgresql"):
         return RDBStorage(url, heartbeat_interval=None)
     raise UserError(f"{STORAGE_VARIABLE}: {scheme}:// is not allowed; give redis:// or postgresql://, or nothing")
+
+
+def check_same_search(study: optuna.Study, search: Search, digest: str) -> None:
+    """See that the study's trials can be compared with those that are to come.
+
+    Args:
+        digest: of the data set.
+
+    Raises:
+        UserError: they are of other data, another model, or other settings.
+    """
+    settings = {name: value for name, value in asdict(search.model.train).items() if name != "seed"}
+    model = [search.model.architecture, search.model.weights]
+    facts = {"data": digest, "model": model, "varied settings": sorted(search.vary), "recipe and settings": settings}
+    known = study.user_attrs.get(SUBJECT)
+    if known is None:
+        study.set_user_attr(SUBJECT, facts)
+    elif other := [name for name, value in facts.items() if known[name] != value]:
+        raise UserError(
+            f"study: {study.study_name} was made with other {', '.join(other)}, so its trials cannot be compared with "
+            "these; continue it with the same, or name another study"
+        )
 
 
 def request_trials(study: optuna.Study, search: Search, request: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import logging
 import sqlite3
@@ -12,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mlpipe.errors import UserError
 from mlpipe.stack.components import AIRFLOW, NAMES, components, program
@@ -197,9 +198,8 @@ def _check_same_ports(settings: StackSettings) -> None:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another `mlpipe up` of this stack is at work; wait for it") from None
-        yield
+    try:
+        with FileLock(path, blocking=False):
+            yield
+    except Timeout:
+        raise UserError("another `mlpipe up` of this stack is at work; wait for it") from None

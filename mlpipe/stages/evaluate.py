@@ -136,7 +136,6 @@ def evaluate(
             former=promotion.former,
             settings=config.form,
             best_uri=models[best.name].model_uri,
-            dag_id=origin.dag_id,
         )
         log_comparison(parent, report, promotion)
     logger.info("%s", comparison.plain_table())

@@ -12,11 +12,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from mlpipe.addresses import redact_uri
 from mlpipe.config import ModelConfig, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
-from mlpipe.errors import UserError
+from mlpipe.errors import ServiceUnavailableError, UserError
 from mlpipe.models.registry import describe
 from mlpipe.models.weights import initial_network
 from mlpipe.search import figures
@@ -24,6 +25,7 @@ from mlpipe.search.form import Search
 from mlpipe.search.study import (
     DEFAULT,
     best_trial,
+    check_same_search,
     next_trial,
     open_study,
     request_trials,
@@ -81,12 +83,13 @@ def search(config: Search, origin: TaskContext, worker: int, data: PublishedData
         worker: its number, from 0.
 
     Raises:
-        UserError: weights that cannot be had, or a storage of no known kind.
+        UserError: weights that cannot be had, a storage of no known kind, or a study of something else.
     """
     environment = Environment.from_env()
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data.digest, store, environment.cache_dir)
     study = open_study(config.study, environment.cache_dir, seed=config.seed, pruning=config.pruning, worker=worker)
+    check_same_search(study, config, data.digest)
     if worker == 0:
         request_trials(study, config, origin.key("all"))
     else:
@@ -115,7 +118,9 @@ def _wait_for_trials(study: optuna.Study, origin: TaskContext, number: int) -> N
         if len(trials_asked_for(study, origin.key("all"))) >= number:
             return
         time.sleep(0.2)
-    raise UserError(f"study: no trials were asked for within {START_SECONDS:g} s; see the log of the first worker")
+    raise ServiceUnavailableError(
+        f"study: no trials were asked for within {START_SECONDS:g} s; see the log of the first worker"
+    )
 
 
 def _run_trial(
@@ -246,4 +251,7 @@ def winners(config: Search, settings: Mapping[str, Any]) -> RunConfig:
         )
         for number in range(1, config.seeds + 1)
     )
-    return replace(config.run, models=models)
+    model = config.model
+    named = model.architecture if model.weights == "none" else f"{model.architecture}={redact_uri(model.weights)}"
+    form = {**config.run.form, "models": named, "settings": json.dumps(dict(settings))}
+    return replace(config.run, models=models, form=form)

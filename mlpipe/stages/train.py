@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlflow.entities import Run
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings, RunConfig
@@ -56,10 +58,12 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     dataset = open_dataset(data.digest, store, environment.cache_dir)
     key = training_key(model, data.digest, config.folds)
     registered = registry.registered_name(data.name)
-    if key and not config.retrain and (earlier := find_trained(registered, key)):
-        own = runs.find_run(experiment(config), origin.key(model.name))
-        if own is None or own.data.tags.get("stage") == "reused":  # else an attempt before has begun to train
-            return _reuse(config, origin, model, dataset, data, earlier, on_run=on_run)
+    own = runs.find_run(experiment(config), origin.key(model.name))
+    if own and own.info.status == "FINISHED" and (done := registry.find(registered, own.info.run_id)):
+        return _done(model, own, done, data, on_run=on_run)
+    is_begun = own is not None and own.data.tags.get("stage") != "reused"  # by an attempt before
+    if key and not (config.retrain or is_begun) and (earlier := find_trained(registered, key)):
+        return _reuse(config, origin, model, dataset, data, earlier, on_run=on_run)
     # Before the run is opened: weights that cannot be had leave no run behind.
     description = describe(model, dataset.manifest)
     start = initial_network(model, description, store) if description.kind == "network" else None
@@ -158,23 +162,36 @@ def _reuse(
         logger.info("%s", told)
         log_input(dataset.manifest, data.uri, context="training")
         metrics = copy_history(runs.tracked(earlier.run_id), tracked)
-        loss = dict(tracked.history("val/loss"))[int(metrics["best/epoch"])]
-    return TrainedVersion(
-        model=_registered(
-            model,
-            tracked,
-            earlier,
-            train_seconds=metrics["train_seconds"],
-            images_per_second=metrics.get("images_per_second", 0.0),
-            metrics={
-                "val/accuracy": metrics["best/val_accuracy"],
-                "val/loss": loss,
-                **{name: metrics[name] for name in (MEAN, ERROR) if name in metrics},
-            },
-        ),
-        dataset=data,
-        is_reused=True,
+        result = _registered(model, tracked, earlier, **_training(tracked, metrics))
+    return TrainedVersion(model=result, dataset=data, is_reused=True)
+
+
+def _done(
+    model: ModelConfig, own: Run, version: RegisteredVersion, data: PublishedData, *, on_run: OnRun
+) -> TrainedVersion:
+    """Take what this very task has trained before it was cleared; its MLflow run stays as it is."""
+    tracked = TrackedRun(own)
+    on_run(tracked.url)
+    logger.info(
+        "%s is not trained again: this task has made %s; trigger a DAG run with retrain", model.name, version.uri
     )
+    result = _registered(model, tracked, version, **_training(tracked, own.data.metrics))
+    return TrainedVersion(model=result, dataset=data)
+
+
+def _training(tracked: TrackedRun, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """How a training went that has ended, from its MLflow run.
+
+    Args:
+        metrics: the run's, by name.
+    """
+    loss = dict(tracked.history("val/loss"))[int(metrics["best/epoch"])]
+    folds = {name: metrics[name] for name in (MEAN, ERROR) if name in metrics}
+    return {
+        "train_seconds": metrics["train_seconds"],
+        "images_per_second": metrics.get("images_per_second", 0.0),
+        "metrics": {"val/accuracy": metrics["best/val_accuracy"], "val/loss": loss, **folds},
+    }
 
 
 def _registered(

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlencode
 
 import mlflow
 import requests
-from mlflow.entities import LifecycleStage, Run, RunStatus
+from mlflow.entities import LifecycleStage, Run, RunStatus, RunTag
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
@@ -196,8 +196,7 @@ def open_run(
     client = mlflow.MlflowClient()
     if run := find_run(experiment, key):
         client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-        for tag, value in tags.items():
-            client.set_tag(run.info.run_id, tag, value)
+        client.log_batch(run.info.run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])
         if "error" in run.data.tags:
             client.delete_tag(run.info.run_id, "error")
         return client.get_run(run.info.run_id)
@@ -330,8 +329,7 @@ class TrackedRun:
             raise SupersededError(f"attempt {last} of this task has taken over; attempt {own} ends and writes nothing")
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        for tag, value in tags.items():
-            self._client.set_tag(self.run_id, tag, value)
+        self._client.log_batch(self.run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])
 
     def describe(self, markdown: str) -> None:
         """Set the description that the run's page shows."""

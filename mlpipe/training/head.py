@@ -19,8 +19,9 @@ from torch import nn
 
 from mlpipe.config import ModelConfig, NetworkSettings
 from mlpipe.data.dataset import Dataset, Split
-from mlpipe.data.storage.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.errors import UserError
+from mlpipe.models import architectures
 from mlpipe.models.features.last_layer import inputs_of
 from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, enlarge, normalise
 from mlpipe.models.weights import InitialNetwork
@@ -55,10 +56,11 @@ def train_head(
     began = time.monotonic()
     training, validation = dataset.train_split(), dataset.val_split()
     precision = choose_precision(model.train.precision if isinstance(model.train, NetworkSettings) else "auto")
+    own_file = architectures.find(model.architecture).own_file
     facts = [
         dataset.manifest.digest,
-        start.sha256,
-        description.architecture,
+        start.sha256 or f"seed {model.train.seed}",
+        file_sha256(own_file) if own_file else description.architecture,
         description.variant,
         description.input_size,
         precision,

@@ -116,6 +116,9 @@ def test_clearing_one_mapped_task_ends_with_ended_runs(
     demo: dict[str, Any], environment: dict[str, str], api: AirflowApi, ask: Callable[..., Any]
 ) -> None:
     run_id = demo["dag_run_id"]
+    client = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    model = next(each for each in demo["models"] if each["name"] == "logistic_regression")
+    trained = client.get_run(model["run_id"]).info.end_time
     index = next(
         task.map_index for task in api.task_instances(DAG_ID, run_id) if task.label == "train [logistic_regression]"
     )
@@ -126,6 +129,7 @@ def test_clearing_one_mapped_task_ends_with_ended_runs(
     )
     until(lambda: api.dag_run_state(DAG_ID, run_id) == "success", "the end of the cleared task")
     until(lambda: set(statuses(environment, run_id).values()) == {"FINISHED"}, "the end of the MLflow runs", 60)
+    assert client.get_run(model["run_id"]).info.end_time == trained  # it was not trained again
 
 
 @pytest.mark.parametrize("state", ["success", "failed"])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 
+from mlpipe.config import RunParams
+from mlpipe.recipes import resolve
 from tests.integration.test_main_job import mlpipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -22,7 +26,7 @@ def found(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     form = ["--trials", str(TRIALS), "--workers", "2", "--epochs", "2", "--seeds", str(SEEDS), "--study", "digits-cnn"]
     done = mlpipe(environment, "tune", *form, "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(file.read_text())
+    return json.loads(file.read_text()) | {"printed": done.stdout}
 
 
 def test_each_trial_is_made_once_and_the_recipe_is_the_first(found: dict[str, Any]) -> None:
@@ -57,13 +61,32 @@ def test_the_best_settings_are_trained_on_fresh_seeds_and_tested(found: dict[str
 
 def test_a_run_uses_what_the_search_found(found: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    form = ["--models", "custom_cnn", "--epochs", "1", "--promotion", "disabled", "--compare-with"]
-    other = found["best"]["model_uri"]
-    done = mlpipe(environment, "run", *form, other, "--tuned", found["study"], "--json", str(file))
+    printed = next(line for line in found["printed"].splitlines() if line.startswith("Use them"))
+    command = shlex.split(printed.removeprefix("Use them"))[1:]
+    assert command[0] == "run"
+    more = ["--epochs", "1", "--promotion", "disabled", "--compare-with", found["best"]["model_uri"]]
+    done = mlpipe(environment, *command, *more, "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     (model,) = json.loads(file.read_text())["models"]  # the other one was not trained
     params = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"]).get_run(model["run_id"]).data.params
     assert float(params["learning_rate"]) == pytest.approx(found["best"]["params"]["learning_rate"])
+    assert (model["name"], params["recipe"]) == ("custom_cnn", "quick")
     unknown = mlpipe(environment, "run", "--tuned", "no-such-study")
     assert unknown.returncode == 2
     assert "no-such-study" in unknown.stderr
+
+
+def test_the_command_line_shows_a_search_as_any_other_run(
+    found: dict[str, Any], environment: dict[str, str], tmp_path: Path
+) -> None:
+    run_id, page = found["dag_run_id"], tmp_path / "report.html"
+    assert run_id in mlpipe(environment, "runs").stdout
+    assert found["study"] in mlpipe(environment, "watch", run_id).stdout
+    mlpipe(environment, "report", run_id, "-o", str(page))
+    report = page.read_text()
+    assert "custom_cnn_seed_1" in report
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', report, re.DOTALL)[1])
+    again = resolve(RunParams.from_mapping(data["settings"]))  # what its button “With these settings” sends
+    (model,) = again.models
+    assert (data["dag"], model.name) == ("image_classification", "custom_cnn")
+    assert model.train.learning_rate == pytest.approx(found["best"]["params"]["learning_rate"])

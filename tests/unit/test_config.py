@@ -190,7 +190,12 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     ("form", "message"),
     [
         ({"models": "resnet18", "settings": '{"width": 2}'}, "width: 2 is not allowed for resnet18"),
-        ({"models": "custom_cnn", "settings": '{"width": -1}'}, "width: -1 is not allowed"),
+        ({"models": "custom_cnn", "settings": '{"width": -1}'}, "settings: width: -1 is not allowed"),
+        ({"models": "custom_cnn", "settings": '{"num_epochs": 0}'}, "settings: num_epochs: 0 is not allowed"),
+        ({"models": "custom_cnn", "settings": '{"label_smoothing": 2}'}, "settings: label_smoothing: 2 is not"),
+        ({"models": "logistic_regression", "settings": '{"inverse_regularization": -1}'}, "settings: inverse_reg"),
+        ({"models": "custom_cnn", "settings": '{"seed": 5}'}, "settings: seed has a field of its own, seed"),
+        ({"models": "custom_cnn", "settings": '{"num_devices": 2}'}, "settings: num_devices has a field of its own"),
         ({"find_learning_rate": True, "learning_rate": 0.1}, "find_learning_rate: learning_rate is 0.1"),
         ({"find_batch_size": True, "batch_size": 64}, "find_batch_size: batch_size is 64"),
     ],

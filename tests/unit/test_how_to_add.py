@@ -297,6 +297,8 @@ def test_a_file_that_a_worker_does_not_have_is_named(tmp_path: Path) -> None:
         ("mynets.py:TinyNet", "'mynets.py' is not the whole path of a file"),
         ("https://user:secret@h/mynets.py:TinyNet", "is not the whole path of a file"),
         ("/a/mynets.py:ResNet18", "'ResNet18' would be called 'resnet18', which is another model's name"),
+        ("/a/mynets.py:V2", "'V2' would be called 'v2', which is an alias with a meaning of its own"),
+        ("/a/mynets.py:Champion", "which is an alias with a meaning of its own"),
         ("/a/mynets.py:TinyNet=imagenet", "no ImageNet weights exist"),
         ("/a/mynets.py:TinyNet,/b/mynets.py:TinyNet", "'tinynet' is given more than once"),
     ],

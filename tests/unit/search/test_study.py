@@ -23,6 +23,7 @@ from mlpipe.search.form import Search, TuneParams, resolve_search
 from mlpipe.search.study import (
     SURPLUS,
     best_trial,
+    check_same_search,
     default_settings,
     next_trial,
     open_study,
@@ -123,6 +124,30 @@ def test_a_retry_asks_for_no_more_trials_and_another_dag_run_goes_on(study: optu
     request_trials(study, search, "run-2")
     assert len(study.trials) == 12
     assert [trial.number for trial in study.trials if trial.user_attrs.get(studies.DEFAULT)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("form", "digest", "other"),
+    [
+        ({}, "b", "data"),
+        ({"model": "resnet18=random"}, "a", "model, recipe and settings"),
+        ({"vary": "learning_rate"}, "a", "varied settings"),
+        ({"recipe": "report"}, "a", "recipe and settings"),
+        ({"epochs": 1}, "a", "recipe and settings"),
+    ],
+)
+def test_trials_that_cannot_be_compared_do_not_join_a_study(
+    study: optuna.Study, form: dict[str, object], digest: str, other: str
+) -> None:
+    check_same_search(study, search_of(), "a")
+    check_same_search(study, search_of(trials=9, seed=1), "a")
+    with pytest.raises(UserError, match=f"^study: pets was made with other {other}, so"):
+        check_same_search(study, search_of(**form), digest)
+
+
+def test_each_dag_run_has_a_study_of_its_own() -> None:
+    form = TuneParams.from_mapping({"name": "a" * 48})
+    assert len({resolve_search(form, f"{'long' * 30}-{number}").study for number in range(2)}) == 2
 
 
 def test_a_worker_resumes_its_own_trial_alone(study: optuna.Study, tmp_path: Path) -> None:
