@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 from mlpipe.addresses import redact_uri
 from mlpipe.data.archives.names import is_hidden
+from mlpipe.data.storage.store import s3_client
 from mlpipe.data.storage.uris import list_s3_folder, open_s3
 from mlpipe.errors import UserError
 
@@ -20,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
 _PIECE = 1 << 20
+
+READ_AHEAD, SMALL_FILE = 32, 8 << 20
+"""Files of an S3 folder that are read before they are asked for, and the bytes of the largest such: 256 MiB at most."""
+READERS = 8
 
 Member = tuple[str, int, Callable[[], IO[bytes]]]
 """Name within the folder, size in bytes, and what opens it."""
@@ -42,12 +50,30 @@ def pack_s3_folder(uri: str, target: Path, *, field: str, max_bytes: int) -> Non
         ConnectionError: the object store failed in a way that may heal.
     """
     prefix_length = len(uri)
-    members = (
-        (address[prefix_length:], size, partial(open_s3, address, field=field))
-        for address, size, _ in list_s3_folder(uri, field=field)
-        if not any(map(is_hidden, address[prefix_length:].split("/")))
-    )
-    _pack(members, target, f"{field}: {redact_uri(uri)}", max_bytes)
+    opened = partial(open_s3, field=field, client=s3_client())
+    with ThreadPoolExecutor(READERS) as pool:
+        members = (
+            (address[prefix_length:], size, partial(opened, address))
+            for address, size, _ in list_s3_folder(uri, field=field)
+            if not any(map(is_hidden, address[prefix_length:].split("/")))
+        )
+        _pack(_read_ahead(members, pool), target, f"{field}: {redact_uri(uri)}", max_bytes)
+
+
+def _read_ahead(members: Iterable[Member], pool: ThreadPoolExecutor) -> Iterator[Member]:
+    """The same in order; small files are read before they are asked for, since each is a request to wait for."""
+
+    def content(opened: Callable[[], IO[bytes]]) -> IO[bytes]:
+        with opened() as source:
+            return io.BytesIO(source.read())
+
+    waiting: deque[Member] = deque()
+    for name, size, opened in members:
+        is_small = size <= SMALL_FILE
+        waiting.append((name, size, pool.submit(content, opened).result if is_small else opened))
+        if len(waiting) == READ_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def s3_folder_version(uri: str, *, field: str) -> str:

@@ -86,7 +86,6 @@ class Listing:
     folders: dict[tuple[str, ...], int] = field(default_factory=dict)
     folder_ids: array[int] = field(default_factory=lambda: array("i"))
     sizes: array[int] = field(default_factory=lambda: array("q"))
-    empty_folders: set[tuple[str, ...]] = field(default_factory=set)
     num_others: int = 0
     others: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
@@ -146,11 +145,9 @@ class Listing:
         return True
 
     def add_folder(self, name: str) -> None:
-        """Take note of a folder's own entry."""
+        """Check the name of a folder's own entry."""
         self._count_member()
-        parts = safe_parts(name)
-        if not any(map(is_hidden, parts)) and len(self.empty_folders) < self.limits.max_folders:
-            self.empty_folders.add(parts)
+        safe_parts(name)
 
     def _count_member(self) -> None:
         self._num_members += 1
@@ -188,7 +185,6 @@ class ImageArchive(ABC):
         """(N,) which of `folders` each image lies in."""
         self.sizes: NDArray[np.int64] = np.array(listing.sizes, np.int64)
         """(N,) bytes of each image file."""
-        self.empty_folders = listing.empty_folders - set(listing.folders)
         self.num_others = listing.num_others
         """Files that are neither images nor hidden."""
         self.others = listing.others

@@ -193,14 +193,17 @@ def list_s3_folder(uri: str, *, field: str) -> list[tuple[str, int, str]]:
     return sorted((f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"]) for item in found)
 
 
-def open_s3(address: str, *, field: str) -> IO[bytes]:
+def open_s3(address: str, *, field: str, client: Any) -> IO[bytes]:
     """An object's content, to be read and closed.
+
+    Args:
+        client: of `s3_client`.
 
     Raises:
         UserError, ConnectionError: as `fetch_uri`.
     """
     with _s3_errors(address, field):
-        body: IO[bytes] = s3_client().get_object(**_bucket_and_key(address, field))["Body"]
+        body: IO[bytes] = client.get_object(**_bucket_and_key(address, field))["Body"]
         return body
 
 
