@@ -24,7 +24,6 @@ TEMPERATURES = (0.1, 10.0)
 SHARES = (0.0, 0.5)
 MIN_MISTAKES = 20
 """Wrong validation images from which on it is fitted; fewer say too little of how sure a model may be."""
-BYTES_PER_CALL = 6 << 20
 
 
 def with_calibration(trained: TrainedModel, validation: Split) -> TrainedModel:
@@ -32,8 +31,7 @@ def with_calibration(trained: TrainedModel, validation: Split) -> TrainedModel:
 
     It stays as it is where too few of them are wrong.
     """
-    parts = validation.images_u8.slices(BYTES_PER_CALL)
-    probabilities = np.concatenate([trained.probabilities(validation.images_u8[part]) for part in parts])
+    probabilities = trained.probabilities_of(validation)
     mistakes = int((probabilities.argmax(axis=1) != validation.labels).sum())
     if mistakes < MIN_MISTAKES:
         logger.info("%d wrong validation images are too few to calibrate the probabilities", mistakes)

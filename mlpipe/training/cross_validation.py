@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 ACCURACY = "folds/accuracy"
 """Metric whose step is the number of the part, from 1."""
 MEAN, ERROR = "folds/mean_accuracy", "folds/standard_error"
-IMAGES_AT_ONCE = 500
 
 
 class _Unlogged:
@@ -72,8 +71,4 @@ def cross_validate(
 
 
 def _accuracy(model: TrainedModel, images: Split) -> float:
-    hits = 0
-    for start in range(0, len(images), IMAGES_AT_ONCE):
-        part = slice(start, start + IMAGES_AT_ONCE)
-        hits += int((model.probabilities(images.images_u8[part]).argmax(axis=1) == images.labels[part]).sum())
-    return hits / len(images)
+    return float((model.probabilities_of(images).argmax(axis=1) == images.labels).mean())

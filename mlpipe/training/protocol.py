@@ -17,6 +17,11 @@ from mlpipe.models.portable import ModelDescription, resize
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
+    from mlpipe.data.dataset import Split
+
+BYTES_PER_CALL = 6 << 20
+"""Pixels that a model in memory is given at once: 2048 images of 32×32."""
+
 
 class TrainingLogger(Protocol):
     """Where metrics go. Trainers know nothing more about tracking."""
@@ -60,6 +65,17 @@ class TrainedModel:
     best_epoch: int
     """The epoch, from 1, whose weights these are."""
 
+    def probabilities_of(self, split: Split) -> NDArray[np.floating[Any]]:
+        """(N, number of classes) for all images of a split, part by part; on the GPU where there is one."""
+        network = self.predictor if isinstance(self.predictor, nn.Module) and torch.cuda.is_available() else None
+        if network:
+            network.to("cuda")
+        parts = split.images_u8.slices(BYTES_PER_CALL)
+        probabilities = np.concatenate([self.probabilities(split.images_u8[part]) for part in parts])
+        if network:
+            network.to("cpu")
+        return probabilities
+
     @torch.inference_mode()
     def probabilities(self, images_u8: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
         """What the model in memory makes of (N, H, W, 3) images: (N, number of classes). Packaging is checked by it."""
@@ -67,6 +83,7 @@ class TrainedModel:
         if self.description.kind == "estimator":
             features = portable.load_function(self.description.code)
             return portable.estimator_probabilities(self.predictor, self.description, features(images))
-        mean = torch.tensor(self.description.channel_mean).view(3, 1, 1)
-        std = torch.tensor(self.description.channel_std).view(3, 1, 1)
-        return portable.network_probabilities(self.predictor, self.description, images, mean, std)
+        device = next((each.device for each in self.predictor.parameters()), None)
+        mean = torch.tensor(self.description.channel_mean, device=device).view(3, 1, 1)
+        std = torch.tensor(self.description.channel_std, device=device).view(3, 1, 1)
+        return portable.network_probabilities(self.predictor, self.description, images.to(device), mean, std)

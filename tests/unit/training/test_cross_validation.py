@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpipe.data.dataset import Dataset
+from mlpipe.data.dataset import Dataset, Split
 from mlpipe.errors import UserError
 from mlpipe.training.cross_validation import ACCURACY, ERROR, MEAN, cross_validate
 
@@ -65,8 +65,8 @@ class Recorder:
 
 
 class AlwaysA:
-    def probabilities(self, images_u8: np.ndarray) -> np.ndarray:
-        return np.tile([0.9, 0.1], (len(images_u8), 1))
+    def probabilities_of(self, split: Split) -> np.ndarray:
+        return np.tile([0.9, 0.1], (len(split), 1))
 
 
 def test_a_later_attempt_measures_only_what_is_missing(numbered: Dataset) -> None:
