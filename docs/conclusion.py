@@ -148,8 +148,8 @@ def _answer(report: Sequence[float], strong: Sequence[float], teacher: Sequence[
         f"last layer alone reaches {reached['lite_head']:.0f} %.\nFive epochs on larger images reach "
         f"{reached['lite96_adam5']:.1f} %. A better recipe without pretraining gains "
         f"{statistics.mean(strong) - statistics.mean(report):.0f} points over\nthe report's and ends as high "
-        f"({statistics.mean(strong):.1f} %); a teacher gains {statistics.mean(teacher) - statistics.mean(report):.1f}.\n"
-        f"A short search around `quick` gained {gain:.1f} points on the validation images; the intervals below overlap."
+        f"({statistics.mean(strong):.1f} %); a teacher gains "
+        f"{statistics.mean(teacher) - statistics.mean(report):.1f}.\nA short search around `quick` gained {gain:.1f} points on the validation images; the intervals below overlap."
     )
 
 
