@@ -149,7 +149,8 @@ def _answer(report: Sequence[float], strong: Sequence[float], teacher: Sequence[
         f"{reached['lite96_adam5']:.1f} %. A better recipe without pretraining gains "
         f"{statistics.mean(strong) - statistics.mean(report):.0f} points over\nthe report's and ends as high "
         f"({statistics.mean(strong):.1f} %); a teacher gains "
-        f"{statistics.mean(teacher) - statistics.mean(report):.1f}.\nA short search around `quick` gained {gain:.1f} points on the validation images; the intervals below overlap."
+        f"{statistics.mean(teacher) - statistics.mean(report):.1f}.\nA short search around "
+        f"`quick` gained {gain:.1f} points on the validation images; the intervals below overlap."
     )
 
 
