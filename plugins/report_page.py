@@ -172,13 +172,13 @@ def against(dag_id: DagId, run_id: RunId, other_id: RunId) -> HTMLResponse:
     return HTMLResponse(page, headers=HEADERS)
 
 
-@app.get("/{dag_id}/{run_id}/model/{map_index}", dependencies=READER)
-def model(dag_id: DagId, run_id: RunId, map_index: int, part: bool = False) -> HTMLResponse:
+@app.get("/{dag_id}/{run_id}/{task_id}/model/{map_index}", dependencies=READER)
+def model(dag_id: DagId, run_id: RunId, task_id: str, map_index: int, part: bool = False) -> HTMLResponse:
     """The progress of one training task."""
     runs = _of_dag_run(dag_id, run_id)
     parent = _parent(runs)
     values = _progress(runs, parent)
-    if not 0 <= map_index < len(values["models"]):
+    if task_id != "train" or not 0 <= map_index < len(values["models"]):
         values |= {"text": "Only training tasks have a progress.", "models": [], "open": False}
     else:
         values["models"] = [values["models"][map_index]]
@@ -378,7 +378,7 @@ class ReportPagePlugin(AirflowPlugin):
         },
         {
             "name": "Training",
-            "href": f"{PREFIX}/{{DAG_ID}}/{{RUN_ID}}/model/{{MAP_INDEX}}",
+            "href": f"{PREFIX}/{{DAG_ID}}/{{RUN_ID}}/{{TASK_ID}}/model/{{MAP_INDEX}}",
             "destination": "task_instance",
             "url_route": "training",
         },

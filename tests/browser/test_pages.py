@@ -150,7 +150,7 @@ def test_the_report_needs_airflows_login(environment: dict[str, str], demo: dict
         f"{run}/others",
         f"{run}/progress",
         f"{run}/report.html",
-        f"{run}/model/0",
+        f"{run}/train/model/0",
         f"{run}/against/x",
     ):
         assert requests.get(address, timeout=30).status_code == 401
