@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,20 @@ def test_a_dag_run_whose_answer_is_lost_is_found(
     api.stop(DAG_ID, "answer-lost")
     with pytest.raises(NoAnswerError, match="does not answer"):
         lossy.trigger(DAG_ID, FORM | {"epochs": "many"}, "refused")
+
+
+def test_calls_that_write_do_not_wait_for_each_other(ask: Callable[..., Any]) -> None:
+    """Without the plugin one_writer, the API server soon stands still for a minute, and a call fails."""
+    began = time.monotonic()
+
+    def write(number: int) -> None:
+        for turn in range(10):
+            ask("POST", "/variables", {"key": f"key-{number}-{turn}", "value": "x"})
+            ask("PATCH", f"/variables/key-{number}-{turn}", {"key": f"key-{number}-{turn}", "value": "y"})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert time.monotonic() - began < 50
 
 
 def test_clearing_one_mapped_task_ends_with_ended_runs(
