@@ -46,7 +46,7 @@ def measure(model_uri: str, test: Split, classes: Sequence[str]) -> tuple[Evalua
         OtherClassesError: the model has other classes than the images; the message ends a sentence about the model.
         UserError: its probabilities are not finite.
     """
-    model = mlflow.pyfunc.load_model(model_uri)
+    model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)  # does not compare all installed versions
     parts = test.images_u8.slices(BYTES_PER_CALL)
     frames = [model.predict(test.images_u8[part]) for part in parts]
     frame = pd.concat(frames, ignore_index=True)
