@@ -15,6 +15,7 @@ The local stack's users log in as they do to Airflow (mlpipe/stack/mlflow_login.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sqlite3
 import sys
@@ -93,7 +94,11 @@ def migrate(database: str) -> None:
 def create_app() -> FastAPI:
     """The application of one process."""
     from mlflow.server import handlers
+    from mlflow.store.artifact import s3_artifact_repo
 
+    # MLflow makes a client of S3 every five minutes and keeps the last 64, which are 200 MB after some hours.
+    make_client = s3_artifact_repo._cached_get_s3_client.__wrapped__
+    s3_artifact_repo._cached_get_s3_client = functools.lru_cache(maxsize=1)(make_client)
     if AUTH_DATABASE not in os.environ:
         from mlflow.server import fastapi_app
 
