@@ -37,6 +37,11 @@ finished; each model has one registered version; no metric step is missing or wr
 """
 
 
+SOAK = """
+Memory of each component over hundreds of DAG runs: [a soak](../benchmarks/RESULTS.md).
+"""
+
+
 @pytest.fixture(scope="session")
 def table() -> Iterator[Table]:
     table = Table()
@@ -46,7 +51,7 @@ def table() -> Iterator[Table]:
             pytest.fail(f"{path} stays as it was: {len(table.rows)} of its {NUM_ROWS} rows were reached")
         rows = "".join(f"| {' | '.join(row)} |\n" for row in table.rows)
         machine = f"{os.cpu_count()} processors, {platform.system()}, Python {platform.python_version()}"
-        Path(path).write_text(f"{HEADER}{rows}\nOne run of all tests on {date.today()}: {machine}.\n")
+        Path(path).write_text(f"{HEADER}{rows}\nOne run of all tests on {date.today()}: {machine}.\n{SOAK}")
 
 
 @pytest.fixture(scope="session")
