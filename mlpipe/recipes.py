@@ -179,6 +179,7 @@ def _model_addresses(text: str | None, field_name: str) -> tuple[str, ...]:
 
 ARCHIVE_SUFFIX = re.compile(r"(\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz))+$", re.IGNORECASE)
 MAX_NAME = 48
+"""Maximum number of characters in a data set's name."""
 OF_THE_FORM = {"seed": "seed", "num_devices": "devices", "teacher": "teacher", "fine_tuning": "fine_tuning"}
 """Settings that the form's field `settings` may not have, and the fields that they have of their own."""
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -190,8 +191,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "num_components": (1, 100_000),
     "max_iterations": (1, 1_000_000),
 }
+"""Least and largest values of settings."""
 ABOVE_ZERO = ("learning_rate", "inverse_regularization", "width")
-"""Maximum number of characters in a data set's name."""
 
 
 def dataset_name(dataset: str, data_uri: str | None) -> str:
@@ -301,12 +302,14 @@ def parse_settings(text: str | None) -> dict[str, Any]:
 
 
 def _check_ranges(settings: NetworkSettings | LinearSettings) -> None:
-    for name, value in asdict(settings).items():
-        if name in ABOVE_ZERO and not value > 0:
-            raise UserError(f"settings: {name}: {value:g} is not allowed; give more than 0")
-        least, most = RANGES.get(name, (None, None))
-        if (least is not None and value < least) or (most is not None and value > most):
-            raise UserError(f"settings: {name}: {value:g} is not allowed; give {least:g} to {most:g}")
+    values = asdict(settings)
+    for name in values.keys() & ABOVE_ZERO:
+        if not values[name] > 0:
+            raise UserError(f"settings: {name}: {values[name]:g} is not allowed; give more than 0")
+    for name in values.keys() & RANGES.keys():
+        least, most = RANGES[name]
+        if not least <= values[name] <= most:
+            raise UserError(f"settings: {name}: {values[name]:g} is not allowed; give {least:g} to {most:g}")
 
 
 def _of(kind: type[NetworkSettings | LinearSettings], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from mlpipe.recipes import RECIPES
 from mlpipe.stack.local import StackSettings
 
 DAG_ID = run_command.DAG_ID
-DAG_IDS = (tune_command.DAG_ID, DAG_ID)
 
 
 @click.command()
@@ -61,12 +60,11 @@ def _dag_of(api: AirflowApi, run_id: str) -> str:
     Raises:
         UserError: none has.
     """
-    for dag_id in DAG_IDS[:-1]:
-        with contextlib.suppress(RefusedError):
-            api.dag_run_state(dag_id, run_id)
-            return dag_id
-    api.dag_run_state(DAG_IDS[-1], run_id)
-    return DAG_IDS[-1]
+    with contextlib.suppress(RefusedError):
+        api.dag_run_state(tune_command.DAG_ID, run_id)
+        return tune_command.DAG_ID
+    api.dag_run_state(DAG_ID, run_id)
+    return DAG_ID
 
 
 @click.command()
@@ -75,7 +73,7 @@ def runs(number: int) -> None:
     """List DAG runs."""
     table = Table(Column("run", overflow="fold"), "state", "data set", Column("models", overflow="fold"))
     api = _api()
-    found_runs = [found for dag_id in DAG_IDS for found in api.dag_runs(dag_id, number)]
+    found_runs = [found for dag_id in (DAG_ID, tune_command.DAG_ID) for found in api.dag_runs(dag_id, number)]
     for found in sorted(found_runs, key=lambda found: str(found["run_after"]), reverse=True)[:number]:
         form = found["conf"] or {}
         data = form.get("name") or form.get("dataset")

@@ -51,12 +51,14 @@ def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | Non
     if found is None:
         raise SystemExit(1)
     compared = api.xcom(DAG_ID, run_id, "evaluate") or {"dataset": None, "models": [], "summary": None}
-    form = given(api.dag_run(DAG_ID, run_id)["conf"])
-    result = {"dag_run_id": run_id, "form": form} | _result(found, compared, state, time.monotonic() - began)
+    result = {
+        "dag_run_id": run_id,
+        "form": given(api.dag_run(DAG_ID, run_id)["conf"]),
+        **_result(found, compared, state, time.monotonic() - began),
+    }
     if json_path is not None:
         run_command.write_json(json_path, result)
     _print(result, compared, console, api, run_id)
-    console.print(f"Use them       {_command(form, found['study'])}", soft_wrap=True, markup=False, highlight=False)
     if state != "success":
         raise SystemExit(1)
 
@@ -99,6 +101,7 @@ def _print(result: dict[str, Any], compared: dict[str, Any], console: Console, a
     settings = json.dumps(result["best"]["params"])
     for line in (
         f"Best settings  {settings}",
+        f"Use them       {_command(result['form'], result['study'])}",
         f"Report         {api.url}/dags/{DAG_ID}/runs/{run_id}/plugin/report",
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)

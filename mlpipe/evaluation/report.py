@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from markupsafe import Markup
@@ -54,7 +54,8 @@ class Report:
     """The form as it was filled in."""
     best_uri: str = ""
     """Of the best model in the registry."""
-    dag_id: str = "image_classification"
+    dag_id: ClassVar[str] = "image_classification"
+    """The DAG that the form of the report triggers."""
 
 
 def render(report: Report) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from mlpipe.addresses import redact_uri
 from mlpipe.config import ModelConfig, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.storage.store import ObjectStore
@@ -251,7 +250,5 @@ def winners(config: Search, settings: Mapping[str, Any]) -> RunConfig:
         )
         for number in range(1, config.seeds + 1)
     )
-    model = config.model
-    named = model.architecture if model.weights == "none" else f"{model.architecture}={redact_uri(model.weights)}"
-    form = {**config.run.form, "models": named, "settings": json.dumps(dict(settings))}
+    form = {**config.run.form, "settings": json.dumps(dict(settings))}
     return replace(config.run, models=models, form=form)

@@ -58,7 +58,8 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     dataset = open_dataset(data.digest, store, environment.cache_dir)
     key = training_key(model, data.digest, config.folds)
     registered = registry.registered_name(data.name)
-    own = runs.find_run(experiment(config), origin.key(model.name))
+    experiment_id = experiment(config)
+    own = runs.find_run(experiment_id, origin.key(model.name))
     if own and own.info.status == "FINISHED" and (done := registry.find(registered, own.info.run_id)):
         return _done(model, own, done, data, on_run=on_run)
     is_begun = own is not None and own.data.tags.get("stage") != "reused"  # by an attempt before
@@ -71,7 +72,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     if start and isinstance(model.train, NetworkSettings) and model.train.teacher:
         teacher = load_teacher(model.train.teacher, dataset.manifest.classes)
     run = runs.open_run(
-        experiment(config),
+        experiment_id,
         origin.key(model.name),
         name=display_name(model),
         tags={**origin.tags(), "stage": "train", **_model_tags(model, dataset)},

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import pytest
 import requests
 
 from mlpipe.airflow_api import AirflowApi, NoAnswerError, log_in
+from tests.web import Content, Request, serving
 
 pytestmark = pytest.mark.integration
 
@@ -75,30 +74,14 @@ def losing_answers(environment: dict[str, str]) -> Iterator[str]:
     """The API server behind a proxy that loses the answers to triggers."""
     server_url = environment["MLPIPE_AIRFLOW_URL"]
 
-    class Proxy(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            answer = requests.request(
-                self.command, server_url + self.path, data=body, headers=dict(self.headers), timeout=30
-            )
-            if self.path.endswith("/dagRuns"):
-                return
-            self.send_response(answer.status_code)
-            self.send_header("Content-Length", str(len(answer.content)))
-            self.end_headers()
-            self.wfile.write(answer.content)
+    def forward(request: Request) -> Content | None:
+        answer = requests.request(
+            request.method, server_url + request.path, data=request.body, headers=request.headers, timeout=30
+        )
+        return None if request.path.endswith("/dagRuns") else (answer.status_code, {}, answer.content)
 
-        def do_POST(self) -> None:
-            self.do_GET()
-
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(forward) as address:
+        yield address
 
 
 def test_a_dag_run_whose_answer_is_lost_is_found(

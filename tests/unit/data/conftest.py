@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import tarfile
-import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.web import web_server
+
 Files = dict[str, bytes]
-Content = tuple[int, Mapping[str, str], bytes]
-"""Status, headers and body of an answer."""
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG", **options: object) -> bytes:
@@ -61,49 +58,6 @@ def pack_tar(path: Path, files: Mapping[str, bytes], mode: str = "w:gz") -> Path
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    answers: list[Content]
-    requests: list[str]
-
-    def _answer(self, *, with_body: bool) -> None:
-        self.requests.append(f"{self.command} {self.path}")
-        fixed = self.answers[0] if len(self.answers) == 1 or self.command == "HEAD" else self.answers.pop(0)
-        status, headers, body = fixed
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if "Content-Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-
-@contextmanager
-def web_server(*answers: Content) -> Iterator[tuple[str, list[str]]]:
-    """A web server that gives these answers in turn, the last one for ever; its address, and what it was asked."""
-    requests: list[str] = []
-    handler = type("Handler", (_Handler,), {"answers": list(answers), "requests": requests})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", requests
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(scope="session")

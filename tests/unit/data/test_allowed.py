@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from mlpipe.data.storage import allowed
 from mlpipe.data.storage.uris import fetch_uri, list_s3_folder, version_of
 from mlpipe.errors import UserError
+from tests.web import web_server
 
 
 @pytest.fixture
@@ -54,19 +53,8 @@ def test_private_addresses_are_not_asked(uri: str, tmp_path: Path) -> None:
 def redirecting() -> Iterator[str]:
     """A server that sends everybody on to the address that machines in a cloud ask for their secrets."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(302)
-            self.send_header("Location", "http://169.254.169.254/latest/meta-data/")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/x"
-    server.shutdown()
+    with web_server((302, {"Location": "http://169.254.169.254/latest/meta-data/"}, b"")) as (address, _):
+        yield f"{address}/x"
 
 
 @pytest.mark.usefixtures("limited")

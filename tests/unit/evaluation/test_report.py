@@ -38,7 +38,6 @@ def page_of(rows, failed=None, *, data: Dataset | None = None, names: list[str] 
         "snippet": "import mlflow",
         "links": {"Charts": "http://mlflow/#/x"},
         "settings": {"dataset": "digits"},
-        "dag_id": "image_classification",
     }
     return render(Report(comparison=comparison, manifest=data.manifest, gallery=gallery, **values | changes))
 
