@@ -2,6 +2,9 @@
 
     python benchmarks/frontier.py cifar10-png.zip --rounds 5                # seconds per image
     python benchmarks/frontier.py cifar10-png.zip --rounds 0 --seeds 3      # accuracy of the published recipe
+    OMP_NUM_THREADS=1 python benchmarks/frontier.py cifar10-png.zip --rounds 0 --json docs/runs/frontier.json
+
+The last one trains the published recipe and the usual loop (training.py) once each, for the README's picture.
 
 Written anew after K. Jordan's file of that name (https://github.com/KellerJordan/cifar10-airbench, 2024; 94.01 %
 as the mean of 200 runs on the official images), for a processor or a GPU: bfloat16 by autocast where it has that,
@@ -12,17 +15,22 @@ channels last in memory, this project's allocator settings. Both train on the sa
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from accuracy import by_recipe, dataset, settings
 from common import conditions, paired, read_images, spread, table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from training import EpochTimer, PerImage, Reference, usual_network
 
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
@@ -39,6 +47,7 @@ BIAS_RATE, HEAD_RATE, KERNEL_RATE, DECAY = 0.053, 0.67, 0.24, 2e-6 * BATCH_SIZE
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VIEWS_AT_ONCE = 500
 TIMED_IMAGES = 8_000
+USUAL_EPOCHS = 10
 
 
 class Norm(nn.BatchNorm2d):
@@ -172,6 +181,36 @@ def normalised(images_u8: Tensor) -> Tensor:
     return ((images_u8.float() - mean) / std).permute(0, 3, 1, 2)
 
 
+def usual_loop(data: Dataset, test: list[Tensor]) -> tuple[float, float]:
+    """custom_cnn by the usual loop, with the settings of `report`: seconds of training, and test accuracy."""
+    torch.manual_seed(0)
+    split, timer = data.train_split(), EpochTimer()
+    loader = DataLoader(PerImage(np.asarray(split.images_u8), np.asarray(split.labels)), 64, shuffle=True)
+    module = Reference(usual_network("custom_cnn"))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=USUAL_EPOCHS, callbacks=[timer], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    module.eval()
+    hits = 0
+    with torch.inference_mode():
+        for images, labels in DataLoader(PerImage(test[0].numpy(), test[1].numpy()), 500):
+            hits += int((module.network(images).argmax(1) == labels).sum())
+    return sum(timer.seconds), hits / len(test[1])
+
+
+def points(data: Dataset, path: Path, images_u8: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """Of the picture: a name, minutes of training and test accuracy each."""
+    test = [torch.from_numpy(each) for each in read_images(path, "test")]
+    recipe = Recipe(images_u8, labels, 0)
+    published = recipe.run(), recipe.accuracy(test[0], test[1])
+    named = {"published recipe": published, "custom_cnn · usual loop": usual_loop(data, test)}
+    return [
+        {"name": name, "minutes": seconds / 60, "accuracy": accuracy} for name, (seconds, accuracy) in named.items()
+    ]
+
+
 def seconds_of_published(images_u8: Tensor, labels: Tensor) -> float:
     """Of training on `TIMED_IMAGES`, after a step to warm up."""
     recipe = Recipe(images_u8, labels, 0)
@@ -224,6 +263,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--all-images", action="store_true", help="train on the validation images, too")
+    parser.add_argument("--json", type=Path, help="write the points of the README's picture to this file")
     arguments = parser.parse_args()
     keep_freed_memory()
     print("# The published recipe and strong\n")
@@ -239,6 +279,12 @@ def main() -> None:
         rows = [["strong", spread(ours, 3)], ["published", spread(published, 3)]]
         print(table(["recipe", "ms per training image, median (range)"], rows))
         print(f"\nstrong / published, round by round: {spread(paired(ours, published), 2)}\n", flush=True)
+    if arguments.json:
+        found = {
+            "conditions": conditions("torch", "lightning"),
+            "points": points(data, arguments.data, images_u8, labels),
+        }
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     if arguments.seeds:
         if arguments.all_images:
             whole = read_images(arguments.data, "train")

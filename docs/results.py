@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from mlpipe.figures_style import MUTED, SERIES, figure_style, heading_space, new_figure
 
@@ -25,6 +26,18 @@ COLUMNS = (
     ("Log loss", "test/log_loss", 1, 3),
     ("Calibration error", "test/calibration_error", 1, 3),
 )
+LITE = "EfficientNet-Lite0"
+TRAININGS = (
+    ("quick", "quick"),
+    ("report", "report"),
+    ("teacher0", "report, with a teacher"),
+    ("strong0", "strong"),
+    ("lite_head", "new last layer on ImageNet's features"),
+    ("lite_all", "ImageNet's weights, 3 epochs"),
+    ("lite_random", "random weights, 3 epochs"),
+    ("lite96_adam5", "ImageNet's weights, 5 epochs"),
+)
+"""Runs of seed 0 in the picture, and what each did."""
 HEAD = ("Model", "Started from", "Accuracy, % (95 % interval)", *(column[0] for column in COLUMNS), "Training, s")
 
 
@@ -62,30 +75,94 @@ def seeds(*names: str) -> str:
     )
 
 
-def frontier(points: list[tuple[str, float, float]], path: Path) -> None:
-    """Accuracy against minutes of training.
+class Point(NamedTuple):
+    """A training, in the picture."""
 
-    Args:
-        points: name, minutes and accuracy, 0 to 100.
-    """
+    network: str
+    how: str
+    minutes: float
+    accuracy: float
+    """Of the test images, 0 to 1."""
+
+
+def points_of(run: str, how: str) -> list[Point]:
+    """Of the models of a run, if it was made."""
+    models = models_of(run) if (DOCS / "runs" / f"{run}.json").exists() else []
+    return [
+        Point(
+            LITE if "lite" in each["name"] else each["name"],
+            how,
+            each["train_seconds"] / 60,
+            each["metrics"]["test/accuracy"],
+        )
+        for each in models
+    ]
+
+
+def points_of_benchmark() -> list[Point]:
+    """The published recipe and the usual loop, by `benchmarks/frontier.py`, if that was done."""
+    path = DOCS / "runs" / "frontier.json"
+    points = json.loads(path.read_text())["points"] if path.exists() else []
+    return [Point("custom_cnn", each["name"], each["minutes"], each["accuracy"]) for each in points]
+
+
+PLACES = (
+    (6, 0, "left", "center"),
+    (-6, 0, "right", "center"),
+    (0, 6, "center", "bottom"),
+    (0, -6, "center", "top"),
+    (-4, -5, "right", "top"),
+)
+"""Of a label around its point, in the order of preference: offset and alignment."""
+
+
+def frontier(points: Sequence[Point], path: Path) -> None:
+    """Accuracy against minutes of training; equal steps upwards are equal factors between right and wrong answers."""
+    networks = list(dict.fromkeys(point.network for point in sorted(points, key=lambda point: -point.accuracy)))
     with figure_style():
-        figure = new_figure(8, 4.4, "Accuracy by minutes of training", "CIFAR-10, test images, %; one thread each")
+        figure = new_figure(8, 5, "Accuracy by minutes of training", "CIFAR-10, test images, %; one thread each")
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.97, top=heading_space(4.4, 0.9), bottom=0.14)
-        below = -math.inf
-        for number, (name, minutes, accuracy) in enumerate(sorted(points, key=lambda point: point[2])):
-            offset = (7, 5 if accuracy - below < 3 else -12)  # apart from the label of a point of like accuracy
-            below = accuracy
-            axes.plot(minutes, accuracy, "o", color=SERIES[number % len(SERIES)], markersize=8)
-            axes.annotate(name, (minutes, accuracy), offset, textcoords="offset points", fontsize=8.5, color=MUTED)
+        figure.subplots_adjust(left=0.08, right=0.97, top=heading_space(5, 0.9), bottom=0.12)
+        for number, network in enumerate(networks):
+            own = [point for point in points if point.network == network]
+            xs, ys = [point.minutes for point in own], [point.accuracy for point in own]
+            axes.plot(xs, ys, "o", color=SERIES[number % len(SERIES)], markersize=8, label=network)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yscale("logit")
+        for axis, ticks, form in (
+            (axes.xaxis, [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50], "{x:g}"),
+            (axes.yaxis, [0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94], lambda share, _: f"{100 * share:g}"),
+        ):
+            axis.set_major_locator(FixedLocator(ticks))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(form)
         axes.set_xlabel("minutes")
         axes.grid(visible=True)
-        axes.margins(x=0.25, y=0.12)
+        axes.margins(x=0.12, y=0.08)
+        axes.legend(loc="upper left")
+        _label(axes, points)
         figure.savefig(path)
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """What was done beside each point, where neither a label nor a point is."""
+    axes.figure.draw_without_rendering()
+    centres = axes.transData.transform([(point.minutes, point.accuracy) for point in points])
+    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in centres]
+    taken.append(axes.get_legend().get_window_extent())
+    for number, point in enumerate(points):
+        for x, y, across, up in PLACES:
+            label = axes.annotate(
+                point.how, (point.minutes, point.accuracy), (x, y), textcoords="offset points", fontsize=8.5,
+                color=MUTED, ha=across, va=up,
+            )  # fmt: skip
+            box = label.get_window_extent()
+            others = [each for other, each in enumerate(taken) if other != number]
+            if not any(box.overlaps(each) for each in others) and axes.bbox.contains(box.x1, box.y1):
+                break
+            if (x, y, across, up) != PLACES[-1]:
+                label.remove()
+        taken.append(box)
 
 
 def main() -> None:
@@ -100,11 +177,7 @@ def main() -> None:
         between = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = between.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
     readme.write_text(text)
-    points = [
-        (f"{model['name']} · {recipe}", model["train_seconds"] / 60, 100 * model["metrics"]["test/accuracy"])
-        for recipe, name in (("report", "report"), ("strong", "strong0"))
-        for model in models_of(name)
-    ]
+    points = [point for run, how in TRAININGS for point in points_of(run, how)] + points_of_benchmark()
     frontier(points, DOCS / "frontier.png")
 
 
