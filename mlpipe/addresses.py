@@ -42,3 +42,21 @@ def redact_text(text: str) -> str:
     address = redact_uri(text[first.start() :])
     second = _SCHEME.search(address, first.end() - first.start())
     return text[: first.start()] + (f"{address[: second.start()]}…" if second else address)
+
+
+_ENTRY = re.compile(r"[^=@]+(=(\w+|/[^@]*|models:/.*|[A-Za-z][A-Za-z0-9+.-]*://.*))?")
+_CHECKSUM = re.compile(r"#sha256=[0-9a-fA-F]{64}$")
+
+
+def redact_models(text: str) -> str:
+    """A list of models with their weights, each address of which is redacted but for its checksum."""
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(map(_ENTRY.fullmatch, entries)):  # a comma within an address, perhaps
+        return redact_text(text)
+    return ",".join(map(_redact_weights, entries))
+
+
+def _redact_weights(entry: str) -> str:
+    name, equals, weights = entry.partition("=")
+    checksum = _CHECKSUM.search(weights)
+    return name + equals + redact_uri(weights) + (checksum[0] if checksum else "")

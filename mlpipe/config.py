@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from mlpipe.addresses import redact_text
+from mlpipe.addresses import redact_models, redact_text
 from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
 
@@ -83,7 +83,7 @@ class Form:
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a form's values those that are not empty, to be shown: addresses are without login and query."""
     return {
-        name: redact_text(value) if isinstance(value, str) else value
+        name: (redact_models if name == "models" else redact_text)(value) if isinstance(value, str) else value
         for name, value in values.items()
         if value is not None
     }

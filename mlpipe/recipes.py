@@ -141,7 +141,10 @@ def resolve(params: RunParams) -> RunConfig:
             f"data_uri: {redact_text(params.data_uri)!r} is not used by the data set {source.name!r}; "
             "leave it empty, or choose images"
         )
-    _model_addresses(params.teacher, "teacher")
+    teachers = _model_addresses(params.teacher, "teacher")
+    if len(teachers) > 1:
+        raise UserError(f"teacher: {len(teachers)} models are given; give one")
+    params = replace(params, teacher=teachers[0] if teachers else None)
     image_size = params.image_size or 32
     return RunConfig(
         recipe=params.recipe,
@@ -222,7 +225,9 @@ def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
         if architectures.count(architecture) > 1:
             name += f"_{weights_slug(weights)}"
         if name in (model.name for model in models):
-            raise UserError(f"models: {name!r} is given more than once; each model with its weights may appear once")
+            raise UserError(
+                f"models: two models would be called {name!r}; leave one out, or rename its class or its weights' file"
+            )
         pretrained = weights not in ("random", "none")
         small = recipe.small_images_variants and not pretrained and image_size <= MAX_SMALL_IMAGE
         models.append(
@@ -235,6 +240,7 @@ def _models(params: RunParams, image_size: int) -> tuple[ModelConfig, ...]:
                 train=_settings(params, recipe, architecture, pretrained=pretrained),
             )
         )
+    _check_all_are_used(params, models)
     _check_devices(params.devices or 1, models)
     return tuple(models)
 
@@ -250,16 +256,17 @@ def _settings(
     more = parse_settings(params.settings)
     if architecture.kind == "estimator":
         return _checked(recipe.linear, {**_of(LinearSettings, more), "seed": params.seed})
+    only_head = pretrained and params.fine_tuning == "head"  # which is fitted at once, on one device
     form = {
         "num_epochs": params.epochs,
         "batch_size": params.batch_size,
-        "find_batch_size": params.find_batch_size or None,
-        "find_learning_rate": params.find_learning_rate or None,
+        "find_batch_size": (params.find_batch_size and not only_head) or None,
+        "find_learning_rate": (params.find_learning_rate and not only_head) or None,
         "min_steps": 1 if params.batch_size else None,
         "learning_rate": params.learning_rate,
         "early_stopping_patience": params.early_stopping,
-        "num_devices": params.devices,
-        "teacher": params.teacher,
+        "num_devices": None if only_head else params.devices,
+        "teacher": None if only_head else params.teacher,
         "fine_tuning": params.fine_tuning if pretrained else None,
         "seed": params.seed,
     }
@@ -333,6 +340,23 @@ def _checked(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         raise UserError(f"settings: {name}: {first['input']!r} is not allowed; {first['msg']}") from None
     _check_ranges(checked)
     return checked
+
+
+def _check_all_are_used(params: RunParams, models: Sequence[ModelConfig]) -> None:
+    """
+    Raises:
+        UserError: a field was filled in that no model of the run looks at.
+    """
+    used = {each.name for model in models for each in fields(model.train)}
+    if unused := [name for name in parse_settings(params.settings) if name not in used]:
+        raise UserError(f"settings: no model of this run has {unused[0]}; leave it out, or add a model that has it")
+    networks = [model.train for model in models if isinstance(model.train, NetworkSettings)]
+    if params.fine_tuning == "head" and not any(train.fine_tuning == "head" for train in networks):
+        raise UserError(
+            "fine_tuning: head is for pretrained networks, and none is among the models; write resnet18=imagenet"
+        )
+    if params.teacher and not any(train.teacher for train in networks):
+        raise UserError("teacher: no model of this run learns from one; add a network that trains all its layers")
 
 
 def _check_devices(num_devices: int, models: Sequence[ModelConfig]) -> None:

@@ -48,19 +48,19 @@ class Gallery:
         self._models: list[dict[str, Any]] = []
         self._doubts: list[dict[str, Any]] = []
 
-    def add_model(self, result: ModelResult, explained: Explainer | None, training: Split) -> None:
-        """Add a model's worst mistakes; where it can be explained with look-alikes and places."""
+    def add_model(self, result: ModelResult, explained: Explainer | None = None, training: Split | None = None) -> None:
+        """Add a model's worst mistakes; if it can be explained, with places and look-alikes among training images."""
         mistakes = self._worst(result)
         rows = np.array(mistakes, np.int64)
         predictions = result.evaluation.predictions
-        if explained is not None and len(rows):
+        if explained is not None and training is not None and len(rows):
             images_u8 = self._test.images_u8.take(rows)
             alike = explained.look_alikes(images_u8, training, NUM_LOOK_ALIKES)
             heat = explained.attention(images_u8, predictions.predicted[rows].astype(np.int64))
         shown = []
         for number, row in enumerate(mistakes):
             mistake = self._entry(result, row)
-            if explained is not None:
+            if explained is not None and training is not None:
                 blended = _blend(images_u8[number], heat[number])
                 mistake["heat"] = self._keep(f"h{len(self._models)}-{row}", blended)
                 mistake["alike"] = [

@@ -73,6 +73,11 @@ def score(metric: PromotionMetric, labels: NDArray[np.int64], correct: NDArray[n
     return float(np.sum(_weights(metric, labels) * correct))
 
 
+def _score_of(result: ModelResult, metric: PromotionMetric) -> float:
+    predictions = result.evaluation.predictions
+    return score(metric, predictions.labels, predictions.correct)
+
+
 def _weights(metric: PromotionMetric, labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """(N,) what each image that is right adds to the score."""
     if metric == "accuracy":
@@ -219,6 +224,9 @@ class Aliases(Protocol):
     def holder(self, alias: str) -> str | None:
         """The version that bears the alias, or `None`."""
 
+    def predecessor(self, alias: str, version: str) -> str | None:
+        """What bore the alias before this DAG run gave it to the version; if it did not, that version."""
+
     def move(self, alias: str, version: str) -> None:
         """Point the alias at the version."""
 
@@ -261,10 +269,11 @@ def promote(
     """Pass the best model, and the best of each architecture, through the gate; move aliases where rules say so.
 
     Args:
-        ranked: this run's models, best first.
+        ranked: this run's models, best first; candidates are the best by the rules' metric.
         remeasure: measures another version on the same images.
         overlap_with: of a version's training images and this data set; `None`: it is not known.
     """
+    ranked = sorted(ranked, key=lambda result: -_score_of(result, rules.metric))
     candidates = {CHAMPION: ranked[0]}
     for result in ranked:
         candidates.setdefault(result.architecture, result)
@@ -273,6 +282,8 @@ def promote(
     decisions: dict[str, AliasDecision] = {}
     for alias, candidate in candidates.items():
         holder = aliases.holder(alias)
+        if holder == candidate.version:  # given by an attempt before, or before this task was cleared
+            holder = aliases.predecessor(alias, candidate.version)
         if holder and holder not in known:
             known[holder] = remeasure(holder)
         if holder and holder not in overlaps:

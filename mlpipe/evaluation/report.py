@@ -52,6 +52,10 @@ class Report:
     """The champion before this run, measured on the same images."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The form as it was filled in."""
+    best: ModelResult
+    """Of the models that this run trained."""
+    best_network: str = ""
+    """As the form's field `models` has it; empty for an estimator."""
     best_uri: str = ""
     """Of the best model in the registry."""
     dag_id: ClassVar[str] = "image_classification"
@@ -71,7 +75,7 @@ def render(report: Report) -> str:
         charts=[chart for title, metric in CURVES.items() if (chart := _chart(report.curves, title, metric))],
         f1=_f1_table(comparison),
         counts=class_table(report.manifest.class_counts, report.manifest.classes),
-        unsure=_unsure(comparison.rows[0]),
+        unsure=_unsure(report.best),
         gallery=report.gallery.to_json(),
     )
 

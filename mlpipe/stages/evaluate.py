@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
+from numpy.typing import NDArray
 
 from mlpipe.config import RunConfig
 from mlpipe.data.dataset import Dataset, Split, open_dataset
@@ -37,6 +37,7 @@ from mlpipe.tracking.evaluation_run import (
 )
 from mlpipe.tracking.leaderboard import ensure_leaderboard
 from mlpipe.tracking.runs import TaskContext
+from mlpipe.tracking.seen_images import seen_by
 from mlpipe.training.cross_validation import ERROR, MEAN
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def evaluate(
         others = []
         for uri in config.compare_with:
             try:
-                others.append(_measure_other(uri, test, classes))
+                others.append(_measure_other(uri, dataset, seen_by(uri, store, environment.cache_dir)))
             except UserError as error:
                 failed[uri.removeprefix("models:/")] = str(error)
         comparison = compare([*results, *others], failed)
@@ -96,9 +97,9 @@ def evaluate(
         promotion = promote(
             config.promotion,
             own,
-            registry.RegistryAliases(registered),
+            registry.RegistryAliases(registered, parent),
             lambda version: remeasure(registered, version, test, classes),
-            lambda version: _overlap(registered, version, dataset, store, environment.cache_dir),
+            lambda version: _overlap(dataset, seen_by(f"models:/{registered}/{version}", store, environment.cache_dir)),
         )
         for row in own:
             registry.describe(
@@ -135,6 +136,8 @@ def evaluate(
             addresses={"Arrays of the data set": data.uri} | {row.name: models[row.name].model_uri for row in own},
             former=promotion.former,
             settings=config.form,
+            best=best,
+            best_network=config.model(best.name).architecture if best.weights != "none" else "",
             best_uri=models[best.name].model_uri,
         )
         log_comparison(parent, report, promotion)
@@ -166,17 +169,27 @@ def _told_of_reused(trained: Sequence[TrainedVersion]) -> list[str]:
 
 
 def _gallery(rows: Sequence[ModelResult], dataset: Dataset, best_model: PyFuncModel) -> Gallery:
-    """Pictures of the best models' mistakes; the best one's are explained, if it is a network."""
-    explainer = None
-    if rows[0].weights != "none":
-        from mlpipe.evaluation.explain import Explainer  # with torch, which the network has loaded
-
-        explainer = Explainer.of(best_model.unwrap_python_model())
+    """Pictures of the best models' mistakes; the best one's are explained, if it is a network that allows it."""
     gallery = Gallery(dataset.test_split(), dataset.test_names(), dataset.manifest.classes)
-    for row in rows[:MODELS_WITH_PICTURES]:
-        gallery.add_model(row, explainer if row is rows[0] else None, dataset.train_split())
-    gallery.add_doubts(rows[0])
+    best, *others = rows[:MODELS_WITH_PICTURES]
+    if not (best.weights != "none" and _is_explained(gallery, best, best_model, dataset)):
+        gallery.add_model(best)
+    for row in others:
+        gallery.add_model(row)
+    gallery.add_doubts(best)
     return gallery
+
+
+def _is_explained(gallery: Gallery, best: ModelResult, model: PyFuncModel, dataset: Dataset) -> bool:
+    """Add the model with explanations of its mistakes; not where they fail, for a user's network may do anything."""
+    from mlpipe.evaluation.explain import Explainer  # with torch, which the network has loaded
+
+    try:
+        gallery.add_model(best, Explainer.of(model.unwrap_python_model()), dataset.train_split())
+    except Exception as error:  # noqa: BLE001 - of any kind
+        logger.warning("the report does not explain the mistakes of %s (%r)", best.name, error)
+        return False
+    return True
 
 
 def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> tuple[ModelResult, PyFuncModel]:
@@ -200,12 +213,16 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> t
     return result, loaded
 
 
-def _measure_other(uri: str, test: Split, classes: tuple[str, ...]) -> ModelResult:
+def _measure_other(uri: str, dataset: Dataset, seen: NDArray[np.uint64] | None) -> ModelResult:
     """A registered model that this run did not train.
+
+    Args:
+        seen: hashes of the images that it was trained on; `None`: they are not known.
 
     Raises:
         UserError: it cannot be loaded, or has other classes.
     """
+    test, classes = dataset.test_split(), dataset.manifest.classes
     try:
         evaluation, _ = _evaluation(uri, test, classes, subject=f"compare_with: {uri}")
     except UserError:
@@ -214,6 +231,9 @@ def _measure_other(uri: str, test: Split, classes: tuple[str, ...]) -> ModelResu
         if runs.is_unreachable(error):
             raise
         raise UserError(f"compare_with: {uri} cannot be measured ({str(error) or repr(error)})") from error
+    if seen is not None and (known := int(np.isin(dataset.test_hashes(), seen).sum())):
+        told = f"It was trained on {known:,} of these test images, so it is worse than it seems here."
+        evaluation = replace(evaluation, notes=(*evaluation.notes, told))
     return ModelResult(name=uri.removeprefix("models:/"), evaluation=evaluation)
 
 
@@ -243,14 +263,9 @@ def _with_test_metrics(model: RegisteredModel, result: ModelResult) -> Registere
     return replace(model, metrics={**model.metrics, **result.evaluation.as_metrics()})
 
 
-def _overlap(name: str, version: str, dataset: Dataset, store: ObjectStore, cache_dir: Path) -> Overlap | None:
-    """Of a registered version's training images and this data set; `None`: it is not known."""
-    digest = registry.by_version(name, version).tags.get("data_digest")
-    if not digest:
-        return None
-    try:
-        seen = open_dataset(digest, store, cache_dir).trained_on_hashes()
-    except (FileNotFoundError, KeyError, TypeError):
+def _overlap(dataset: Dataset, seen: NDArray[np.uint64] | None) -> Overlap | None:
+    """Of a registered version's training images, given by their hashes, and this data set; `None`: it is not known."""
+    if seen is None:
         return None
     is_seen = np.isin(dataset.test_hashes(), seen)
     return Overlap(

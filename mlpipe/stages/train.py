@@ -19,6 +19,7 @@ from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import check_local
 from mlpipe.environment import Environment
+from mlpipe.errors import UserError
 from mlpipe.models import architectures
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
 from mlpipe.models.portable import ModelDescription
@@ -31,8 +32,9 @@ from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.registry import RegisteredVersion
 from mlpipe.tracking.runs import TaskContext, TrackedRun
+from mlpipe.tracking.seen_images import seen_by
 from mlpipe.tracking.trained_before import TAG as TRAINING_KEY
-from mlpipe.tracking.trained_before import copy_history, find_trained, training_key
+from mlpipe.tracking.trained_before import copy_history, find_trained, training_key, wanted_training
 from mlpipe.training.calibration import with_calibration
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cross_validation import ACCURACY, ERROR, MEAN, cross_validate
@@ -59,12 +61,19 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     key = training_key(model, data.digest, config.folds)
     registered = registry.registered_name(data.name)
     experiment_id = experiment(config)
-    own = runs.find_run(experiment_id, origin.key(model.name))
+    # A task that was cleared may be given other data or settings: that is another training, with a run of its own.
+    run_key = origin.key(f"{model.name} {wanted_training(model, data.digest, config.folds)}")
+    own = runs.find_run(experiment_id, run_key)
+    if own is None:
+        runs.set_aside(experiment_id, origin, model.name)
     if own and own.info.status == "FINISHED" and (done := registry.find(registered, own.info.run_id)):
         return _done(model, own, done, data, on_run=on_run)
     is_begun = own is not None and own.data.tags.get("stage") != "reused"  # by an attempt before
     if key and not (config.retrain or is_begun) and (earlier := find_trained(registered, key)):
-        return _reuse(config, origin, model, dataset, data, earlier, on_run=on_run)
+        return _reuse(config, origin, run_key, model, dataset, data, earlier, on_run=on_run)
+    if config.folds:
+        dataset.check_folds(config.folds)
+        _check_unseen(model, dataset, store, environment.cache_dir)
     # Before the run is opened: weights that cannot be had leave no run behind.
     description = describe(model, dataset.manifest)
     start = initial_network(model, description, store) if description.kind == "network" else None
@@ -73,7 +82,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         teacher = load_teacher(model.train.teacher, dataset.manifest.classes)
     run = runs.open_run(
         experiment_id,
-        origin.key(model.name),
+        run_key,
         name=display_name(model),
         tags={**origin.tags(), "stage": "train", **_model_tags(model, dataset)},
         description=f"{origin.link}\n\n{display_name(model)} on {data.name}, recipe {config.recipe}.",
@@ -133,6 +142,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
 def _reuse(
     config: RunConfig,
     origin: TaskContext,
+    run_key: str,
     model: ModelConfig,
     dataset: Dataset,
     data: PublishedData,
@@ -147,7 +157,7 @@ def _reuse(
     )
     run = runs.open_run(
         experiment(config),
-        origin.key(model.name),
+        run_key,
         name=f"{display_name(model)}: version {earlier.version}, trained before",
         tags={
             **origin.tags(),
@@ -227,6 +237,21 @@ def _with_own_copy(model: ModelConfig, cache_dir: Path) -> ModelConfig:
         partial.write_bytes(content)
         partial.replace(copy)
     return replace(model, architecture=f"{copy}:{model.architecture.rpartition(':')[2]}")
+
+
+def _check_unseen(model: ModelConfig, dataset: Dataset, store: ObjectStore, cache_dir: Path) -> None:
+    """
+    Raises:
+        UserError: what the training starts or learns from has seen images that a cross-validation would hold out.
+    """
+    teacher = model.train.teacher if isinstance(model.train, NetworkSettings) else None
+    for address in filter(None, (model.weights, teacher)):
+        seen = seen_by(address, store, cache_dir) if address.startswith("models:/") else None
+        if seen is not None and np.isin(dataset.trained_on_hashes(), seen).any():
+            raise UserError(
+                f"folds: {address} was trained on images of this data set, so no part of them would be unseen; "
+                "leave folds out, or start from other weights"
+            )
 
 
 def _fit(

@@ -119,8 +119,7 @@ def learning_curves(run_id: str) -> dict[str, list[tuple[int, float]]]:
 
 def log_comparison(run: TrackedRun, report: Report, promotion: Promotion) -> None:
     """Put table, charts, the gate's reasons and the report on the parent run."""
-    comparison = report.comparison
-    best = comparison.rows[0]
+    comparison, best = report.comparison, report.best
     run.replace_metrics(  # a model that failed may have been trained since
         {
             "best/test/accuracy": best.evaluation.accuracy,

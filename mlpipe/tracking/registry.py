@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+if TYPE_CHECKING:
+    from mlpipe.tracking.runs import TrackedRun
 
 logger = logging.getLogger(__name__)
 
@@ -143,12 +147,23 @@ class RegistryAliases:
     """Aliases of one registered model; see `mlpipe.evaluation.promotion.Aliases`."""
 
     name: str
+    run: TrackedRun
+    """The DAG run's parent, which remembers what its models replaced."""
 
     def holder(self, alias: str) -> str | None:
         """The version that bears the alias, or `None`."""
         version = by_alias(self.name, alias)
         return version.version if version else None
 
+    def predecessor(self, alias: str, version: str) -> str | None:
+        """What bore the alias before this DAG run gave it to the version; if it did not, that version."""
+        before, _, given_to = self.run.tags.get(f"replaced/{alias}", "").partition(" by ")
+        if given_to != version:
+            return version
+        return before if before != "none" else None
+
     def move(self, alias: str, version: str) -> None:
-        """Point the alias at the version."""
-        mlflow.MlflowClient().set_registered_model_alias(self.name, alias, version)
+        """Point the alias at the version. What bore it before is noted first: whoever repeats this decides alike."""
+        if (before := self.holder(alias)) != version:
+            self.run.set_tags({f"replaced/{alias}": f"{before or 'none'} by {version}"})
+            mlflow.MlflowClient().set_registered_model_alias(self.name, alias, version)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import Any
 
 import mlflow
@@ -23,7 +24,20 @@ from mlpipe.tracking.runs import TrackedRun, batched, git_sha, key_of
 TAG = "training_key"
 """Of a registered version: identity of its training."""
 
+FIXED_MODEL = re.compile(r"models:/(m-[0-9a-f]+|[^/@]+/\d+)")
+"""Address of a logged model or of a version; aliases, stages and `latest` move."""
+
 LIBRARIES = ("torch", "torchvision", "timm", "scikit-learn", "numpy")
+
+
+def wanted_training(model: ModelConfig, digest: str, num_folds: int) -> str:
+    """Identity of what a training is to do: its data, model and settings. A cleared task may be given others.
+
+    Args:
+        digest: of the data set.
+        num_folds: parts of its cross-validation; 0: none.
+    """
+    return key_of(json.dumps([digest, asdict(model), num_folds], sort_keys=True))
 
 
 def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
@@ -35,9 +49,10 @@ def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
 
     Returns:
         `None` where something is not known to stay the same: changed files of this project, an alias of the registry,
-        or an address whose content may change.
+        an address whose content may change, or a package that is installed from a folder of sources.
     """
     settings = asdict(model)
+    del settings["name"]  # of this run's row alone
     addresses = (model.weights, settings["train"].get("teacher") or "none")
     code = git_sha()
     if code == "unknown":
@@ -45,15 +60,27 @@ def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
     if code.endswith("-dirty") or not all(map(_is_fixed, addresses)):
         return None
     architecture = find(model.architecture)
+    package = (architecture.distribution or "").partition("==")[0]
+    if package and _is_editable(package):
+        return None
     if own_file := architecture.own_file:
-        settings["architecture"] = [architecture.name, file_sha256(own_file)]
-    libraries = [_installed(name) for name in (*LIBRARIES, architecture.distribution or "")]
+        settings["architecture"] = [model.architecture.rpartition(":")[2], file_sha256(own_file)]
+    libraries = [_installed(name) for name in (*LIBRARIES, package)]
     return key_of(json.dumps([digest, settings, num_folds, code, libraries], sort_keys=True))
 
 
 def _is_fixed(address: str) -> bool:
     """Whether what an address leads to never changes."""
-    return address in ("none", "random", "imagenet") or (address.startswith("models:/") and "@" not in address)
+    return address in ("none", "random", "imagenet") or bool(FIXED_MODEL.fullmatch(address))
+
+
+def _is_editable(package: str) -> bool:
+    """Whether it is installed from a folder of sources, which may change under the same version."""
+    try:
+        origin = distribution(package).read_text("direct_url.json")
+    except PackageNotFoundError:
+        return False
+    return bool(origin and json.loads(origin).get("dir_info", {}).get("editable"))
 
 
 def _installed(name: str) -> str:

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import nn
 
-from mlpipe.config import ModelConfig, NetworkSettings
+from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.errors import UserError
@@ -76,7 +76,7 @@ def train_head(
     best = _fit_best(
         ((features["train"] - mean) / std, training.labels),
         ((features["val"] - mean) / std, validation.labels),
-        model.train.seed,
+        model.train,
     )
     weight, bias = _rows(best)
     weight /= std
@@ -168,13 +168,21 @@ def _features(
 Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
-def _fit_best(training: Labelled, validation: Labelled, seed: int) -> LogisticRegression:
+def _fit_best(
+    training: Labelled, validation: Labelled, settings: NetworkSettings | LinearSettings
+) -> LogisticRegression:
+    balanced = isinstance(settings, NetworkSettings) and settings.class_weights == "balanced"
     best, accuracy = None, -1.0
     for c in REGULARIZATION:
         began = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fit = LogisticRegression(C=c, max_iter=MAX_ITERATIONS, random_state=seed).fit(*training)
+            fit = LogisticRegression(
+                C=c,
+                max_iter=MAX_ITERATIONS,
+                random_state=settings.seed,
+                class_weight="balanced" if balanced else None,
+            ).fit(*training)
         reached = float(fit.score(*validation))
         logger.info("head with C = %g: val/accuracy %.4f after %.1f s", c, reached, time.monotonic() - began)
         if best is not None and reached < accuracy:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlpipe.addresses import redact_text, redact_uri, without_login
+from mlpipe.addresses import redact_models, redact_text, redact_uri, without_login
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,20 @@ def test_in_text_nothing_secret_of_an_address_is_shown(text: str, shown: str) ->
 def test_the_rest_of_an_address_without_its_login_stays() -> None:
     assert without_login("https://user:pass@host:5000/mlflow?a=b#c") == "https://host:5000/mlflow?a=b#c"
     assert without_login("sqlite:////a/mlflow.db") == "sqlite:////a/mlflow.db"
+
+
+CHECKSUM = f"#sha256={'ab' * 32}"
+
+
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [
+        (f"resnet18=https://a/w.pth{CHECKSUM},custom_cnn", f"resnet18=https://a/w.pth{CHECKSUM},custom_cnn"),
+        ("resnet18=s3://a/w.pth, resnet50=s3://b/v.pth,x", "resnet18=s3://a/w.pth,resnet50=s3://b/v.pth,x"),
+        ("resnet18=models:/pets@champion,/a/b.py:Net", "resnet18=models:/pets@champion,/a/b.py:Net"),
+        ("a=https://u:secret@h/w.pth?sig=secret,b", "a=https://h/w.pth?…,b"),
+        ("a=https://u:se,cret@h/w.pth,b", "a=https://h/w.pth,b"),
+    ],
+)
+def test_of_a_list_of_models_each_address_is_shown(models: str, shown: str) -> None:
+    assert redact_models(models) == shown

@@ -29,7 +29,7 @@ def page_of(rows, failed=None, *, data: Dataset | None = None, names: list[str] 
     split = Split(data.train_split().images_u8, comparison.rows[0].evaluation.predictions.labels)
     gallery = Gallery(split, names or [f"test/{row}.png" for row in range(len(split))], comparison.classes)
     for row in comparison.rows[:4]:
-        gallery.add_model(row, None, split)
+        gallery.add_model(row)
     values = {
         "title": "pets",
         "verdict": "cnn is best.",
@@ -38,6 +38,7 @@ def page_of(rows, failed=None, *, data: Dataset | None = None, names: list[str] 
         "snippet": "import mlflow",
         "links": {"Charts": "http://mlflow/#/x"},
         "settings": {"dataset": "digits"},
+        "best": comparison.rows[0],
     }
     return render(Report(comparison=comparison, manifest=data.manifest, gallery=gallery, **values | changes))
 

@@ -16,7 +16,7 @@ from mlpipe.data.dataset import Split
 from mlpipe.evaluation.promotion import Overlap, Promotion, promote
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import evaluate_predictions
-from mlpipe.tracking import registry
+from mlpipe.tracking import registry, runs
 from mlpipe.tracking.evaluation_run import remeasure
 
 NAME = "letters-classifier"
@@ -39,6 +39,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mlflow.M
     mlflow.set_registry_uri(f"sqlite:///{tmp_path}/mlflow.db")
     client = mlflow.MlflowClient()
     client.create_registered_model(NAME)
+    client.create_run("0", tags={"stage": "parent"})
     for _ in range(3):
         client.create_model_version(NAME, source=str(tmp_path), tags={"model": "cnn"})
     yield client
@@ -57,7 +58,9 @@ def run(
         return remeasure(NAME, version, Split.of(np.zeros((200, 8, 8, 3), np.uint8), LABELS), ("a", "b"))
 
     ranked = [result(*model) for model in models]
-    return promote(PromotionConfig(**rules), ranked, registry.RegistryAliases(NAME), again, lambda _: overlap)
+    parent = mlflow.MlflowClient().search_runs(["0"])[-1]
+    aliases = registry.RegistryAliases(NAME, runs.tracked(parent.info.run_id))
+    return promote(PromotionConfig(**rules), ranked, aliases, again, lambda _: overlap)
 
 
 def alias(client: mlflow.MlflowClient, name: str) -> str:
@@ -79,6 +82,30 @@ def test_a_champion_is_replaced_by_a_model_that_is_surely_better(
     promotion = run(("cnn", "3", num_right), remeasured=180)
     assert alias(client, "champion") == champion
     assert promotion.moved_champion is (champion == "3")
+
+
+def test_an_evaluation_that_is_repeated_decides_alike(client: mlflow.MlflowClient) -> None:
+    client.set_registered_model_alias(NAME, "champion", "1")
+    first, again = (run(("cnn", "3", 195), ("svm", "2", 150), remeasured=180) for _ in range(2))
+    assert again.moved_champion
+    assert again.summary == first.summary
+    assert (again.decisions, again.champion) == (first.decisions, "3")
+
+
+def test_the_candidate_is_the_best_by_the_metric_of_the_rules(client: mlflow.MlflowClient) -> None:
+    labels = np.repeat([0, 1], [180, 20])
+
+    def of(name: str, version: str, wrong: np.ndarray) -> ModelResult:
+        probabilities = np.eye(2)[np.where(wrong, 1 - labels, labels)]
+        evaluation = evaluate_predictions(labels, probabilities, ("a", "b"), seed=0)
+        return ModelResult(name=name, architecture=name, version=version, evaluation=evaluation)
+
+    accurate, balanced = of("cnn", "1", np.arange(200) >= 185), of("svm", "2", np.arange(200) % 10 == 0)
+    aliases = registry.RegistryAliases(NAME, runs.tracked(client.search_runs(["0"])[0].info.run_id))
+    rules = PromotionConfig(metric="balanced_accuracy")
+    promotion = promote(rules, [accurate, balanced], aliases, lambda _: accurate, lambda _: None)
+    assert alias(client, "champion") == promotion.champion == "2"
+    assert promotion.summary.startswith("svm is the new champion.")
 
 
 @pytest.mark.parametrize("mode", ["dry_run", "disabled"])

@@ -240,7 +240,7 @@ def test_registering_again_gives_the_same_version(experiment: str) -> None:
     ]
     assert versions[0].version == versions[1].version
     assert registry.by_alias("toy-classifier", "champion") is None
-    registry.RegistryAliases("toy-classifier").move("champion", versions[0].version)
+    registry.RegistryAliases("toy-classifier", runs.tracked(run.info.run_id)).move("champion", versions[0].version)
     holder = registry.by_alias("toy-classifier", "champion")
     assert holder is not None
     assert (holder.uri, holder.tags["model"]) == (f"models:/toy-classifier/{versions[0].version}", "resnet18")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def model(**form: object) -> ModelConfig:
 def test_only_the_same_data_settings_seed_and_code_count(monkeypatch: pytest.MonkeyPatch) -> None:
     key = training_key(model(), "digest", 0)
     assert key == training_key(model(promotion="disabled", name="other"), "digest", 0)
+    assert key == training_key(replace(model(), name="custom_cnn_random"), "digest", 0)
     others = [model(seed=1), model(epochs=6), model(recipe="report"), model(models="resnet18=random")]
     keys = {training_key(each, "digest", 0) for each in others} | {training_key(model(), "grown", 0)}
     keys.add(training_key(model(), "digest", 5))
@@ -39,6 +41,7 @@ def test_only_the_same_data_settings_seed_and_code_count(monkeypatch: pytest.Mon
         {"models": "resnet18=models:/pets-classifier@champion"},
         {"models": "resnet18=s3://bucket/weights.pth"},
         {"teacher": "models:/pets-classifier@champion"},
+        {"models": "resnet18=models:/pets-classifier/latest"},
     ],
 )
 def test_what_may_have_changed_is_trained_again(form: dict[str, str]) -> None:
@@ -60,5 +63,18 @@ def test_a_file_of_ones_own_counts_by_its_content(tmp_path: Path) -> None:
     own = replace(model(), architecture=f"{file}:Tiny")
     before = training_key(own, "digest", 0)
     assert before == training_key(own, "digest", 0)
+    assert before != training_key(replace(own, architecture=f"{file}:TINY"), "digest", 0)
     file.write_text("def Tiny(num_classes): return None")
     assert training_key(own, "digest", 0) != before
+
+
+@pytest.mark.parametrize("editable", [True, False])
+def test_a_package_that_is_installed_from_a_folder_of_sources_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, editable: bool
+) -> None:
+    (information := tmp_path / "mynets-1.2.dist-info").mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: mynets\nVersion: 1.2\n")
+    (information / "entry_points.txt").write_text("[mlpipe.models]\ntiny = mynets:TinyNet\n")
+    (information / "direct_url.json").write_text(json.dumps({"url": "file:///x", "dir_info": {"editable": editable}}))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert (training_key(replace(model(), architecture="tiny"), "digest", 0) is None) == editable

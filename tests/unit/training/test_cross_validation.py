@@ -47,6 +47,15 @@ def test_more_parts_than_images_of_a_class_are_refused(numbered: Dataset) -> Non
         next(numbered.folds(41, seed=0))
 
 
+def test_no_class_is_missing_from_what_is_trained_on() -> None:
+    labels = np.repeat(np.arange(20), 5)
+    images = np.zeros((100, 2, 2, 3), np.uint8)
+    few = Dataset.in_memory(tuple(map(str, range(20))), (images[:90], labels[:90]), (images[90:], labels[90:]))
+    for seed in range(5):
+        for part, _ in few.folds(2, seed=seed):
+            assert len(set(part.train_split().labels)) == 20
+
+
 class Recorder:
     def __init__(self) -> None:
         self.logged: list[tuple[float, int]] = []
