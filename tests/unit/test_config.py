@@ -62,7 +62,7 @@ CUT_BY_COMMA = "https://us3r:pass,w0rd@h/w.pth?X-Amz-Signature=s1gnature"
         ("models: entry 2 of the list is not a model name; .* as %2C", {"models": f"resnet18={CUT_BY_COMMA}"}),
         ("models: .* has no initial weights", {"models": f"logistic_regression={SECRET}"}),
         (
-            "models: 'resnet18_h' is given more than once",
+            "models: two models would be called 'resnet18_h'",
             {"models": ",".join(["resnet18=https://us3r:passw0rd@h"] * 2)},
         ),
     ],

@@ -300,7 +300,7 @@ def test_a_file_that_a_worker_does_not_have_is_named(tmp_path: Path) -> None:
         ("/a/mynets.py:V2", "'V2' would be called 'v2', which is an alias with a meaning of its own"),
         ("/a/mynets.py:Champion", "which is an alias with a meaning of its own"),
         ("/a/mynets.py:TinyNet=imagenet", "no ImageNet weights exist"),
-        ("/a/mynets.py:TinyNet,/b/mynets.py:TinyNet", "'tinynet' is given more than once"),
+        ("/a/mynets.py:TinyNet,/b/mynets.py:TinyNet", "two models would be called 'tinynet'"),
     ],
 )
 def test_what_cannot_be_a_network_of_ones_own_is_refused_from_its_name(models: str, message: str) -> None:
