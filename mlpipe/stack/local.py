@@ -222,8 +222,9 @@ class StackSettings:
 
 def no_proxy(environ: Mapping[str, str]) -> str:
     """The hosts that are reached without a proxy, with this machine among them."""
-    hosts = [host for host in (environ.get("NO_PROXY") or environ.get("no_proxy") or "").split(",") if host]
-    return ",".join([*hosts, *(host for host in (LOOPBACK, "localhost") if host not in hosts)])
+    given = [host for name in ("NO_PROXY", "no_proxy") for host in environ.get(name, "").split(",") if host]
+    # In a list, the star would no longer stand for all hosts.
+    return "*" if "*" in given else ",".join(dict.fromkeys([*given, LOOPBACK, "localhost"]))
 
 
 def _remembered(home: Path) -> dict[str, Any]:

@@ -104,3 +104,5 @@ def test_a_client_finds_every_service(settings):
 def test_this_machine_is_never_reached_through_a_proxy():
     assert no_proxy({"NO_PROXY": "example.org,localhost"}) == "example.org,localhost,127.0.0.1"
     assert no_proxy({}) == "127.0.0.1,localhost"
+    assert no_proxy({"NO_PROXY": "a.org", "no_proxy": "b.org"}) == "a.org,b.org,127.0.0.1,localhost"
+    assert no_proxy({"no_proxy": "*"}) == "*"
