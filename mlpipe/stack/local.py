@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -149,15 +148,15 @@ class StackSettings:
 
     @cached_property
     def socket(self) -> Path:
-        """Where the supervisor listens: in a temporary folder if the state path is too long for a socket's address."""
+        """Where a supervisor listens that is started now: in /tmp if the state path is too long for a socket's address.
+
+        Other temporary folders are not the same in each shell.
+        """
         inside = self.run / "supervisor.sock"
         if len(os.fsencode(inside)) <= MAX_SOCKET_PATH:
             return inside
         name = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:12]
-        base = os.environ.get("XDG_RUNTIME_DIR")
-        if not base or len(base) > 50 or not Path(base).is_dir():
-            base = tempfile.gettempdir()
-        return Path(base) / f"mlpipe-{os.getuid()}-{name}" / "s.sock"
+        return Path("/tmp") / f"mlpipe-{os.getuid()}-{name}" / "s.sock"  # noqa: S108 - `create_folders` checks its owner
 
     def create_folders(self) -> None:
         """Make the state folder and its parts, for the owner only.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from configparser import RawConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Supervisor:
 
     def __init__(self, settings: StackSettings) -> None:
         self._settings = settings
+        self._config = settings.run / "supervisord.conf"
         self._session_file = settings.run / "session.json"
 
     def is_up(self) -> bool:
@@ -62,12 +64,11 @@ class Supervisor:
             UserError: it does not answer in time.
         """
         settings = self._settings
-        config = settings.run / "supervisord.conf"
-        write_private(config, render(settings, components))
-        self._socket.unlink(missing_ok=True)
+        write_private(self._config, render(settings, components))
+        settings.socket.unlink(missing_ok=True)
         with (settings.logs / "supervisord.out").open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(config)],
+                [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(self._config)],
                 env=dict(environment),
                 cwd=settings.home,
                 stdin=subprocess.DEVNULL,
@@ -130,8 +131,8 @@ class Supervisor:
                 process.kill()
         alive = wait_gone(list(left.values()), 5)
         if not alive:
-            self._session_file.unlink(missing_ok=True)
             self._socket.unlink(missing_ok=True)
+            self._session_file.unlink(missing_ok=True)
             for port in self._settings.storage_ports:  # SeaweedFS leaves these behind when it is killed
                 for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - its fixed place
                     path.unlink(missing_ok=True)
@@ -154,7 +155,11 @@ class Supervisor:
 
     @property
     def _socket(self) -> Path:
-        return self._settings.socket
+        """Where the recorded session's supervisor listens, wherever a new one would."""
+        config = RawConfigParser()
+        if self._session():
+            config.read(self._config)
+        return Path(config.get("unix_http_server", "file", fallback=self._settings.socket))
 
     def _session(self) -> dict[str, Any]:
         """The recorded session; empty when its number can by now belong to somebody else."""

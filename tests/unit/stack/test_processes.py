@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 
 from mlpipe.errors import UserError
 from mlpipe.stack import commands, lifecycle
+from mlpipe.stack.local import StackSettings
 from mlpipe.stack.supervisor import Supervisor, living
 
 COMPONENT = 'bash "$0/worker.sh" "$0" & wait'
@@ -88,6 +91,23 @@ def test_a_session_number_that_belongs_to_somebody_else_is_left_alone(settings, 
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.fixture
+def supervisor(settings) -> Iterator[Supervisor]:
+    """A real one, of no components."""
+    settings.create_folders()
+    supervisor = Supervisor(settings)
+    supervisor.start([], os.environ)
+    yield supervisor
+    assert supervisor.stop() == []
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_a_running_supervisor_is_found_though_a_new_one_would_listen_elsewhere(settings, monkeypatch):
+    monkeypatch.setattr(StackSettings, "socket", Path("/nonexistent/s.sock"))
+
+    assert Supervisor(StackSettings.load(settings.home)).is_up()
 
 
 def test_stopping_what_never_ran_does_nothing(settings):

@@ -51,14 +51,24 @@ def test_a_state_folder_that_cannot_be_made_is_named(tmp_path):
         StackSettings.load(tmp_path / "file" / "state").create_folders()
 
 
-def test_the_socket_fits_its_address_however_long_the_state_path_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path) if len(str(tmp_path)) <= 50 else "/nonexistent")
+def test_the_socket_fits_its_address_however_long_the_state_path_is(tmp_path):
     deep = StackSettings.load(tmp_path / ("long" * 30) / "state")
     other = StackSettings.load(tmp_path / ("long" * 30) / "other")
 
     assert len(os.fsencode(deep.socket)) <= MAX_SOCKET_PATH
     assert deep.socket != other.socket
     assert StackSettings.load(Path("/s")).socket == Path("/s/run/supervisor.sock")
+
+
+def test_the_socket_is_the_same_in_every_shell(tmp_path, monkeypatch):
+    home = tmp_path / ("long" * 30)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    first = StackSettings.load(home).socket
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/var/tmp")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    assert StackSettings.load(home).socket == first
 
 
 def test_secrets_are_generated_once_and_differ_between_stacks(tmp_path):
