@@ -15,6 +15,8 @@ from click.testing import CliRunner
 
 from mlpipe.errors import UserError
 from mlpipe.stack import commands, lifecycle
+from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.health import Health
 from mlpipe.stack.local import StackSettings
 from mlpipe.stack.supervisor import Supervisor, living
 
@@ -108,6 +110,26 @@ def test_a_running_supervisor_is_found_though_a_new_one_would_listen_elsewhere(s
     monkeypatch.setattr(StackSettings, "socket", Path("/nonexistent/s.sock"))
 
     assert Supervisor(StackSettings.load(settings.home)).is_up()
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_after_an_interrupted_start_airflows_database_is_made_before_airflow_starts(settings, tmp_path, monkeypatch):
+    Credentials.load_or_create(settings.credentials_path)
+    settings.remember()
+    done = tmp_path / "done"
+    airflow = tmp_path / "airflow"
+    airflow.write_text(f'#!/bin/sh\necho "$@" >> {done}\n')
+    airflow.chmod(0o700)
+    monkeypatch.setattr(lifecycle, "program", lambda _: str(airflow))
+    monkeypatch.setattr(
+        Supervisor, "start_components", lambda _, names: done.write_text(f"{done.read_text()}start {names[-1]}\n")
+    )
+    monkeypatch.setattr(Health, "problem", lambda *_: None)
+    monkeypatch.setattr(Health, "dag_problem", lambda _: None)
+
+    lifecycle.up(settings, lambda *_: None)
+
+    assert done.read_text() == "db migrate\nstart triggerer\n"
 
 
 def test_stopping_what_never_ran_does_nothing(settings):
