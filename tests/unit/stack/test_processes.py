@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mlpipe.stack import commands, lifecycle
 from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.health import Health
 from mlpipe.stack.local import StackSettings
-from mlpipe.stack.supervisor import Supervisor, living
+from mlpipe.stack.supervisor import Supervisor, boot_id, living
 
 COMPONENT = 'bash "$0/worker.sh" "$0" & wait'
 WORKER = 'set -m; sleep 100 & echo "$! $$" > "$1/orphans"; wait'  # with -m, the task gets a process group of its own
@@ -79,7 +80,9 @@ def test_stopping_finds_orphans_by_their_session(settings):
     assert Supervisor(settings).processes() == []
 
 
-@pytest.mark.parametrize("change", [{"created": 1.0}, {"boot": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"created": 1.0}, {"boot": 1.0}, {"boot_id": "other"}, {"boot_id": boot_id(), "created": 1.0}]
+)
 def test_a_session_number_that_belongs_to_somebody_else_is_left_alone(settings, change):
     settings.create_folders()
     other = subprocess.Popen(["/bin/sleep", "100"], start_new_session=True)
@@ -103,6 +106,16 @@ def supervisor(settings) -> Iterator[Supervisor]:
     supervisor.start([], os.environ)
     yield supervisor
     assert supervisor.stop() == []
+
+
+def test_a_stack_is_still_known_when_the_clock_was_set(supervisor, settings):
+    if not boot_id():
+        pytest.skip("only Linux tells one boot from another")
+    file = settings.run / "session.json"
+    session = json.loads(file.read_text())
+    file.write_text(json.dumps(session | {name: session[name] - 3600 for name in ("created", "boot")}))
+
+    assert [process.pid for process in supervisor.processes()] == [session["sid"]]
 
 
 @pytest.mark.usefixtures("supervisor")
