@@ -65,7 +65,9 @@ class Supervisor:
         """
         settings = self._settings
         write_private(self._config, render(settings, components))
-        settings.socket.unlink(missing_ok=True)
+        # `launch` kills what is left of the process in such a file; after a reboot, its number may be another one's.
+        for stale in (settings.socket, *settings.run.glob("*.pid")):
+            stale.unlink(missing_ok=True)
         with (settings.logs / "supervisord.out").open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(self._config)],

@@ -102,10 +102,16 @@ def test_a_session_number_that_belongs_to_somebody_else_is_left_alone(settings, 
 def supervisor(settings) -> Iterator[Supervisor]:
     """A real one, of no components."""
     settings.create_folders()
+    (settings.run / "mlflow.pid").write_text("1")  # of an earlier start
     supervisor = Supervisor(settings)
     supervisor.start([], os.environ)
     yield supervisor
     assert supervisor.stop() == []
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_process_numbers_of_an_earlier_start_are_forgotten(settings):
+    assert [path.name for path in settings.run.glob("*.pid")] == ["supervisord.pid"]
 
 
 def test_a_stack_is_still_known_when_the_clock_was_set(supervisor, settings):
