@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +31,9 @@ ARTIFACT_BUCKET = "mlflow"
 
 MAX_SOCKET_PATH = 90
 """Bytes; a Unix socket's address holds 104 on macOS and 108 on Linux, and supervisord adds a suffix while binding."""
+
+NOT_IN_HOME = re.compile(r'[%"\r\n]|\s[#;]')
+"""What supervisord reads otherwise in some option, however it is escaped."""
 
 NUM_STORAGE_PORTS = 9
 """Eight in a row, and the last one's gRPC port."""
@@ -162,8 +166,14 @@ class StackSettings:
         """Make the state folder and its parts, for the owner only.
 
         Raises:
-            UserError: the folder cannot be made, or the socket's folder belongs to somebody else.
+            UserError: the folder cannot be made or named in the supervisor's configuration, or the socket's folder
+                belongs to somebody else.
         """
+        if found := NOT_IN_HOME.search(str(self.home)):
+            raise UserError(
+                f"MLPIPE_HOME: {str(self.home)!r} has {found[0]!r}, which the supervisor's configuration cannot hold; "
+                'choose a folder without %, ", line breaks or white space before # or ;'
+            )
         try:
             for path in (self.home, self.data, self.data / "objects", self.logs, self.run, self.airflow_home):
                 private_folder(path)

@@ -51,6 +51,14 @@ def test_a_state_folder_that_cannot_be_made_is_named(tmp_path):
         StackSettings.load(tmp_path / "file" / "state").create_folders()
 
 
+@pytest.mark.parametrize("name", ["50%", 'a"b', "a\nb", "a\rb", "a #b", "a\t;b"])
+def test_a_state_folder_that_the_supervisor_cannot_be_told_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="^MLPIPE_HOME: .* choose a folder without %"):
+        StackSettings.load(tmp_path / name).create_folders()
+
+    assert not (tmp_path / name).exists()
+
+
 def test_the_socket_fits_its_address_however_long_the_state_path_is(tmp_path):
     deep = StackSettings.load(tmp_path / ("long" * 30) / "state")
     other = StackSettings.load(tmp_path / ("long" * 30) / "other")
