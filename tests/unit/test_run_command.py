@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Command
 from click.testing import CliRunner
 from rich.console import Console
 
-from mlpipe import run_command, tune_command
+from mlpipe import run_command, runs_commands, tune_command
+from mlpipe.airflow_api import AirflowApi
 from mlpipe.config import RunParams
 from mlpipe.errors import UserError
 from mlpipe.search.form import TuneParams
@@ -138,3 +140,16 @@ def test_the_local_stack_is_reached_without_the_users_proxy(tmp_path: Path, monk
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "a.org,127.0.0.1,localhost"
     assert os.environ["AWS_DEFAULT_REGION"] == "x"
     assert os.environ["MLPIPE_AIRFLOW_URL"] == "http://127.0.0.1:8080"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [(runs_commands.watch, []), (runs_commands.stop, []), (runs_commands.report, ["--output", "report.html"])],
+)
+def test_an_empty_id_of_a_run_is_said(command: Command, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in AirflowApi.VARIABLES:
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+
+    result = CliRunner().invoke(command, ["", *options])
+
+    assert str(result.exception).startswith("RUN_ID: empty; ")
