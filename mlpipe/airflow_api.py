@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +19,8 @@ from mlpipe.errors import UserError
 TIMEOUT = 30
 """Seconds to wait for an answer to a call."""
 
+
+THIS_MACHINE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/|$)", re.IGNORECASE)
 
 AIRFLOWS_OWN_LOGGERS = ("task", "task.stderr")
 """Airflow's own loggers: their error lines are not the task's own messages."""
@@ -66,6 +69,8 @@ class AirflowApi:
         self.url = url.rstrip("/")
         self._login = user, password
         self._session = requests.Session()
+        # The proxy that the environment may name does not reach this machine, and must not be told the password.
+        self._session.trust_env = THIS_MACHINE.match(self.url) is None
         retry = Retry(total=6, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=("GET",))
         self._session.mount(self.url, HTTPAdapter(max_retries=retry))
 

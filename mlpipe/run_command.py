@@ -167,6 +167,8 @@ def use_local_stack(variable: str) -> None:
     if os.environ.get(variable):
         return
     for name, value in StackSettings.load().client_environment().items():
+        if name.upper() == "NO_PROXY":  # the user's own hosts and this machine
+            os.environ[name] = value
         os.environ.setdefault(name, value)
 
 

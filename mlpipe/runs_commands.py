@@ -60,6 +60,8 @@ def _dag_of(api: AirflowApi, run_id: str) -> str:
     Raises:
         UserError: none has.
     """
+    if not run_id.strip():
+        raise UserError("RUN_ID: empty; give the id of a run, as `mlpipe runs` shows it")
     with contextlib.suppress(RefusedError):
         api.dag_run_state(tune_command.DAG_ID, run_id)
         return tune_command.DAG_ID

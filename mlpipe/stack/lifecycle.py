@@ -63,8 +63,11 @@ def up(settings: StackSettings, report: Report, timeout: float = DEFAULT_TIMEOUT
             return _start(settings, report, timeout), False
         _check_same_ports(settings)
         already = {state.name for state in supervisor.states() if state.alive} == set(NAMES)
+        credentials = Credentials.load(settings.credentials_path)
+        # An interrupted first start leaves a supervisor, but no finished database.
+        migrate_airflow(settings, service_environment(settings, credentials), timeout)
         supervisor.start_components(NAMES)
-        health = Health(settings, Credentials.load(settings.credentials_path))
+        health = Health(settings, credentials)
         _wait(settings, supervisor, health, report, timeout, lambda: True)
         return settings, already
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +31,9 @@ ARTIFACT_BUCKET = "mlflow"
 
 MAX_SOCKET_PATH = 90
 """Bytes; a Unix socket's address holds 104 on macOS and 108 on Linux, and supervisord adds a suffix while binding."""
+
+NOT_IN_HOME = re.compile(r'[%"\r\n]|\s[#;]')
+"""What supervisord reads otherwise in some option, however it is escaped."""
 
 NUM_STORAGE_PORTS = 9
 """Eight in a row, and the last one's gRPC port."""
@@ -149,22 +152,28 @@ class StackSettings:
 
     @cached_property
     def socket(self) -> Path:
-        """Where the supervisor listens: in a temporary folder if the state path is too long for a socket's address."""
+        """Where a supervisor listens that is started now: in /tmp if the state path is too long for a socket's address.
+
+        Other temporary folders are not the same in each shell.
+        """
         inside = self.run / "supervisor.sock"
         if len(os.fsencode(inside)) <= MAX_SOCKET_PATH:
             return inside
         name = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:12]
-        base = os.environ.get("XDG_RUNTIME_DIR")
-        if not base or len(base) > 50 or not Path(base).is_dir():
-            base = tempfile.gettempdir()
-        return Path(base) / f"mlpipe-{os.getuid()}-{name}" / "s.sock"
+        return Path("/tmp") / f"mlpipe-{os.getuid()}-{name}" / "s.sock"  # noqa: S108 - `create_folders` checks its owner
 
     def create_folders(self) -> None:
         """Make the state folder and its parts, for the owner only.
 
         Raises:
-            UserError: the folder cannot be made, or the socket's folder belongs to somebody else.
+            UserError: the folder cannot be made or named in the supervisor's configuration, or the socket's folder
+                belongs to somebody else.
         """
+        if found := NOT_IN_HOME.search(str(self.home)):
+            raise UserError(
+                f"MLPIPE_HOME: {str(self.home)!r} has {found[0]!r}, which the supervisor's configuration cannot hold; "
+                'choose a folder without %, ", line breaks or white space before # or ;'
+            )
         try:
             for path in (self.home, self.data, self.data / "objects", self.logs, self.run, self.airflow_home):
                 private_folder(path)
@@ -222,8 +231,9 @@ class StackSettings:
 
 def no_proxy(environ: Mapping[str, str]) -> str:
     """The hosts that are reached without a proxy, with this machine among them."""
-    hosts = [host for host in (environ.get("NO_PROXY") or environ.get("no_proxy") or "").split(",") if host]
-    return ",".join([*hosts, *(host for host in (LOOPBACK, "localhost") if host not in hosts)])
+    given = [host for name in ("NO_PROXY", "no_proxy") for host in environ.get(name, "").split(",") if host]
+    # In a list, the star would no longer stand for all hosts.
+    return "*" if "*" in given else ",".join(dict.fromkeys([*given, LOOPBACK, "localhost"]))
 
 
 def _remembered(home: Path) -> dict[str, Any]:

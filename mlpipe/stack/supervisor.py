@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from configparser import RawConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Supervisor:
 
     def __init__(self, settings: StackSettings) -> None:
         self._settings = settings
+        self._config = settings.run / "supervisord.conf"
         self._session_file = settings.run / "session.json"
 
     def is_up(self) -> bool:
@@ -62,12 +64,13 @@ class Supervisor:
             UserError: it does not answer in time.
         """
         settings = self._settings
-        config = settings.run / "supervisord.conf"
-        write_private(config, render(settings, components))
-        self._socket.unlink(missing_ok=True)
+        write_private(self._config, render(settings, components))
+        # `launch` kills what is left of the process in such a file; after a reboot, its number may be another one's.
+        for stale in (settings.socket, *settings.run.glob("*.pid")):
+            stale.unlink(missing_ok=True)
         with (settings.logs / "supervisord.out").open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(config)],
+                [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(self._config)],
                 env=dict(environment),
                 cwd=settings.home,
                 stdin=subprocess.DEVNULL,
@@ -76,7 +79,8 @@ class Supervisor:
                 start_new_session=True,  # a session of its own, by which all of its processes are found
             )
         leader = psutil.Process(process.pid)
-        session = {"sid": process.pid, "created": leader.create_time(), "boot": psutil.boot_time()}
+        times = {"created": leader.create_time(), "boot": psutil.boot_time()}
+        session = {"sid": process.pid, "boot_id": boot_id(), **times}
         write_private(self._session_file, json.dumps(session))
         deadline = time.monotonic() + START_SECONDS
         while not self.is_up():
@@ -130,8 +134,8 @@ class Supervisor:
                 process.kill()
         alive = wait_gone(list(left.values()), 5)
         if not alive:
-            self._session_file.unlink(missing_ok=True)
             self._socket.unlink(missing_ok=True)
+            self._session_file.unlink(missing_ok=True)
             for port in self._settings.storage_ports:  # SeaweedFS leaves these behind when it is killed
                 for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - its fixed place
                     path.unlink(missing_ok=True)
@@ -154,7 +158,11 @@ class Supervisor:
 
     @property
     def _socket(self) -> Path:
-        return self._settings.socket
+        """Where the recorded session's supervisor listens, wherever a new one would."""
+        config = RawConfigParser()
+        if self._session():
+            config.read(self._config)
+        return Path(config.get("unix_http_server", "file", fallback=self._settings.socket))
 
     def _session(self) -> dict[str, Any]:
         """The recorded session; empty when its number can by now belong to somebody else."""
@@ -162,12 +170,18 @@ class Supervisor:
             session = read_json(self._session_file)
         except ValueError:
             return {}
-        if not session or abs(session["boot"] - psutil.boot_time()) > 60:
+        if not session:
             return {}
+        moved = psutil.boot_time() - session["boot"]
+        if session.get("boot_id"):
+            ours = session["boot_id"] == boot_id()
+        else:
+            ours, moved = abs(moved) <= 60, 0.0
         with contextlib.suppress(psutil.NoSuchProcess):
-            if abs(psutil.Process(session["sid"]).create_time() - session["created"]) > 1:
-                return {}
-        return session
+            # Linux gives both times by the wall clock of the moment, and that of the boot in whole seconds.
+            created = psutil.Process(session["sid"]).create_time() - moved
+            ours = ours and abs(created - session["created"]) <= 2
+        return session if ours else {}
 
     def _call(self, method: str) -> Any:
         try:
@@ -188,6 +202,12 @@ class Supervisor:
             yield ServerProxy("http://127.0.0.1", transport=transport)
         finally:
             transport.close()
+
+
+def boot_id() -> str:
+    """What Linux calls the time since its last boot; empty on other systems."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
 
 
 def living(process: psutil.Process) -> bool:

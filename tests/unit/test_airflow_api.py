@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mlpipe.airflow_api import AirflowApi
 from tests.web import web_server
 
@@ -10,3 +12,19 @@ def test_a_question_is_asked_again() -> None:
     login, busy, told = (201, {}, b'{"access_token": "t"}'), (503, {}, b""), (200, {}, b'{"state": "running"}')
     with web_server(login, busy, told) as (address, _):
         assert AirflowApi(address, "u", "p").dag_run_state("image_classification", "r") == "running"
+
+
+@pytest.mark.parametrize(
+    ("host", "by_the_proxy"), [("127.0.0.1", False), ("localhost", False), ("127.0.0.1.example", True)]
+)
+def test_the_proxy_is_not_told_the_password_of_this_machines_airflow(
+    host: str, by_the_proxy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = (201, {}, b'{"access_token": "t"}'), (200, {}, b'{"state": "running"}')
+    with web_server(*answers) as (airflow, direct), web_server(*answers) as (proxy, asked):
+        for name, value in {"http_proxy": proxy, "no_proxy": ""}.items():
+            monkeypatch.setenv(name, value)
+            monkeypatch.setenv(name.upper(), value)
+        api = AirflowApi(airflow.replace("127.0.0.1", host), "u", "p")
+        assert api.dag_run_state("image_classification", "r") == "running"
+        assert (len(direct), len(asked)) == ((0, 2) if by_the_proxy else (2, 0))

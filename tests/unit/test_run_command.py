@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Command
 from click.testing import CliRunner
 from rich.console import Console
 
-from mlpipe import run_command, tune_command
+from mlpipe import run_command, runs_commands, tune_command
+from mlpipe.airflow_api import AirflowApi
 from mlpipe.config import RunParams
 from mlpipe.errors import UserError
 from mlpipe.search.form import TuneParams
+from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.local import StackSettings
 
 SCORES = {
     "test/accuracy": 0.5889,
@@ -123,3 +128,28 @@ def test_a_file_that_the_workers_cannot_read_needs_a_server_to_take_it(
     monkeypatch.setenv(run_command.SHARED_FILES, "true")
     answer = CliRunner().invoke(run_command.run, command)
     assert str(answer.exception).startswith("Airflow at http://127.0.0.1:9 does not answer")
+
+
+def test_the_local_stack_is_reached_without_the_users_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Credentials.load_or_create(StackSettings.load(tmp_path).credentials_path)
+    # A copy, as many more variables are set.
+    monkeypatch.setattr(os, "environ", {"MLPIPE_HOME": str(tmp_path), "no_proxy": "a.org", "AWS_DEFAULT_REGION": "x"})
+
+    run_command.use_local_stack("MLPIPE_AIRFLOW_URL")
+
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "a.org,127.0.0.1,localhost"
+    assert os.environ["AWS_DEFAULT_REGION"] == "x"
+    assert os.environ["MLPIPE_AIRFLOW_URL"] == "http://127.0.0.1:8080"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [(runs_commands.watch, []), (runs_commands.stop, []), (runs_commands.report, ["--output", "report.html"])],
+)
+def test_an_empty_id_of_a_run_is_said(command: Command, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in AirflowApi.VARIABLES:
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+
+    result = CliRunner().invoke(command, ["", *options])
+
+    assert str(result.exception).startswith("RUN_ID: empty; ")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from supervisor.options import ServerOptions
 
 from mlpipe.stack import commands
-from mlpipe.stack.components import NAMES, components, program
+from mlpipe.stack.components import NAMES, Component, components, program
 from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.files import write_private
 from mlpipe.stack.local import StackSettings
 from mlpipe.stack.service_environment import service_environment
 from mlpipe.stack.supervisor import render
@@ -116,10 +119,23 @@ def test_no_secret_is_in_a_command_or_in_the_supervisors_file(settings, monkeypa
     assert not [name for name, value in vars(credentials).items() if value in text and name != "airflow_user"]
 
 
-def test_a_percent_sign_in_the_path_survives(tmp_path):
-    settings = StackSettings.load(tmp_path / "50%").with_storage_ports()
+@pytest.mark.parametrize("name", ["a b", "a#b;c", "it's", "größe,=[$]\\"])
+def test_the_supervisor_reads_paths_as_they_are(tmp_path, name):
+    settings = StackSettings.load(tmp_path / name).with_storage_ports()
+    settings.create_folders()
+    command = ("/installed/50%/weed", f"-dir={settings.data}")
+    write_private(
+        settings.run / "supervisord.conf",
+        render(settings, [Component(name="one", command=command, log=settings.logs / "one.log")]),
+    )
 
-    assert "50%%/logs/mlflow.log" in render(settings, components(settings))
+    read = ServerOptions()
+    read.realize(["--configuration", str(settings.run / "supervisord.conf")])
+
+    (process,) = read.process_group_configs[0].process_configs
+    assert read.pidfile == str(settings.run / "supervisord.pid")
+    assert (process.directory, process.stdout_logfile) == (str(settings.home), str(settings.logs / "one.log"))
+    assert shlex.split(process.command)[-2:] == list(command)
 
 
 def test_the_command_line_knows_all_components():

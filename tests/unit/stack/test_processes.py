@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,7 +16,10 @@ from click.testing import CliRunner
 
 from mlpipe.errors import UserError
 from mlpipe.stack import commands, lifecycle
-from mlpipe.stack.supervisor import Supervisor, living
+from mlpipe.stack.credentials import Credentials
+from mlpipe.stack.health import Health
+from mlpipe.stack.local import StackSettings
+from mlpipe.stack.supervisor import Supervisor, boot_id, living
 
 COMPONENT = 'bash "$0/worker.sh" "$0" & wait'
 WORKER = 'set -m; sleep 100 & echo "$! $$" > "$1/orphans"; wait'  # with -m, the task gets a process group of its own
@@ -74,7 +80,9 @@ def test_stopping_finds_orphans_by_their_session(settings):
     assert Supervisor(settings).processes() == []
 
 
-@pytest.mark.parametrize("change", [{"created": 1.0}, {"boot": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"created": 1.0}, {"boot": 1.0}, {"boot_id": "other"}, {"boot_id": boot_id(), "created": 1.0}]
+)
 def test_a_session_number_that_belongs_to_somebody_else_is_left_alone(settings, change):
     settings.create_folders()
     other = subprocess.Popen(["/bin/sleep", "100"], start_new_session=True)
@@ -88,6 +96,59 @@ def test_a_session_number_that_belongs_to_somebody_else_is_left_alone(settings, 
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.fixture
+def supervisor(settings) -> Iterator[Supervisor]:
+    """A real one, of no components."""
+    settings.create_folders()
+    (settings.run / "mlflow.pid").write_text("1")  # of an earlier start
+    supervisor = Supervisor(settings)
+    supervisor.start([], os.environ)
+    yield supervisor
+    assert supervisor.stop() == []
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_process_numbers_of_an_earlier_start_are_forgotten(settings):
+    assert [path.name for path in settings.run.glob("*.pid")] == ["supervisord.pid"]
+
+
+def test_a_stack_is_still_known_when_the_clock_was_set(supervisor, settings):
+    if not boot_id():
+        pytest.skip("only Linux tells one boot from another")
+    file = settings.run / "session.json"
+    session = json.loads(file.read_text())
+    file.write_text(json.dumps(session | {name: session[name] - 3600 for name in ("created", "boot")}))
+
+    assert [process.pid for process in supervisor.processes()] == [session["sid"]]
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_a_running_supervisor_is_found_though_a_new_one_would_listen_elsewhere(settings, monkeypatch):
+    monkeypatch.setattr(StackSettings, "socket", Path("/nonexistent/s.sock"))
+
+    assert Supervisor(StackSettings.load(settings.home)).is_up()
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_after_an_interrupted_start_airflows_database_is_made_before_airflow_starts(settings, tmp_path, monkeypatch):
+    Credentials.load_or_create(settings.credentials_path)
+    settings.remember()
+    done = tmp_path / "done"
+    airflow = tmp_path / "airflow"
+    airflow.write_text(f'#!/bin/sh\necho "$@" >> {done}\n')
+    airflow.chmod(0o700)
+    monkeypatch.setattr(lifecycle, "program", lambda _: str(airflow))
+    monkeypatch.setattr(
+        Supervisor, "start_components", lambda _, names: done.write_text(f"{done.read_text()}start {names[-1]}\n")
+    )
+    monkeypatch.setattr(Health, "problem", lambda *_: None)
+    monkeypatch.setattr(Health, "dag_problem", lambda _: None)
+
+    lifecycle.up(settings, lambda *_: None)
+
+    assert done.read_text() == "db migrate\nstart triggerer\n"
 
 
 def test_stopping_what_never_ran_does_nothing(settings):

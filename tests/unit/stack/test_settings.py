@@ -51,14 +51,32 @@ def test_a_state_folder_that_cannot_be_made_is_named(tmp_path):
         StackSettings.load(tmp_path / "file" / "state").create_folders()
 
 
-def test_the_socket_fits_its_address_however_long_the_state_path_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path) if len(str(tmp_path)) <= 50 else "/nonexistent")
+@pytest.mark.parametrize("name", ["50%", 'a"b', "a\nb", "a\rb", "a #b", "a\t;b"])
+def test_a_state_folder_that_the_supervisor_cannot_be_told_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="^MLPIPE_HOME: .* choose a folder without %"):
+        StackSettings.load(tmp_path / name).create_folders()
+
+    assert not (tmp_path / name).exists()
+
+
+def test_the_socket_fits_its_address_however_long_the_state_path_is(tmp_path):
     deep = StackSettings.load(tmp_path / ("long" * 30) / "state")
     other = StackSettings.load(tmp_path / ("long" * 30) / "other")
 
     assert len(os.fsencode(deep.socket)) <= MAX_SOCKET_PATH
     assert deep.socket != other.socket
     assert StackSettings.load(Path("/s")).socket == Path("/s/run/supervisor.sock")
+
+
+def test_the_socket_is_the_same_in_every_shell(tmp_path, monkeypatch):
+    home = tmp_path / ("long" * 30)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    first = StackSettings.load(home).socket
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/var/tmp")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    assert StackSettings.load(home).socket == first
 
 
 def test_secrets_are_generated_once_and_differ_between_stacks(tmp_path):
@@ -104,3 +122,5 @@ def test_a_client_finds_every_service(settings):
 def test_this_machine_is_never_reached_through_a_proxy():
     assert no_proxy({"NO_PROXY": "example.org,localhost"}) == "example.org,localhost,127.0.0.1"
     assert no_proxy({}) == "127.0.0.1,localhost"
+    assert no_proxy({"NO_PROXY": "a.org", "no_proxy": "b.org"}) == "a.org,b.org,127.0.0.1,localhost"
+    assert no_proxy({"no_proxy": "*"}) == "*"
