@@ -271,8 +271,9 @@ def _by_table(archive: ImageArchive, split_of: Sequence[str], class_of: Sequence
 
 def _why_no_classes(archive: ImageArchive, class_of: Sequence[Folder]) -> str:
     """In an archive without a table of labels."""
-    beside = archive.tables_beside
-    hint = f"; {beside[0]} lies beside the archive that has the images: pack it into that one" if beside else ""
+    hint = "".join(f"; {note}" for note in archive.notes)
+    if archive.tables_beside:
+        hint += f"; {archive.tables_beside[0]} lies beside the archive that has the images: pack it into that one"
     if not all(class_of):
         outside = archive.folders[class_of.index(())]
         return (

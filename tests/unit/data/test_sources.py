@@ -140,5 +140,7 @@ def test_a_folder_that_cannot_be_used(store: ObjectStore, tmp_path: Path) -> Non
         fetch_source(images(tmp_path), store)
     not_utf8.unlink()
     (tmp_path / "1.png").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="data_uri: .* lie in no class folder; .*; 1 links and special files were left"):
+        fetch_source(images(tmp_path), store)
     with pytest.raises(UserError, match="data_uri: .* has more than"):
         fetch_source(images(tmp_path), store, max_bytes=50)
