@@ -11,7 +11,7 @@ from typing import Any, Self
 from mlpipe.config import DataConfig
 from mlpipe.data.storage.store import ObjectStore
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Raised whenever the same source and settings would give other arrays or another manifest."""
 
 TRAIN_FILES = ("train_images.npy", "train_labels.npy", "train_hashes.npy", "train_indices.npy", "val_indices.npy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import time
@@ -120,7 +121,7 @@ def _write(
     scan = _Scan(images, size, data.max_damaged)
     if images.is_test is None:
         # Which images are test images is known when all have been seen.
-        spool = np.memmap(folder / "pixels", np.uint8, "w+", shape=(len(used), size, size, 3))
+        spool = _spool(folder / "pixels", (len(used), size, size, 3))
         for part, images_u8 in scan:
             spool[part] = images_u8
         splits, pairs = _split(images, scan.findings, data)
@@ -168,6 +169,16 @@ def _write(
         left_out=scan.left_out(),
         near_duplicates=across[:MAX_LISTED],
     )
+
+
+def _spool(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An array on disk. Its space is reserved: writing to a map on a disk that is full ends the process (SIGBUS)."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+        else:
+            file.truncate(math.prod(shape))
+    return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
 def _names(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.bytes_]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mlpipe.addresses import redact_uri
 from mlpipe.config import ModelConfig, Variant
 from mlpipe.data.storage.store import ObjectStore, file_sha256
-from mlpipe.data.storage.uris import expected_sha256, fetch_uri
+from mlpipe.data.storage.uris import expected_sha256, fetch_uri, local_path
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, package
 from mlpipe.models.architectures import TIMM
@@ -235,7 +235,7 @@ def _file(model: ModelConfig, description: ModelDescription, folder: Path) -> _F
     checksum = expected_sha256(model.weights, field="models")
     if model.weights.lower().startswith(("http://", "https://")) and checksum is None:
         raise UserError(f"models: {uri} has no checksum; append #sha256=<64 hex digits> to the address")
-    suffix = PurePosixPath(urlsplit(model.weights).path).suffix.lower()
+    suffix = PurePosixPath(local_path(model.weights) or urlsplit(model.weights).path).suffix.lower()
     if suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError(
             f"models: {uri!r} is neither random nor imagenet nor the address of a .safetensors, .pth or .pt file"
@@ -256,6 +256,12 @@ def _file(model: ModelConfig, description: ModelDescription, folder: Path) -> _F
 def _read(path: Path, uri: str | None = None) -> Mapping[str, Tensor]:
     """Tensors by name. Nothing but tensors and plain containers is unpickled."""
     name = uri or path.name
+    with path.open("rb") as file:
+        head = file.read(100)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"models: {name} is a pointer of Git LFS and not the file; fetch that with `git lfs pull`")
+    if head.lstrip().startswith(b"<"):
+        raise UserError(f"models: {name} is a web page and not weights; is the address that of a download?")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

@@ -24,6 +24,7 @@ from mlpipe.config import NetworkSettings, RunParams
 from mlpipe.data import sources
 from mlpipe.data.sources import catalog
 from mlpipe.data.sources.catalog import DataSource
+from mlpipe.data.storage import allowed
 from mlpipe.errors import UserError
 from mlpipe.evaluation import metrics
 from mlpipe.evaluation.comparison import compare
@@ -216,8 +217,9 @@ def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_a_file_of_the_users_own_travels_with_the_model(
-    trained: Callable[..., RegisteredModel], tmp_path: Path
+    trained: Callable[..., RegisteredModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(allowed.FILES, str(tmp_path))  # as docker-compose.yml does; the copy lies elsewhere
     path = tmp_path / "mynets.py"
     path.write_text(NETWORK)
     model = trained(f"{path}:TinyNet", meanwhile=lambda _: path.write_text("edited during the training"))

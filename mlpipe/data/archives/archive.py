@@ -41,6 +41,7 @@ def _open_inner(outer: ImageArchive, name: str) -> ImageArchive:
         folder.cleanup()
         raise
     inner.on_close(folder.cleanup)
+    inner.tables_beside = outer.tables
     return inner
 
 

@@ -147,7 +147,10 @@ def _upright(image: Image.Image, remarks: Counter[str]) -> Image.Image:
 def _to_rgb(image: Image.Image, remarks: Counter[str]) -> Image.Image:
     if image.mode.startswith("I;16"):
         remarks["of 16 bits, cut to the upper 8"] += 1
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        if values.max() < 1 << 12:  # as cameras of 12 bits write; a dark image of 16 bits looks the same
+            remarks["of 16 bits with no value above 4095, which is nearly black; convert them to 8 bits"] += 1
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         return Image.fromarray(_scaled(np.asarray(image), remarks)).convert("RGB")
     if image.has_transparency_data:

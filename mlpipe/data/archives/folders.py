@@ -1,14 +1,13 @@
-"""Folders of images as sources: packed into one zip whose bytes depend on names and contents alone."""
+"""Folders of images as sources: packed into one zip whose bytes depend on names, contents and the number of links."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import IO
 
 from mlpipe.addresses import redact_uri
 from mlpipe.data.archives.names import is_hidden
+from mlpipe.data.archives.zip_images import LINKS
 from mlpipe.data.storage.store import s3_client
 from mlpipe.data.storage.uris import list_s3_folder, open_s3
 from mlpipe.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
 _PIECE = 1 << 20
@@ -39,7 +37,8 @@ def pack_folder(folder: Path, target: Path, *, field: str, max_bytes: int) -> No
     Raises:
         UserError: it has no files, more than `max_bytes`, or one that may not be read; begins with `field`.
     """
-    _pack(_files_below(folder, field), target, f"{field}: {folder}", max_bytes)
+    links: list[str] = []
+    _pack(_files_below(folder, field, links), target, f"{field}: {folder}", max_bytes, links)
 
 
 def pack_s3_folder(uri: str, target: Path, *, field: str, max_bytes: int) -> None:
@@ -86,26 +85,35 @@ def s3_folder_version(uri: str, *, field: str) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _files_below(folder: Path, field: str) -> Iterator[Member]:
-    links = 0
+def _files_below(folder: Path, field: str, links: list[str]) -> Iterator[Member]:
+    """The files in order; names of what is passed over are appended to `links`."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{field}: {error.filename} cannot be read ({error.strerror}); change its permissions")
 
     for place, folders, files in os.walk(folder, onerror=refuse):
-        links += sum((Path(place) / name).is_symlink() for name in folders)
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        for name in sorted(files):
+        links += [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in sorted(name for name in files if not is_hidden(name)):
             path = Path(place) / name
             if path.is_symlink() or not path.is_file():
-                links += 1
-            elif not is_hidden(name):
-                yield path.relative_to(folder).as_posix(), path.stat().st_size, partial(_open, path)
-    if links:
-        logger.warning("%s: %d links and special files were left out; give the files themselves", folder, links)
+                links.append(name)
+                continue
+            inside = path.relative_to(folder).as_posix()
+            try:
+                inside.encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{field}: the name of {os.fsencode(path)!r} is not UTF-8; rename it (`convmv` renames many)"
+                ) from None
+            yield inside, path.stat().st_size, partial(_open, path)
 
 
-def _pack(members: Iterable[Member], target: Path, shown: str, max_bytes: int) -> None:
+def _pack(members: Iterable[Member], target: Path, shown: str, max_bytes: int, links: Sequence[str] = ()) -> None:
+    """
+    Args:
+        links: what has no content here, known when all members are.
+    """
     total = 0
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, size, opened in members:
@@ -115,6 +123,12 @@ def _pack(members: Iterable[Member], target: Path, shown: str, max_bytes: int) -
             with _opened(opened, shown, name) as source, archive.open(_entry(name, size), "w") as packed:
                 while piece := source.read(_PIECE):
                     packed.write(piece)
+        if links:
+            archive.comment = LINKS + str(len(links)).encode()
+    if not total and links:
+        raise UserError(
+            f"{shown} has links and special files alone, {len(links):,}; copy it with `cp -rL` and give that"
+        )
     if not total:
         raise UserError(f"{shown} has no files with something in them; check the address")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -90,6 +91,7 @@ class Listing:
     others: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     _name_hashes: array[int] = field(default_factory=lambda: array("q"))
     _known: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     _num_members: int = 0
@@ -189,20 +191,31 @@ class ImageArchive(ABC):
         """Files that are neither images nor hidden."""
         self.others = listing.others
         """The first few of them."""
-        self._tables = listing.tables
+        self.notes = listing.notes
+        """What a user should know of the archive itself, a sentence each."""
+        self.tables = listing.tables
+        """CSV files among those, 20 at most."""
+        self.tables_beside: list[str] = []
+        """Those beside this archive, where it lies inside another."""
         self.inner_archives = listing.archives
         """Archives among those, two at most."""
 
-    def tables(self) -> Iterator[tuple[str, str]]:
-        """Name and text of each CSV file.
+    def read_table(self, name: str) -> tuple[str, list[str]]:
+        """Text of a CSV file, and what to note of it.
 
         Raises:
-            UserError: one is too large.
+            UserError: it is too large, or damaged.
         """
-        for name in self._tables:
-            content = io.BytesIO()
-            self.copy_member(name, content, self.limits.max_table_bytes)
-            yield name, content.getvalue().decode("utf-8-sig", errors="replace")
+        packed = io.BytesIO()
+        self.copy_member(name, packed, self.limits.max_table_bytes)
+        content = packed.getvalue()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # Excel's "Unicode text"
+            return content.decode("utf-16", errors="replace"), []
+        try:
+            return content.decode("utf-8-sig"), []
+        except UnicodeDecodeError:
+            note = f"{name} is not UTF-8; it was read as Windows-1252"
+            return content.decode("cp1252", errors="replace"), [note]
 
     def __len__(self) -> int:
         return len(self.folder_ids)

@@ -41,7 +41,7 @@ def safe_parts(name: str) -> tuple[str, ...]:
     if not parts or len(name.encode(errors="surrogatepass")) > MAX_NAME_BYTES:
         raise UserError(f"the archive's member {shown} has no usable name (1 to {MAX_NAME_BYTES} bytes); rename it")
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in plain):
-        raise UserError(f"the archive's member {shown} has control characters in its name; rename it")
+        raise UserError(f"the archive's member {shown} has control characters in its name, or is not UTF-8; rename it")
     return parts
 
 

@@ -34,12 +34,16 @@ name, extra field and comment, attributes, offset of the local header."""
 _LOCAL = struct.Struct("<4s5H3L2H")
 _STORED, _DEFLATED, _DEFLATE64 = 0, 8, 9
 _ENCRYPTED, _UTF8 = 0x1 | 0x40 | 0x2000, 0x800
+_UNICODE_PATH = b"\x75\x70"
 _UNIX = 3
 _PLAIN = (0, stat.S_IFREG, stat.S_IFDIR)
 _PIECE = 1 << 14
 """Bytes that are unpacked at once by deflate64, of which a thousand times as many may come out."""
 _SLACK = 256
 """Room for the local headers' extra fields, which may be longer than the directory says, bytes."""
+LINKS = b"mlpipe links left out: "
+"""Begins the comment of a folder's zip; a number follows."""
+LEFT_OUT_LINKS = "links and special files were left out; copy the folder with `cp -rL` to have what links point to"
 
 
 class ZipImages(ImageArchive):
@@ -69,15 +73,18 @@ class ZipImages(ImageArchive):
     def name(self, index: int) -> str:
         position = self._directory_positions[index]
         entry = _CENTRAL.unpack(os.pread(self._fd, _CENTRAL.size, position))
-        flags, name_length = entry[2], entry[7]
-        return _decoded(os.pread(self._fd, name_length, position + _CENTRAL.size), flags)
+        flags, name_length, extra_length = entry[2], entry[7], entry[8]
+        rest = os.pread(self._fd, name_length + extra_length, position + _CENTRAL.size)
+        return _decoded(rest[:name_length], flags, rest[name_length:])[0]
 
     def stream(self, max_count: int, max_bytes: int) -> Iterator[Packed]:
         for start, stop in self._runs(max_count, max_bytes):
             yield Packed(start, stop - start, lambda start=start, stop=stop: self._read(start, stop))  # type: ignore[misc]
 
     def _list(self, listing: Listing) -> None:
-        position, size, count = self._find_directory(os.fstat(self._fd).st_size)
+        position, size, count, comment = self._find_directory(os.fstat(self._fd).st_size)
+        if comment.startswith(LINKS) and comment[len(LINKS) :].isdigit():
+            listing.notes.append(f"{int(comment[len(LINKS) :]):,} {LEFT_OUT_LINKS}")
         end = position + size
         with open(self._fd, "rb", buffering=1 << 20, closefd=False) as file:
             file.seek(position)
@@ -88,6 +95,7 @@ class ZipImages(ImageArchive):
         add_offset, add_packed_size = self._offsets.append, self._packed_sizes.append
         add_checksum, add_method = self._checksums.append, self._methods.append
         add_name_length, add_position = self._name_lengths.append, self._directory_positions.append
+        num_guessed = 0
         while position < end:
             (
                 signature,
@@ -107,18 +115,18 @@ class ZipImages(ImageArchive):
                 raise ValueError("its directory is broken")
             rest_length = name_length + extra_length + comment_length
             rest = read(rest_length)
-            name = _decoded(rest[:name_length], flags)
+            name, is_guess = _decoded(rest[:name_length], flags, rest[name_length : name_length + extra_length])
             if packed == 0xFFFFFFFF or unpacked == 0xFFFFFFFF or offset == 0xFFFFFFFF:
                 extra = rest[name_length : name_length + extra_length]
                 unpacked, packed, offset = _large(extra, unpacked, packed, offset)
             count -= 1
             if system == _UNIX and stat.S_IFMT(attributes >> 16) not in _PLAIN:
                 raise UserError(f"the archive's member {name[:120]!r} is a link or device; pack plain files only")
+            if flags & _ENCRYPTED:
+                raise UserError(f"the archive's member {name[:120]!r} is encrypted; pack it without a password")
             if name[-1:] in ("/", "\\"):
                 listing.add_folder(name)
             elif add(name, unpacked, lambda: self._head(offset, method)):  # noqa: B023 - called at once
-                if flags & _ENCRYPTED:
-                    raise UserError(f"the archive's member {name[:120]!r} is encrypted; pack it without a password")
                 if method not in (_STORED, _DEFLATED, _DEFLATE64):
                     raise UserError(
                         f"the archive's member {name[:120]!r} is packed by method {method}; "
@@ -126,6 +134,7 @@ class ZipImages(ImageArchive):
                     )
                 if method == _STORED and packed != unpacked:
                     raise ValueError(f"sizes of {name[:120]!r} contradict each other")
+                num_guessed += is_guess
                 add_offset(offset)
                 add_packed_size(packed)
                 add_checksum(checksum)
@@ -135,9 +144,14 @@ class ZipImages(ImageArchive):
             position += header_size + rest_length
         if count % 65536 or position != end:
             raise ValueError("its directory is incomplete")
+        if num_guessed:
+            listing.notes.append(
+                f"names of {num_guessed:,} images are not UTF-8, as in zips of an old Windows; pack them again with "
+                "UTF-8 names if classes look wrong"
+            )
 
-    def _find_directory(self, file_size: int) -> tuple[int, int, int]:
-        """Start, size and count of entries of the central directory."""
+    def _find_directory(self, file_size: int) -> tuple[int, int, int, bytes]:
+        """Start, size and count of entries of the central directory, and the archive's comment."""
         tail_at = max(0, file_size - _END.size - 0xFFFF)
         tail = os.pread(self._fd, file_size - tail_at, tail_at)
         at = tail.rfind(b"PK\x05\x06")
@@ -156,7 +170,7 @@ class ZipImages(ImageArchive):
             raise UserError("the archive is one part of several; join them to one zip")
         if offset + size != end:
             raise ValueError("its directory lies outside of it")
-        return offset, size, count
+        return offset, size, count, tail[at + _END.size :]
 
     def _check_overlaps(self) -> None:
         """Members that share bytes are how small files unpack to petabytes (Fifield 2019, A better zip bomb)."""
@@ -191,11 +205,10 @@ class ZipImages(ImageArchive):
     def copy_member(self, name: str, target: BinaryIO, max_bytes: int) -> None:
         try:
             with zipfile.ZipFile(self.path) as archive:
-                # What does not say that it is UTF-8 has another name there.
-                known = name if name in archive.NameToInfo else name.encode().decode("cp437")
-                with archive.open(known) as source:
+                member = next(info for info in archive.infolist() if _name_of(info) == name)
+                with archive.open(member) as source:
                     copy_bounded(source, target, name, max_bytes)
-        except (KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+        except (RuntimeError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(f"the archive's member {name[:120]!r} cannot be unpacked ({why(error)})") from error
 
     def _block(self, index: int) -> memoryview:
@@ -250,14 +263,39 @@ def _pread(fd: int, size: int, offset: int) -> memoryview:
     return memoryview(block)[: os.preadv(fd, [block], offset)]
 
 
-def _decoded(name: bytes, flags: int) -> str:
-    """A member's name. Many programs write UTF-8 without saying so; the specification's other choice is cp437."""
+def _decoded(name: bytes, flags: int, extra: bytes) -> tuple[str, bool]:
+    """A member's name, and whether it is a guess.
+
+    Many programs write UTF-8 without saying so; the specification's other choice is cp437.
+    """
+    if _UNICODE_PATH in extra and (unicode_path := _unicode_path(name, extra)):
+        return unicode_path, False
     try:
-        return name.decode("utf-8")
+        return name.decode("utf-8"), False
     except UnicodeDecodeError:
         if flags & _UTF8:
             raise
-        return name.decode("cp437")
+    # Beside slashes a backslash is half a letter of Shift JIS, Big5 or GBK and ends no folder's name.
+    return name.decode("cp437").replace("\\", "＼" if b"/" in name else "\\"), True
+
+
+def _unicode_path(name: bytes, extra: bytes) -> str | None:
+    """The name in UTF-8 that the field 0x7075 has, unless somebody renamed the member since."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2sH", extra, at)
+        if kind == _UNICODE_PATH and length > 5:
+            version, checksum = struct.unpack_from("<BL", extra, at + 4)
+            if version == 1 and checksum == zlib.crc32(name):
+                return extra[at + 9 : at + 4 + length].decode("utf-8")
+        at += 4 + length
+    return None
+
+
+def _name_of(member: zipfile.ZipInfo) -> str:
+    """As `_decoded` has it; zipfile keeps what it decoded by the flag alone."""
+    raw = member.orig_filename.encode("utf-8" if member.flag_bits & _UTF8 else "cp437")
+    return _decoded(raw, member.flag_bits, member.extra)[0]
 
 
 def _large(extra: bytes, unpacked: int, packed: int, offset: int) -> tuple[int, int, int]:

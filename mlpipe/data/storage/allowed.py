@@ -23,6 +23,8 @@ HOSTS = "MLPIPE_ALLOWED_HOSTS"
 """`public`, or names of hosts, separated by commas; `public` allows each whose addresses are all public."""
 BUCKETS = "MLPIPE_ALLOWED_BUCKETS"
 """Names of S3 buckets, separated by commas."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""Ends in an IPv4 address (RFC 6052)."""
 
 
 def check_file(path: Path, *, field: str) -> None:
@@ -33,7 +35,10 @@ def check_file(path: Path, *, field: str) -> None:
     setting = os.environ.get(FILES)
     if setting is None:
         return
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (ValueError, OSError, RuntimeError) as error:  # a null byte, links in a circle
+        raise UserError(f"{field}: {str(path)[:200]!r} is not a usable path ({error}); check it") from error
     if not any(real.is_relative_to(Path(folder).resolve()) for folder in setting.split(":") if folder):
         folders = setting.replace(":", ", ") or "none"
         raise UserError(
@@ -65,7 +70,7 @@ def check_host(address: str, *, field: str) -> None:
         return
     host = (urlsplit(address).hostname or "").lower()
     names = _names(setting)
-    if host in names or ("public" in names and _is_public(host)):
+    if host in names or ("public" in names and _is_public(host, address, field)):
         return
     raise UserError(
         f"{field}: the host {host!r} may not be asked by workers (allowed: {setting or 'none'}; private and link-local "
@@ -73,13 +78,32 @@ def check_host(address: str, *, field: str) -> None:
     )
 
 
-def _is_public(host: str) -> bool:
-    """Whether all addresses of a host are public ones; a host that is not known will not answer anyway."""
+def _is_public(host: str, address: str, field: str) -> bool:
+    """Whether all IP addresses of a host are public ones; a host that is not known will not answer anyway.
+
+    Raises:
+        UserError: it is not known here, but a proxy will be asked, which may know it as a private one.
+    """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
+        if requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)):
+            raise UserError(
+                f"{field}: the host {host!r} is not known here, so whether it is public only the proxy can tell; check "
+                f"the address, or have {host!r} added to {HOSTS}"
+            ) from None
         return True
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_global for entry in found)
+    return all(_is_global(ipaddress.ip_address(str(entry[4][0]).partition("%")[0])) for entry in found)
+
+
+def _is_global(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded or address.is_site_local:
+            return bool(embedded and embedded.is_global)
+    return address.is_global
 
 
 def _names(setting: str) -> set[str]:

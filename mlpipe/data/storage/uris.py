@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -69,7 +70,7 @@ def local_path(uri: str) -> Path | None:
     """The file that a path or a `file://` address names; `None` for other schemes."""
     scheme = _SCHEME.match(uri)
     if scheme is None:
-        return Path(uri).expanduser()
+        return Path(os.path.expanduser(uri))  # noqa: PTH111 - leaves an unknown user's ~ as it is; Path's raises
     if scheme[1].lower() != "file":
         return None
     return Path(unquote(urlsplit(uri).path))
@@ -337,6 +338,8 @@ def _bucket_and_key(address: str, field: str) -> dict[str, str]:
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not bucket or not key or key.endswith("/"):
         raise UserError(f"{field}: {redact_uri(address)} names no file; give s3://bucket/key")
+    if {".", ".."} & set(key.split("/")):  # which the way there may resolve, into another bucket
+        raise UserError(f"{field}: {redact_uri(address)} has '.' or '..' in its key; give the key without")
     allowed.check_bucket(bucket, field=field)
     return {"Bucket": bucket, "Key": key}
 

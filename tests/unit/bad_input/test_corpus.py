@@ -77,6 +77,11 @@ ARCHIVES = [
     archive("truncated tar.gz", lambda folder: truncated_tar(folder), ".*damaged"),
     archive("encrypted", archives.changed(archives.encrypt_first), ".*is encrypted; pack it without a password"),
     archive(
+        "encrypted file without a suffix",
+        archives.changed(archives.encrypt_first, {"LICENSE": b"text", **archives.GOOD}),
+        ".*'LICENSE' is encrypted",
+    ),
+    archive(
         "wrong checksum", archives.changed(archives.flip_a_pixel), ".*damaged at 'cat/0.png' .*checksum", listed=False
     ),
     archive("unknown compression", archives.zipped(archives.GOOD, zipfile.ZIP_LZMA), ".*packed by method 14"),
@@ -154,6 +159,12 @@ WEIGHTS = [
         ("zero bytes", weights.raw(b""), ".*is empty"),
         ("noise", weights.raw(b"not weights"), ".*could run code|.*cannot be read"),
         ("noise called safetensors", weights.raw(b"not weights", "w.safetensors"), ".*cannot be read as weights"),
+        (
+            "pointer of Git LFS",
+            weights.raw(b"version https://git-lfs.github.com/spec/v1\n"),
+            ".*is a pointer of Git LFS",
+        ),
+        ("web page", weights.raw(b"\n<!DOCTYPE html>"), ".*is a web page and not weights"),
         ("other format", weights.raw(b"x", "w.npz"), ".*neither random nor imagenet nor the address"),
         ("list", weights.saved([1, 2, 3]), ".*is not a state dictionary"),
         ("no such file", lambda folder: str(folder / "none.pth"), ".*none.pth does not exist"),

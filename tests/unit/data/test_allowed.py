@@ -40,13 +40,33 @@ def test_files_in_the_folder_are_read(limited: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["http://169.254.169.254/latest/meta-data/", "http://127.0.0.1:5000/", "http://10.1.2.3/x", "http://[::1]/x"]
-)
+    "uri", ["http://169.254.169.254/latest/meta-data/", "http://127.0.0.1:5000/", "http://10.1.2.3/x", "http://[::1]/x",
+     "http://[64:ff9b::7f00:1]/x", "http://[2002:7f00:1::]/x", "http://[fec0::1]/x", "http://[::ffff:10.1.2.3]/x"],
+)  # fmt: skip
 @pytest.mark.usefixtures("limited")
 def test_private_addresses_are_not_asked(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^weights: the host .* may not be asked"):
         fetch_uri(uri, tmp_path / "got", field="weights")
     assert version_of(uri, field="weights") is None
+
+
+@pytest.mark.usefixtures("limited")
+def test_a_name_that_only_a_proxy_knows_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with web_server((200, {}, b"secret")) as (proxy, requests):
+        monkeypatch.setenv("http_proxy", proxy)
+        with pytest.raises(UserError, match=r"^data_uri: the host 'wiki\.invalid' is not known here"):
+            fetch_uri("http://wiki.invalid/x", tmp_path / "got", field="data_uri")
+        monkeypatch.setenv(allowed.HOSTS, "public,wiki.invalid")
+        assert fetch_uri("http://wiki.invalid/x", tmp_path / "got", field="data_uri").num_bytes == 6
+    assert len(requests) == 1
+
+
+@pytest.mark.usefixtures("limited")
+def test_a_path_with_a_null_byte_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^data_uri: .* is not a usable path"):
+        fetch_uri("file:///data/%00", tmp_path / "got", field="data_uri")
 
 
 @pytest.fixture

@@ -111,6 +111,53 @@ def test_utf8_without_its_flag(make: SimpleNamespace, tmp_path: Path) -> None:
     assert list(contents(path)) == ["кот/1.png"]
 
 
+def old_zip(make: SimpleNamespace, path: Path, encoding: str, *names: str) -> Path:
+    """A zip whose names are not UTF-8, which Python's zipfile does not write."""
+    raw = [name.encode(encoding) for name in names]
+    placeholders = [b"%c" % (ord("A") + number) * len(name) for number, name in enumerate(raw)]
+    content = make.pack_zip(path, {name.decode(): PIXEL for name in placeholders}).read_bytes()
+    for placeholder, name in zip(placeholders, raw, strict=True):
+        content = content.replace(placeholder, name)
+    path.write_bytes(content)
+    return path
+
+
+def test_half_a_letter_of_shift_jis_is_no_backslash(make: SimpleNamespace, tmp_path: Path) -> None:
+    names = ("ソファ/1.png", "ソックス/1.png", "ベッド/1.png", "ソファ/x.csv")
+    with open_archive(old_zip(make, tmp_path / "a.zip", "cp932", *names)) as archive:
+        layout = resolve_layout(archive)
+        assert len(layout.classes) == 3
+        assert layout.notes[0].startswith("names of 3 images are not UTF-8, as in zips of an old Windows")
+        assert archive.read_table(archive.tables[0]) == (PIXEL.decode(), [])
+
+
+@pytest.mark.parametrize("name", ["apple", "pêche"])
+def test_backslashes_of_windows_are_separators(make: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    with open_archive(old_zip(make, tmp_path / "a.zip", "cp437", f"{name}\\1.png", "uva\\1.png")) as archive:
+        assert archive.folders == [(name,), ("uva",)]
+
+
+def test_names_of_the_field_for_unicode_paths(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for raw, of_raw in (("_/1.png", "_/1.png"), ("b/1.png", "renamed since")):
+            path = "猫/1.png".encode()
+            member = zipfile.ZipInfo(raw)
+            member.extra = struct.pack("<HHBL", 0x7075, 5 + len(path), 1, zlib.crc32(of_raw.encode())) + path
+            archive.writestr(member, PIXEL)
+    assert list(contents(tmp_path / "a.zip")) == ["猫/1.png", "b/1.png"]
+
+
+def test_a_damaged_csv_is_named(make: SimpleNamespace, tmp_path: Path) -> None:
+    path = make.pack_zip(
+        tmp_path / "a.zip", {"1.png": PIXEL, "labels.csv": b"image,label\n" * 50}, zipfile.ZIP_DEFLATED
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(b"labels.csv") + len("labels.csv")] = 0xFF  # the first byte of its data
+    path.write_bytes(content)
+    with open_archive(path) as archive, pytest.raises(UserError, match=r"member 'labels\.csv' cannot be unpacked"):
+        resolve_layout(archive)
+
+
 def test_what_systems_leave_behind_is_passed_over(make: SimpleNamespace, tmp_path: Path) -> None:
     litter = {
         "__MACOSX/a/._1.png": b"",

@@ -134,6 +134,12 @@ def test_sixteen_bits_keep_the_upper_eight() -> None:
     assert remarks == {"of 16 bits, cut to the upper 8": 2}
 
 
+def test_sixteen_bits_that_hold_twelve_are_said() -> None:
+    remarks: Counter[str] = Counter()
+    decoded(saved(Image.fromarray(np.full((4, 4), 4095, np.uint16))), 4, remarks)
+    assert remarks["of 16 bits with no value above 4095, which is nearly black; convert them to 8 bits"] == 1
+
+
 @pytest.mark.parametrize(
     ("values", "dtype", "expected"),
     [

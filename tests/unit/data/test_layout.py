@@ -71,6 +71,19 @@ def test_own_validation_images(layout_of, val: str) -> None:
     assert layout.notes == ()
 
 
+@pytest.mark.parametrize(
+    "names", [("seg_train", "seg_test"), ("training_set", "test_set"), ("train/train", "test/test")]
+)
+def test_other_names_of_splits(layout_of, names: tuple[str, ...]) -> None:
+    layout = layout_of(*(f"x/{part}/{name}/1.png" for part in names for name in "ab"))
+    assert (layout.classes, splits_of(layout)) == (("a", "b"), "rree")
+
+
+def test_classes_that_end_like_splits(layout_of) -> None:
+    assert layout_of("crash_test/1.png", "crash_report/1.png").classes == ("crash_report", "crash_test")
+    assert layout_of("crash_test/1.png", "steam_train/1.png").classes == ("crash_test", "steam_train")
+
+
 def test_train_and_val_alone(layout_of) -> None:
     layout = layout_of(*(f"{part}/{name}/1.png" for part in ("training", "val") for name in "ab"))
     assert (splits_of(layout), layout.is_val) == ("rree", None)
@@ -136,6 +149,71 @@ def test_train_and_test_folders_with_a_csv(table_of) -> None:
     assert splits_of(layout) == "rr-"
 
 
+@pytest.mark.parametrize(
+    ("table", "names", "match"),
+    [
+        (
+            "id,label\n1,x\n2,y\n",
+            ["train/1.png", "train/2.png", "test/1.png"],
+            "the row '1' fits train/1.png and test/1.png; write their paths",
+        ),
+        ("image,label\n1.png,x\n2.png,y\n1.png,y\n", ["1.png", "2.png"], "several rows for '1.png', with 'x' and 'y'"),
+        ("image,label,split\n1.png,x,train\n1.png,x,test\n", ["1.png"], "with 'x, train' and 'x, test'"),
+        (
+            "image,label\ndata/1.png,x\ndata/2.png,y\n",
+            ["1.png", "2.png"],
+            "labels.csv names none of .* its first row has 'data/1.png', and the first image is '1.png'",
+        ),
+        ('image,label\n"1.png,x\n' + "2.png,y\n" * 20_000, ["1.png", "2.png"], "labels.csv cannot be read .*quotes"),
+    ],
+    ids=["a row fits two images", "two labels", "two splits", "other paths", "an open quote"],
+)
+def test_a_csv_that_cannot_be_followed(table_of, table: str, names: list[str], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        table_of(table, *names)
+
+
+def test_rows_said_twice_and_paths_tell_images_apart(table_of) -> None:
+    layout = table_of("image,label\na/1.png,x\nb/1.png,y\na/1.png,x\n", "w/a/1.png", "w/b/1.png")
+    assert layout.labels.tolist() == [0, 1]
+
+
+PARTS = ("part_1/1.png", "part_1/2.png", "part_2/3.png", "part_2/4.png")
+
+
+def test_a_csv_that_contradicts_the_folders_is_refused(table_of) -> None:
+    with pytest.raises(UserError, match="labels.csv and the folders give .* such as 'mole' and 'part_1'; remove"):
+        table_of("image_id,dx\n1,mole\n2,wart\n3,mole\n4,wart\n", *PARTS)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "id,label\n1,0\n2,0\n3,1\n4,1\n",
+        "id,label\n1,part_1\n2,part_2\n3,part_2\n4,part_2\n",
+        "id,label\n1,mole\n",
+        "id,label\n7,mole\n8,wart\n9,mole\n",
+        "id,label\n1,mole\n1,wart\n2,mole\n3,mole\n4,wart\n",
+        'id,label\n"1,mole\n' + "x,y\n" * 40_000,
+    ],
+    ids=["the same by number", "the folders' names", "of few", "of other images", "of no single class", "broken"],
+)
+def test_folders_count_where_a_csv_does_not_contradict_them(table_of, table: str) -> None:
+    assert table_of(table, *PARTS).classes == ("part_1", "part_2")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "notes"),
+    [("utf-16", []), ("cp1252", ["labels.csv is not UTF-8; it was read as Windows-1252"])],
+)
+def test_a_csv_that_is_not_utf8(make: SimpleNamespace, tmp_path: Path, encoding: str, notes: list[str]) -> None:
+    table = "image,label\n1.png,maçã\n2.png,limão\n".encode(encoding)
+    with open_archive(make.pack_zip(tmp_path / "a.zip", {"1.png": b"", "2.png": b"", "labels.csv": table})) as archive:
+        layout = resolve_layout(archive)
+    assert layout.classes == ("limão", "maçã")
+    assert list(layout.notes) == ["classes come from labels.csv", *notes]
+
+
 def test_a_csv_of_something_else(table_of) -> None:
     with pytest.raises(UserError, match="'the top folder' lie in no class folder"):
         table_of("path,noisy\n1.png,0\n", "1.png", "2.png")
@@ -163,6 +241,17 @@ def test_an_archive_in_an_archive(make: SimpleNamespace, tmp_path: Path) -> None
         open_archive(broken)
 
 
+def test_a_csv_beside_the_archive_of_its_images_is_named(make: SimpleNamespace, tmp_path: Path) -> None:
+    inner = make.pack_zip(tmp_path / "images.zip", {"1.png": b"", "2.png": b""})
+    table = b"image,label\n1.png,x\n2.png,y\n"
+    outer = make.pack_zip(tmp_path / "outer.zip", {"images.zip": inner.read_bytes(), "labels.csv": table})
+    with (
+        open_archive(outer) as archive,
+        pytest.raises(UserError, match=r"labels\.csv lies beside .* pack it into that"),
+    ):
+        resolve_layout(archive)
+
+
 def test_cifar10s_order_is_the_alphabets() -> None:
     assert sorted(CLASSES) == list(CLASSES)
 
@@ -175,6 +264,11 @@ def test_cifar10s_order_is_the_alphabets() -> None:
         (["1.png", "2.png"], "'the top folder' lie in no class folder"),
         (["a/1.png", "2.png"], "'the top folder' lie in no class folder"),
         (["a/1.png", "a/2.png"], "one class, 'a'"),
+        (["p/x.png", "p/a/1.png", "p/b/1.png"], "image 'p/x.png' lies beside the folders 'a/' and 'b/'"),
+        (
+            ["p1/a/1.png", "p1/b/1.png", "p2/a/1.png", "p2/b/1.png"],
+            "'p1/' and 'p2/' hold .* rename .* train/ and test/",
+        ),
         (["train/a/1.png", "test/a/1.png"], "one class, 'a'"),
         (["train/a/1.png", "train/b/1.png", "Train/b/2.png"], "Train/ and train/ for one split; merge them"),
         (["train/1.png", "test/1.png"], "'train' lie in no class folder"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +113,29 @@ def test_zip_and_tar_give_the_same_arrays(make: SimpleNamespace, published, tmp_
     assert len({manifest.digest for manifest in manifests}) == 4
     arrays = [{name: file for name, file in each.files.items() if name != "test_names.npy"} for each in manifests]
     assert all(each == arrays[0] for each in arrays)
+
+
+def test_links_in_a_folder_are_noted(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    for name, content in make.image_tree({"a": 6, "b": 6}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "a" / "link.png").symlink_to(folder / "b" / "0.png")
+    assert published(config(folder)).manifest.notes[0].startswith("1 links and special files were left out; copy")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no space")
+def test_a_full_disk_is_an_error_and_no_signal(
+    make: SimpleNamespace, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 6, "b": 6})))
+    with pytest.raises(OSError, match="No space left"):
+        prepare_dataset(data, fetch_source(data, store), store)
+    assert store.list("datasets") == []
 
 
 def test_the_names_of_test_images_are_kept(make: SimpleNamespace, published, tmp_path: Path) -> None:

@@ -132,6 +132,15 @@ def test_a_folder_of_objects_is_fetched_again_when_it_changes(
 def test_a_folder_that_cannot_be_used(store: ObjectStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data_uri: .* has no files with something in them"):
         fetch_source(images(tmp_path), store)
+    (tmp_path / "link.png").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="data_uri: .* has links and special files alone, 1; copy it with `cp -rL`"):
+        fetch_source(images(tmp_path), store)
+    (not_utf8 := tmp_path / os.fsdecode(b"ma\xe7.png")).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"data_uri: the name of .*/ma\\xe7\.png' is not UTF-8; rename it"):
+        fetch_source(images(tmp_path), store)
+    not_utf8.unlink()
     (tmp_path / "1.png").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="data_uri: .* lie in no class folder; .*; 1 links and special files were left"):
+        fetch_source(images(tmp_path), store)
     with pytest.raises(UserError, match="data_uri: .* has more than"):
         fetch_source(images(tmp_path), store, max_bytes=50)

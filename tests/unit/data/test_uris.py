@@ -56,6 +56,7 @@ def test_unusable_local_files(tmp_path: Path, target: Path) -> None:
     refused("/dev/null", target, "not a regular file")
     refused("x" * 5000, target, "not a usable path")
     refused("a\0b", target, "data_uri")
+    refused("~no-such-user/x.zip", target, "no-such-user/x.zip does not exist")
     refused(f"file://other/{tmp_path}/file", target, "another host")
     refused(str(tmp_path / "file"), target, "at most", max_bytes=7)
 
@@ -164,6 +165,7 @@ def test_s3(store: ObjectStore, target: Path) -> None:
     refused("s3://no-such-bucket-here/a.zip", target, "no-such-bucket-here.* does not exist")
     refused("s3://bucket-alone", target, "names no file")
     refused("s3://UPPER CASE/a", target, "data_uri")
+    refused("s3://bucket/../other/a.zip", target, r"has '\.' or '\.\.' in its key")
     refused(store.uri("a/b.zip"), target, "at most", max_bytes=3)
 
 

@@ -93,6 +93,12 @@ def test_a_file_with_as_many_classes_is_taken_whole(suffix: str, tmp_path: Path,
     assert initial.description.channel_mean == (0.2, 0.2, 0.2)
 
 
+def test_a_path_may_have_a_number_sign(tmp_path: Path, store: Any) -> None:
+    path = written(new(seed=1), tmp_path / "run#1.pth")
+    load(network := new(), str(path), store)
+    assert differing(network, new(seed=1)) == []
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
 def test_a_state_within_a_checkpoint_is_found(wrapper: str, tmp_path: Path, store: Any) -> None:
     torch.save({wrapper: new(seed=1).state_dict(), "epoch": 3}, path := tmp_path / "c.pth")
