@@ -131,7 +131,7 @@ PARAMETERS = [
     values("no weights after =", "models: .*names no weights", models="resnet18="),
     values("no name of a model", "models: .*is not a model name", models="../x"),
     values("unknown model", "models: 'resnet99' is unknown; did you mean", models="resnet99"),
-    values("model twice", "models: .*more than once", models="resnet18=random,resnet18=random"),
+    values("model twice", "models: two models would be called", models="resnet18=random,resnet18=random"),
     values("17 models", "models: 17 models", models=",".join(f"resnet{n}" for n in range(17))),
     values("weights of an estimator", "models: .*has no initial weights", models="logistic_regression=imagenet"),
     values("ImageNet weights of our own", "models: .*no ImageNet weights exist", models="custom_cnn=imagenet"),

@@ -266,8 +266,8 @@ def test_cifar10s_order_is_the_alphabets() -> None:
         (["a/1.png", "a/2.png"], "one class, 'a'"),
         (["p/x.png", "p/a/1.png", "p/b/1.png"], "image 'p/x.png' lies beside the folders 'a/' and 'b/'"),
         (
-            ["p1/a/1.png", "p1/b/1.png", "p2/a/1.png", "p2/b/1.png"],
-            "'p1/' and 'p2/' hold .* rename .* train/ and test/",
+            ["test-1/a/1.png", "test-1/b/1.png", "p2/a/1.png", "p2/b/1.png"],
+            "'p2/' and 'test-1/' hold .* rename .* train/ and test/",
         ),
         (["train/a/1.png", "test/a/1.png"], "one class, 'a'"),
         (["train/a/1.png", "train/b/1.png", "Train/b/2.png"], "Train/ and train/ for one split; merge them"),
