@@ -54,7 +54,8 @@ def open_study(name: str, cache_dir: Path, *, seed: int, pruning: bool, worker: 
     return optuna.create_study(
         study_name=name,
         storage=_storage(cache_dir, name),
-        sampler=optuna.samplers.TPESampler(seed=seed * 1000 + worker, constant_liar=True, n_startup_trials=6),
+        # NumPy takes no larger seed than 2**32 - 1.
+        sampler=optuna.samplers.TPESampler(seed=(seed * 1000 + worker) % 2**32, constant_liar=True, n_startup_trials=6),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         if pruning
         else optuna.pruners.NopPruner(),

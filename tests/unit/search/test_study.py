@@ -207,6 +207,11 @@ def test_any_setting_of_any_model_can_be_varied(study: optuna.Study) -> None:
         assert isinstance(settings, NetworkSettings) == ("vary" in form)
 
 
+def test_the_largest_seed_of_the_form_is_allowed(tmp_path: Path) -> None:
+    largest = TuneParams.json_schema()["seed"]["maximum"]
+    assert open_study("pets", tmp_path, seed=largest, pruning=True, worker=63).ask().number == 0
+
+
 @pytest.mark.parametrize(
     ("form", "named"),
     [
