@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from mlpipe import run_command, tune_command
-from mlpipe.config import RunParams
+from mlpipe.config import RunParams, given
 from mlpipe.errors import UserError
 from mlpipe.search.form import TuneParams
 
@@ -66,6 +67,14 @@ def test_every_field_of_the_form_is_an_option() -> None:
 def test_every_field_of_a_search_is_an_option() -> None:
     options = {option.name for option in tune_command.tune.params}
     assert options == {*TuneParams.json_schema(), "json_path", "unpause"}
+
+
+def test_the_printed_command_prepares_the_same_images() -> None:
+    choices = {"dataset": "digits", "image_size": 16, "max_damaged": 0.2, "small_classes": "leave_out"}
+    form = given(TuneParams.from_mapping(choices).to_mapping())
+    command = run_command.run.make_context("run", shlex.split(tune_command._command(form, "pets"))[2:])
+    assert {name: command.params[name] for name in choices} == choices
+    assert (command.params["models"], command.params["tuned"]) == ("custom_cnn", "pets")
 
 
 def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
