@@ -25,12 +25,14 @@ from mlpipe.search.study import (
     DEFAULT,
     best_trial,
     check_same_search,
+    default_trial,
+    is_over,
     next_trial,
     open_study,
     request_trials,
     suggest,
     trials_asked_for,
-    trials_of,
+    unfinished_trial,
     with_settings,
 )
 from mlpipe.services import services_named
@@ -95,9 +97,14 @@ def search(config: Search, origin: TaskContext, worker: int, data: PublishedData
         _wait_for_trials(study, origin, config.trials)
     parent = parent_run(config.run, origin)
     on_run(runs.run_url(parent))
-    ended, began = 0, time.monotonic()
-    while config.minutes is None or time.monotonic() - began < 60 * config.minutes:
-        trial = next_trial(study, owner=f"{origin.key('all')}-{worker}", request=origin.key("all"))
+    request, ended = origin.key("all"), 0
+    owner = f"{request}-{worker}"
+    while True:
+        trial = unfinished_trial(study, owner)
+        if trial is None and is_over(study, config, request):
+            logger.info("minutes: %g have passed since this search began, so no further trial begins", config.minutes)
+            break
+        trial = trial or next_trial(study, owner, request)
         if trial is None:
             break
         _run_trial(study, trial, config, origin, dataset, store, parent.info.run_id)
@@ -199,8 +206,8 @@ def conclude(config: Search, origin: TaskContext, *, on_run: OnRun) -> FoundSett
     environment = Environment.from_env()
     study = open_study(config.study, environment.cache_dir, seed=config.seed, pruning=config.pruning)
     best = best_trial(study)
-    trials = [*trials_of(study)]
-    default = next((trial for trial in trials if trial.user_attrs.get(DEFAULT)), None)
+    trials = study.get_trials(deepcopy=False)
+    default = default_trial(study)
     found = FoundSettings(
         study=config.study,
         settings=dict(best.params),

@@ -1,0 +1,93 @@
+"""What a worker of a search does with its trials, in a real MLflow store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import optuna
+import pytest
+
+from mlpipe.search import study as studies
+from mlpipe.search.form import Search, TuneParams, resolve_search
+from mlpipe.search.study import open_study
+from mlpipe.stages import search as stage
+from mlpipe.stages.messages import PublishedData
+from mlpipe.tracking.runs import TaskContext
+
+DATA = PublishedData(name="pets", digest="d", uri="s3://b", num_train=1, num_val=1, num_test=1, classes=("a", "b"))
+
+
+@pytest.fixture(scope="module")
+def _store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+class Killed(BaseException):
+    """As a worker ends that cannot say why."""
+
+
+class Workers:
+    """Workers of one search, whose trainings are the test's."""
+
+    def __init__(self, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder, self._name, self._monkeypatch = folder, name, monkeypatch
+
+    def config(self, **form: object) -> Search:
+        return resolve_search(TuneParams.from_mapping({"trials": 4, "study": self._name, **form}), "run-1")
+
+    def work(self, train: Callable[..., float], worker: int = 0, **form: object) -> int:
+        """
+        Args:
+            train: what a trial's training does with its logger; returns its val/accuracy.
+        """
+
+        def fit(_model: object, _dataset: object, told: Any, *_: object) -> SimpleNamespace:
+            return SimpleNamespace(metrics={"val/accuracy": train(told)}, best_epoch=1)
+
+        self._monkeypatch.setattr(stage, "_fit", fit)
+        origin = TaskContext(dag_id="tune", dag_run_id=self._name, task_id="search", map_index=worker)
+        return stage.search(self.config(**form), origin, worker, DATA, on_run=lambda _: None)
+
+    @property
+    def study(self) -> optuna.Study:
+        return open_study(self._name, self._folder, seed=0, pruning=True)
+
+    def run_of(self, number: int) -> Any:
+        """The MLflow run of a trial."""
+        return mlflow.get_run(self.study.trials[number].user_attrs["run_id"])
+
+
+@pytest.fixture
+def workers(_store: None, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Workers:
+    monkeypatch.chdir(tmp_path)  # MLflow's default artifact folder is relative
+    monkeypatch.setenv("MLPIPE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(stage.ObjectStore, "from_environment", lambda _: None)
+    monkeypatch.setattr(stage, "open_dataset", lambda *_: None)
+    monkeypatch.setattr(stage, "CheckpointStore", lambda *_: SimpleNamespace(delete=lambda: None))
+    return Workers(tmp_path, request.node.originalname[:60].rstrip("_"), monkeypatch)
+
+
+def die(_: object) -> float:
+    raise Killed
+
+
+def test_after_its_minutes_a_worker_only_ends_what_it_has_begun(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mlpipe")
+    now = 1_900_000_000.0
+    monkeypatch.setattr(studies.time, "time", lambda: now)
+    with pytest.raises(Killed):
+        workers.work(die, minutes=10)
+    now += 601
+    assert workers.work(lambda _: 0.5, worker=1, minutes=10) == 0
+    assert workers.work(lambda _: 0.5, minutes=10) == 1
+    assert [trial.state.name for trial in workers.study.trials] == ["COMPLETE", *["WAITING"] * 3]
+    assert "minutes: 10 have passed" in caplog.text
