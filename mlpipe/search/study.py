@@ -37,6 +37,10 @@ REQUEST = "request"
 """Attribute of a trial: the DAG run that asked for it."""
 DEFAULT = "default"
 """Attribute of the trial that has the recipe's own settings."""
+STARTS = "starts"
+"""Attribute of a trial: the last epoch that it has reported, and how often in a row it was started there."""
+MOST_STARTS = 2
+"""Of a trial at one epoch; Airflow makes three attempts, so the last one is left for the other trials."""
 SUBJECT = "subject"
 """Attribute of the study: what its trials have in common."""
 BEGAN = "began"
@@ -159,6 +163,21 @@ def next_trial(study: optuna.Study, owner: str, request: str) -> optuna.Trial | 
                 trial.set_user_attr(OWNER, owner)
                 return trial
     return None
+
+
+def count_start(trial: optuna.Trial) -> None:
+    """Note that a trial is started: one that kills its worker would otherwise kill each attempt, and end the search.
+
+    Raises:
+        UserError: it has been started as often as is allowed without reporting another epoch.
+    """
+    epoch = max(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values, default=0)
+    last, starts = trial.user_attrs.get(STARTS, (epoch, 0))
+    if last != epoch:
+        starts = 0
+    if starts == MOST_STARTS:
+        raise UserError(f"killed its worker {starts} times, most likely for memory")
+    trial.set_user_attr(STARTS, (epoch, starts + 1))
 
 
 def suggest(trial: optuna.Trial, search: Search) -> dict[str, Any]:

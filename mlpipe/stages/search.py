@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from mlpipe.config import ModelConfig, RunConfig
@@ -25,6 +27,7 @@ from mlpipe.search.study import (
     DEFAULT,
     best_trial,
     check_same_search,
+    count_start,
     default_trial,
     is_over,
     next_trial,
@@ -78,7 +81,7 @@ class _TrialLogger:
 def search(config: Search, origin: TaskContext, worker: int, data: PublishedData, *, on_run: OnRun) -> int:
     """Try settings until all trials of this DAG run are taken; the number of trials that this worker ended.
 
-    A worker that was killed resumes its own trial after its last epoch.
+    A worker that was killed resumes its own trial after its last epoch, unless that kills it again and again.
 
     Args:
         worker: its number, from 0.
@@ -162,12 +165,13 @@ def _run_trial(
         told = _TrialLogger(tracked, trial, may_prune=config.pruning and not is_default)
         checkpoints = CheckpointStore(store, tracked.run_id)
         try:
+            count_start(trial)
             trained = _fit(model, dataset, told, checkpoints, store)
         except _Pruned as pruned:
             study.tell(trial, state=TrialState.PRUNED)
             tracked.set_tags({"state": "pruned", "why": str(pruned)})
             logger.info("trial %d was pruned %s", trial.number, pruned)
-        except UserError as error:  # with these settings nothing is learned
+        except (UserError, torch.OutOfMemoryError) as error:  # with these settings nothing is learned
             study.tell(trial, state=TrialState.FAIL)
             tracked.set_tags({"state": "failed", "why": str(error)})
             logger.warning("trial %d failed: %s", trial.number, error)
@@ -178,6 +182,9 @@ def _run_trial(
             tracked.log_metrics({"best/val_accuracy": value, "best/epoch": trained.best_epoch})
             logger.info("trial %d: val/accuracy %.4f", trial.number, value)
     checkpoints.delete()
+    # What this trial held on the device counts as taken where the next one's need is checked.
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _fit(

@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
+import torch
 
 from mlpipe.search import study as studies
 from mlpipe.search.form import Search, TuneParams, resolve_search
@@ -91,3 +92,36 @@ def test_after_its_minutes_a_worker_only_ends_what_it_has_begun(
     assert workers.work(lambda _: 0.5, minutes=10) == 1
     assert [trial.state.name for trial in workers.study.trials] == ["COMPLETE", *["WAITING"] * 3]
     assert "minutes: 10 have passed" in caplog.text
+
+
+def test_a_trial_that_kills_its_workers_fails_and_the_search_goes_on(workers: Workers) -> None:
+    for _ in range(2):
+        with pytest.raises(Killed):
+            workers.work(die)
+    assert workers.work(lambda _: 0.5) == 4
+    assert [trial.state.name for trial in workers.study.trials] == ["FAIL", *["COMPLETE"] * 3]
+    tags = workers.run_of(0).data.tags
+    assert (tags["state"], tags["why"]) == ("failed", "killed its worker 2 times, most likely for memory")
+
+
+def test_a_trial_that_comes_further_each_time_is_always_resumed(workers: Workers) -> None:
+    for epoch in range(1, 6):
+
+        def train(told: Any, epoch: int = epoch) -> float:
+            told.log_metrics({"val/accuracy": epoch / 10}, epoch)
+            raise Killed
+
+        with pytest.raises(Killed):
+            workers.work(train)
+    assert workers.work(lambda _: 0.5) == 4
+    assert workers.study.trials[0].state.name == "COMPLETE"
+
+
+def test_a_trial_without_enough_memory_on_the_device_fails(workers: Workers) -> None:
+    def train(_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    assert workers.work(train) == 4
+    assert {trial.state.name for trial in workers.study.trials} == {"FAIL"}
+    assert workers.run_of(1).data.tags["why"].startswith("CUDA out of memory")
+    assert workers.run_of(1).info.status == "FINISHED"
