@@ -19,6 +19,7 @@ from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import ServiceUnavailableError, UserError
+from mlpipe.models.own_files import with_own_copy
 from mlpipe.models.registry import describe
 from mlpipe.models.weights import initial_network
 from mlpipe.search import figures
@@ -92,6 +93,7 @@ def search(config: Search, origin: TaskContext, worker: int, data: PublishedData
     environment = Environment.from_env()
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data.digest, store, environment.cache_dir)
+    config = replace(config, model=with_own_copy(config.model, environment.cache_dir))
     study = open_study(config.study, environment.cache_dir, seed=config.seed, pruning=config.pruning, worker=worker)
     check_same_search(study, config, data.digest)
     if worker == 0:

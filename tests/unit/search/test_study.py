@@ -220,6 +220,17 @@ def test_trials_that_cannot_be_compared_do_not_join_a_study(
         check_same_search(study, search_of(**form), digest)
 
 
+def test_a_network_file_counts_by_its_content(study: optuna.Study, tmp_path: Path) -> None:
+    file, moved = tmp_path / "mynets.py", tmp_path / "moved.py"
+    for path in (file, moved):
+        path.write_text("class Tiny: ...")
+    check_same_search(study, search_of(model=f"{file}:Tiny"), "a")
+    check_same_search(study, search_of(model=f"{moved}:Tiny"), "a")
+    file.write_text("class Tiny: depth = 2")
+    with pytest.raises(UserError, match="^study: pets was made with other model, so"):
+        check_same_search(study, search_of(model=f"{file}:Tiny"), "a")
+
+
 def test_each_dag_run_has_a_study_of_its_own() -> None:
     form = TuneParams.from_mapping({"name": "a" * 48})
     assert len({resolve_search(form, f"{'long' * 30}-{number}").study for number in range(2)}) == 2

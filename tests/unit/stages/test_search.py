@@ -13,6 +13,8 @@ import optuna
 import pytest
 import torch
 
+from mlpipe.config import ModelConfig
+from mlpipe.errors import UserError
 from mlpipe.search import study as studies
 from mlpipe.search.form import Search, TuneParams, resolve_search
 from mlpipe.search.study import open_study
@@ -39,6 +41,8 @@ class Workers:
 
     def __init__(self, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder, self._name, self._monkeypatch = folder, name, monkeypatch
+        self.architectures: list[str] = []
+        """Of all trainings that have ended."""
 
     def config(self, **form: object) -> Search:
         return resolve_search(TuneParams.from_mapping({"trials": 4, "study": self._name, **form}), "run-1")
@@ -49,7 +53,8 @@ class Workers:
             train: what a trial's training does with its logger; returns its val/accuracy.
         """
 
-        def fit(_model: object, _dataset: object, told: Any, *_: object) -> SimpleNamespace:
+        def fit(model: ModelConfig, _dataset: object, told: Any, *_: object) -> SimpleNamespace:
+            self.architectures.append(model.architecture)
             return SimpleNamespace(metrics={"val/accuracy": train(told)}, best_epoch=1)
 
         self._monkeypatch.setattr(stage, "_fit", fit)
@@ -125,3 +130,19 @@ def test_a_trial_without_enough_memory_on_the_device_fails(workers: Workers) -> 
     assert {trial.state.name for trial in workers.study.trials} == {"FAIL"}
     assert workers.run_of(1).data.tags["why"].startswith("CUDA out of memory")
     assert workers.run_of(1).info.status == "FINISHED"
+
+
+def test_the_trials_build_a_copy_of_the_users_file(workers: Workers, tmp_path: Path) -> None:
+    file = tmp_path / "mynets.py"
+    file.write_text("class Tiny: ...")
+
+    def train(_: object) -> float:
+        file.write_text("class Tiny: depth = 2")
+        return 0.5
+
+    workers.work(train, model=f"{file}:Tiny")
+    (built,) = set(workers.architectures)
+    path, name = built.rsplit(":", 1)
+    assert (Path(path).read_text(), name) == ("class Tiny: ...", "Tiny")
+    with pytest.raises(UserError, match="made with other model"):
+        workers.work(train, model=f"{file}:Tiny")
