@@ -22,6 +22,7 @@ from mlpipe.errors import ServiceUnavailableError, UserError
 from mlpipe.models.own_files import with_own_copy
 from mlpipe.models.registry import describe
 from mlpipe.models.weights import initial_network
+from mlpipe.recipes import write_model
 from mlpipe.search import figures
 from mlpipe.search.form import Search
 from mlpipe.search.study import (
@@ -41,7 +42,7 @@ from mlpipe.search.study import (
 )
 from mlpipe.services import services_named
 from mlpipe.stages.messages import FoundSettings, PublishedData, TrialResult
-from mlpipe.tracking import runs
+from mlpipe.tracking import runs, studies
 from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.training.checkpoints import CheckpointStore
@@ -238,7 +239,8 @@ def conclude(config: Search, origin: TaskContext, *, on_run: OnRun) -> FoundSett
             },
             "trials.json",
         )
-        parent.set_tags({"study": config.study, "best settings": json.dumps(best.params)})
+        model = write_model(config.model.architecture, config.model.weights)
+        parent.set_tags({"study": config.study, studies.MODEL: model, studies.SETTINGS: json.dumps(best.params)})
     logger.info(
         "best of %d trials: number %d, val/accuracy %.4f, %s", len(trials), best.number, best.value, best.params
     )

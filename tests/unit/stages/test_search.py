@@ -19,8 +19,9 @@ from mlpipe.search import study as studies
 from mlpipe.search.form import Search, TuneParams, resolve_search
 from mlpipe.search.study import open_study
 from mlpipe.stages import search as stage
-from mlpipe.stages.messages import PublishedData
+from mlpipe.stages.messages import FoundSettings, PublishedData
 from mlpipe.tracking.runs import TaskContext
+from mlpipe.tracking.studies import found_by
 
 DATA = PublishedData(name="pets", digest="d", uri="s3://b", num_train=1, num_val=1, num_test=1, classes=("a", "b"))
 
@@ -58,8 +59,13 @@ class Workers:
             return SimpleNamespace(metrics={"val/accuracy": train(told)}, best_epoch=1)
 
         self._monkeypatch.setattr(stage, "_fit", fit)
-        origin = TaskContext(dag_id="tune", dag_run_id=self._name, task_id="search", map_index=worker)
-        return stage.search(self.config(**form), origin, worker, DATA, on_run=lambda _: None)
+        return stage.search(self.config(**form), self._origin(worker), worker, DATA, on_run=lambda _: None)
+
+    def conclude(self, **form: object) -> FoundSettings:
+        return stage.conclude(self.config(**form), self._origin(), on_run=lambda _: None)
+
+    def _origin(self, map_index: int = -1) -> TaskContext:
+        return TaskContext(dag_id="tune", dag_run_id=self._name, task_id="search", map_index=map_index)
 
     @property
     def study(self) -> optuna.Study:
@@ -146,3 +152,11 @@ def test_the_trials_build_a_copy_of_the_users_file(workers: Workers, tmp_path: P
     assert (Path(path).read_text(), name) == ("class Tiny: ...", "Tiny")
     with pytest.raises(UserError, match="made with other model"):
         workers.work(train, model=f"{file}:Tiny")
+
+
+def test_what_was_found_is_known_with_its_model(workers: Workers) -> None:
+    form = {"model": "resnet18", "recipe": "quick"}
+    workers.work(lambda _: 0.5, **form)
+    found = workers.conclude(**form)
+    assert found_by(found.study) == ("resnet18=random", found.settings)
+    assert found.default == found.best
