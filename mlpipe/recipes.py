@@ -416,6 +416,11 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, Architectur
     return parsed
 
 
+def write_model(architecture: str, weights: str) -> str:
+    """An entry of `models`, with its weights whatever the recipe, and without secrets of an address."""
+    return architecture if weights == "none" else f"{architecture}={redact_uri(weights)}"
+
+
 def weights_slug(weights: str) -> str:
     """Name part for initial weights: `imagenet`, `random`, or the last part of a URI."""
     last = re.split(r"[?#]", redact_uri(weights))[0].rstrip("/").rsplit("/", 1)[-1]

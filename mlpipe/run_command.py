@@ -25,12 +25,12 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Column, Table
 
-from mlpipe.addresses import without_login
+from mlpipe.addresses import redact_uri, without_login
 from mlpipe.airflow_api import AirflowApi, NoAnswerError, PausedError, TaskInstance
 from mlpipe.config import Form, RunParams, given
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import OWN_FILE
-from mlpipe.recipes import resolve
+from mlpipe.recipes import RECIPES, parse_models, parse_settings, resolve, write_model
 from mlpipe.stack.local import StackSettings
 
 DAG_ID = "image_classification"
@@ -73,12 +73,14 @@ def _scalar(hint: Any) -> type:
 @click.command()
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
 @click.option("--unpause", is_flag=True, help="Unpause the DAG if it is paused.")
-@click.option("--tuned", metavar="STUDY", help="Use the best settings that this search of `mlpipe tune` found.")
+@click.option(
+    "--tuned", metavar="STUDY", help="Train the model of this search of `mlpipe tune` with the best settings it found."
+)
 def run(json_path: Path | None, unpause: bool, tuned: str | None, **values: Any) -> None:
     """Trigger the DAG, show its progress and print the comparison."""
-    if tuned:
-        values["settings"] = _with_best_settings(tuned, values["settings"])
     values["data_uri"], values["models"] = with_local_files(values["data_uri"], values["models"])
+    if tuned:
+        values |= _found_by(tuned, values)
     resolve(RunParams.from_mapping(values))
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; create it first")
@@ -113,17 +115,26 @@ def ready_api(dag_id: str, unpause: bool) -> AirflowApi:
     return api
 
 
-def _with_best_settings(study: str, given: str | None) -> str:
-    """The best settings of a search as the form's JSON; what the user gives overrides them.
+def _found_by(study: str, values: dict[str, Any]) -> dict[str, str]:
+    """The fields `models` and `settings` of a run with what a search found; settings that the user gives override it.
 
     Raises:
-        UserError: there is no such search.
+        UserError: there is no such search, or `models` has another model than its.
     """
-    from mlpipe.recipes import parse_settings
-    from mlpipe.tracking.studies import best_settings
+    from mlpipe.tracking.studies import found_by
 
     use_local_stack("MLFLOW_TRACKING_URI")
-    return json.dumps({**best_settings(study), **parse_settings(given)})
+    model, settings = found_by(study)
+    models = values["models"] or model
+    default = RECIPES[values["recipe"]].default_weights
+    ((_, searched, weights),) = parse_models(model, default)
+    for written, architecture, start in parse_models(models, default):
+        if (architecture, redact_uri(start)) != (searched, weights):
+            raise UserError(
+                f"models: {write_model(written, start)} is not the model of the search {study}, whose settings are for "
+                f"{model}; leave models out, or give that one alone"
+            )
+    return {"models": models, "settings": json.dumps({**settings, **parse_settings(values["settings"])})}
 
 
 def readable_id(*words: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import wraps
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -17,11 +19,14 @@ import jinja2
 import requests
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.core_api.security import GetUserDep, get_user, requires_access_dag
+from airflow.models.dagrun import DagRun
 from airflow.plugins_manager import AirflowPlugin
+from airflow.utils.session import create_session
 from fastapi import Depends, FastAPI, HTTPException, Path, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from markupsafe import Markup
 from mlflow_links import mlflow_ui_url
+from sqlalchemy import select
 
 from mlpipe import pages
 from mlpipe.pages.svg import line_chart
@@ -97,30 +102,43 @@ def latest(dag_id: DagId) -> JSONResponse:
     return JSONResponse([_listed(run) for run in parents])
 
 
+def _also_without_mlflow(page: Callable[..., HTMLResponse]) -> Callable[..., HTMLResponse]:
+    """The page says so while MLflow is away, and renews itself."""
+
+    @wraps(page)
+    def answer(**given: Any) -> HTMLResponse:
+        try:
+            return page(**given)
+        except requests.RequestException as error:
+            text = f"MLflow does not answer ({type(error).__name__}); this page asks again."
+            values = {"text": text, "is_error": True, "models": [], "open": True}
+            dag_id = "" if "task_id" in given else given["dag_id"]
+            return _progress_page(values, given["part"], title=given["run_id"], dag_id=dag_id, run_id=given["run_id"])
+
+    return answer
+
+
 @app.get("/{dag_id}/{run_id}", dependencies=READER)
+@_also_without_mlflow
 def report(dag_id: DagId, run_id: RunId, part: bool = False) -> HTMLResponse:
     """The report of a DAG run, or its progress.
 
     Args:
         part: only what changes in the page of the progress.
     """
-    try:
-        runs = _of_dag_run(dag_id, run_id)
-        parent = _parent(runs)
-        if parent and (page := _artifact(parent["run_id"], "report.html")):
-            return HTMLResponse("" if part else page, headers=HEADERS | {"X-Report": "ready"})
-        values = _progress(runs, parent)
-    except requests.RequestException as error:
-        text = f"MLflow does not answer ({type(error).__name__}); this page asks again."
-        values = {"text": text, "is_error": True, "models": [], "open": True}
-    return _progress_page(values, part, title=run_id, dag_id=dag_id, run_id=run_id)
+    state = _state_of_dag_run(dag_id, run_id)
+    runs = _of_dag_run(dag_id, run_id)
+    parent = _parent(runs)
+    if parent and (page := _artifact(parent["run_id"], "report.html")):
+        return HTMLResponse("" if part else page, headers=HEADERS | {"X-Report": "ready"})
+    return _progress_page(_progress(state, runs), part, title=run_id, dag_id=dag_id, run_id=run_id)
 
 
 @app.get("/{dag_id}/{run_id}/progress", dependencies=READER)
 def progress(dag_id: DagId, run_id: RunId) -> JSONResponse:
     """What each model has reached, for the command line."""
-    runs = _of_dag_run(dag_id, run_id)
-    models = _progress(runs, _parent(runs), charts=False)["models"]
+    state = _state_of_dag_run(dag_id, run_id)
+    models = _progress(state, _of_dag_run(dag_id, run_id), charts=False)["models"]
     return JSONResponse([{name: value for name, value in model.items() if name != "charts"} for model in models])
 
 
@@ -173,17 +191,17 @@ def against(dag_id: DagId, run_id: RunId, other_id: RunId) -> HTMLResponse:
 
 
 @app.get("/{dag_id}/{run_id}/{task_id}/model/{map_index}", dependencies=READER)
+@_also_without_mlflow
 def model(dag_id: DagId, run_id: RunId, task_id: str, map_index: int, part: bool = False) -> HTMLResponse:
     """The progress of one training task."""
-    runs = _of_dag_run(dag_id, run_id)
-    parent = _parent(runs)
-    values = _progress(runs, parent)
-    if task_id != "train" or not 0 <= map_index < len(values["models"]):
+    state = _state_of_dag_run(dag_id, run_id)
+    values = _progress(state, _of_dag_run(dag_id, run_id))
+    values["models"] = values["models"][map_index : map_index + 1]  # none of -1, the index of what is not mapped yet
+    if task_id != "train":
         values |= {"text": "Only training tasks have a progress.", "models": [], "open": False}
-    else:
-        values["models"] = [values["models"][map_index]]
-        values["open"] = values["open"] and values["models"][0]["state"] in ("training", "waits")
-        values["text"] = "" if values["models"] else values["text"]
+    elif values["models"]:
+        is_trained = values["models"][0]["state"].startswith("trained")
+        values |= {"text": "", "open": values["open"] and not is_trained}
     return _progress_page(values, part, title=f"{run_id}: training", dag_id="", run_id=run_id)
 
 
@@ -193,9 +211,28 @@ def _progress_page(values: dict[str, Any], part: bool, **more: str) -> HTMLRespo
     return HTMLResponse(pages.render(template, **values, **more), headers=headers)
 
 
-def _progress(runs: list[dict[str, Any]], parent: dict[str, Any] | None, *, charts: bool = True) -> dict[str, Any]:
-    """What the page of the progress shows."""
-    is_open = parent is None or parent["status"] == "RUNNING"
+def _state_of_dag_run(dag_id: str, run_id: str) -> str | None:
+    """Airflow's state of a DAG run; `None`: it was deleted.
+
+    Asked before MLflow, for what ends meanwhile has its report the next time. The session is given back at once: MLflow
+    may take long to answer.
+    """
+    with create_session(scoped=False) as session:
+        return session.scalar(select(DagRun.state).where(DagRun.dag_id == dag_id, DagRun.run_id == run_id))
+
+
+def _progress(state: str | None, runs: list[dict[str, Any]], *, charts: bool = True) -> dict[str, Any]:
+    """What the page of the progress shows.
+
+    The DAG run's state says whether the work goes on, since MLflow's runs end with each attempt. Of one that was
+    stopped they end a moment later.
+
+    Args:
+        state: Airflow's, of the DAG run.
+    """
+    parent = _parent(runs)
+    is_closing = state is not None and any(run["status"] == "RUNNING" for run in runs)
+    is_open = state in ("queued", "running") or is_closing
     tags = parent["tags"] if parent else {}
     errors = [text for tag, text in sorted(tags.items()) if tag.startswith("error")]
     if parent is None:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalRedisBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from mlpipe.config import LinearSettings, NetworkSettings
+from mlpipe.data.storage.store import file_sha256
 from mlpipe.errors import UserError
+from mlpipe.models.architectures import find
 from mlpipe.search.form import Search
 from mlpipe.training.optimizers import OPTIMIZERS
 
@@ -35,10 +39,14 @@ REQUEST = "request"
 """Attribute of a trial: the DAG run that asked for it."""
 DEFAULT = "default"
 """Attribute of the trial that has the recipe's own settings."""
+STARTS = "starts"
+"""Attribute of a trial: the last epoch that it has reported, and how often in a row it was started there."""
+MOST_STARTS = 2
+"""Of a trial at one epoch; Airflow makes three attempts, so the last one is left for the other trials."""
 SUBJECT = "subject"
 """Attribute of the study: what its trials have in common."""
-SURPLUS = "surplus"
-"""Attribute of a trial that two workers made where one was left."""
+BEGAN = "began"
+"""Attribute of the study, with the DAG run: when that asked for its trials first, seconds since the epoch."""
 
 
 def open_study(name: str, cache_dir: Path, *, seed: int, pruning: bool, worker: int = 0) -> optuna.Study:
@@ -54,7 +62,8 @@ def open_study(name: str, cache_dir: Path, *, seed: int, pruning: bool, worker: 
     return optuna.create_study(
         study_name=name,
         storage=_storage(cache_dir, name),
-        sampler=optuna.samplers.TPESampler(seed=seed * 1000 + worker, constant_liar=True, n_startup_trials=6),
+        # NumPy takes no larger seed than 2**32 - 1.
+        sampler=optuna.samplers.TPESampler(seed=(seed * 1000 + worker) % 2**32, constant_liar=True, n_startup_trials=6),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         if pruning
         else optuna.pruners.NopPruner(),
@@ -89,7 +98,10 @@ def check_same_search(study: optuna.Study, search: Search, digest: str) -> None:
         UserError: they are of other data, another model, or other settings.
     """
     settings = {name: value for name, value in asdict(search.model.train).items() if name != "seed"}
-    model = [search.model.architecture, search.model.weights]
+    architecture = search.model.architecture
+    if own_file := find(architecture).own_file:  # which its user may have edited
+        architecture = f"{file_sha256(own_file)}:{architecture.rpartition(':')[2]}"
+    model = [architecture, search.model.weights]
     facts = {"data": digest, "model": model, "varied settings": sorted(search.vary), "recipe and settings": settings}
     known = study.user_attrs.get(SUBJECT)
     if known is None:
@@ -102,17 +114,28 @@ def check_same_search(study: optuna.Study, search: Search, digest: str) -> None:
 
 
 def request_trials(study: optuna.Study, search: Search, request: str) -> None:
-    """Ask for the trials of a DAG run; a retry asks for what is missing. A study's first has the recipe's settings.
+    """Ask for the trials of a DAG run; a retry asks for what is missing.
+
+    The first has the recipe's settings, unless a trial with them has a value: the best is never worse than these.
 
     Args:
         request: names the DAG run.
     """
+    if f"{BEGAN} {request}" not in study.user_attrs:
+        study.set_user_attr(f"{BEGAN} {request}", time.time())
     asked = trials_asked_for(study, request)
-    if not study.get_trials(deepcopy=False):
+    number = search.trials - len(asked)
+    default = default_trial(study)
+    if not any(DEFAULT in trial.user_attrs for trial in asked) and (default is None or default.value is None):
         study.enqueue_trial(default_settings(search), user_attrs={REQUEST: request, DEFAULT: True})
-        asked.append(study.get_trials(deepcopy=False)[0])
-    for _ in range(search.trials - len(asked)):
+        number -= 1
+    for _ in range(number):
         study.enqueue_trial({}, user_attrs={REQUEST: request})
+
+
+def is_over(study: optuna.Study, search: Search, request: str) -> bool:
+    """Whether the time of a DAG run is over, within which its trials begin: on all workers, in all attempts."""
+    return search.minutes is not None and time.time() > study.user_attrs[f"{BEGAN} {request}"] + 60 * search.minutes
 
 
 def trials_asked_for(study: optuna.Study, request: str) -> list[FrozenTrial]:
@@ -120,21 +143,46 @@ def trials_asked_for(study: optuna.Study, request: str) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get(REQUEST) == request]
 
 
-def next_trial(study: optuna.Study, owner: str, request: str) -> optuna.Trial | None:
-    """The trial that this worker left unfinished, or one that nobody has; `None`: all are taken."""
+def unfinished_trial(study: optuna.Study, owner: str) -> optuna.Trial | None:
+    """The trial that this worker left when it was stopped."""
     for known in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if known.user_attrs.get(OWNER) == owner:
             logger.info("resuming trial %d", known.number)
             return optuna.Trial(study, known._trial_id)
-    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        return None
-    trial = study.ask()
-    trial.set_user_attr(OWNER, owner)
-    if REQUEST not in trial.user_attrs:  # another worker took the last one just before
-        trial.set_user_attr(SURPLUS, request)
-        study.tell(trial, state=TrialState.FAIL)
-        return None
-    return trial
+    return None
+
+
+def next_trial(study: optuna.Study, owner: str, request: str) -> optuna.Trial | None:
+    """A trial of this DAG run that nobody has, for this worker; `None`: all are taken.
+
+    `study.ask` would take another DAG run's, or make one more where there is none.
+    """
+    study._thread_local.cached_all_trials = None  # as `study.ask` does: others have told results meanwhile
+    for waiting in trials_asked_for(study, request):
+        # Where another worker was first, the storage refuses, or raises if that one has ended it already.
+        with suppress(UpdateFinishedTrialError):
+            if waiting.state == TrialState.WAITING and study._storage.set_trial_state_values(
+                waiting._trial_id, state=TrialState.RUNNING
+            ):
+                trial = optuna.Trial(study, waiting._trial_id)
+                trial.set_user_attr(OWNER, owner)
+                return trial
+    return None
+
+
+def count_start(trial: optuna.Trial) -> None:
+    """Note that a trial is started: one that kills its worker would otherwise kill each attempt, and end the search.
+
+    Raises:
+        UserError: it has been started as often as is allowed without reporting another epoch.
+    """
+    epoch = max(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values, default=0)
+    last, starts = trial.user_attrs.get(STARTS, (epoch, 0))
+    if last != epoch:
+        starts = 0
+    if starts == MOST_STARTS:
+        raise UserError(f"killed its worker {starts} times, most likely for memory")
+    trial.set_user_attr(STARTS, (epoch, starts + 1))
 
 
 def suggest(trial: optuna.Trial, search: Search) -> dict[str, Any]:
@@ -168,9 +216,10 @@ def default_settings(search: Search) -> dict[str, Any]:
     return {name: getattr(search.model.train, name) for name in search.vary}
 
 
-def trials_of(study: optuna.Study) -> Iterator[FrozenTrial]:
-    """All trials but those that were too many, in their order."""
-    return (trial for trial in study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs)
+def default_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The trial with the recipe's settings, one that has a value where there is one; `None`: there is none at all."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if DEFAULT in trial.user_attrs]
+    return max(trials, key=lambda trial: trial.state == TrialState.COMPLETE, default=None)
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial:
@@ -179,7 +228,7 @@ def best_trial(study: optuna.Study) -> FrozenTrial:
     Raises:
         UserError: none has a value.
     """
-    done = [trial for trial in trials_of(study) if trial.state == TrialState.COMPLETE]
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not done:
         raise UserError(f"study: {study.study_name} has no trial that was completed; see the logs of its workers")
     return max(done, key=lambda trial: (trial.value, -trial.number))

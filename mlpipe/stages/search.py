@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from mlpipe.config import ModelConfig, RunConfig
@@ -17,25 +19,30 @@ from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.environment import Environment
 from mlpipe.errors import ServiceUnavailableError, UserError
+from mlpipe.models.own_files import with_own_copy
 from mlpipe.models.registry import describe
 from mlpipe.models.weights import initial_network
+from mlpipe.recipes import write_model
 from mlpipe.search import figures
 from mlpipe.search.form import Search
 from mlpipe.search.study import (
     DEFAULT,
     best_trial,
     check_same_search,
+    count_start,
+    default_trial,
+    is_over,
     next_trial,
     open_study,
     request_trials,
     suggest,
     trials_asked_for,
-    trials_of,
+    unfinished_trial,
     with_settings,
 )
 from mlpipe.services import services_named
 from mlpipe.stages.messages import FoundSettings, PublishedData, TrialResult
-from mlpipe.tracking import runs
+from mlpipe.tracking import runs, studies
 from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.training.checkpoints import CheckpointStore
@@ -76,7 +83,7 @@ class _TrialLogger:
 def search(config: Search, origin: TaskContext, worker: int, data: PublishedData, *, on_run: OnRun) -> int:
     """Try settings until all trials of this DAG run are taken; the number of trials that this worker ended.
 
-    A worker that was killed resumes its own trial after its last epoch.
+    A worker that was killed resumes its own trial after its last epoch, unless that kills it again and again.
 
     Args:
         worker: its number, from 0.
@@ -87,6 +94,7 @@ def search(config: Search, origin: TaskContext, worker: int, data: PublishedData
     environment = Environment.from_env()
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data.digest, store, environment.cache_dir)
+    config = replace(config, model=with_own_copy(config.model, environment.cache_dir))
     study = open_study(config.study, environment.cache_dir, seed=config.seed, pruning=config.pruning, worker=worker)
     check_same_search(study, config, data.digest)
     if worker == 0:
@@ -95,9 +103,14 @@ def search(config: Search, origin: TaskContext, worker: int, data: PublishedData
         _wait_for_trials(study, origin, config.trials)
     parent = parent_run(config.run, origin)
     on_run(runs.run_url(parent))
-    ended, began = 0, time.monotonic()
-    while config.minutes is None or time.monotonic() - began < 60 * config.minutes:
-        trial = next_trial(study, owner=f"{origin.key('all')}-{worker}", request=origin.key("all"))
+    request, ended = origin.key("all"), 0
+    owner = f"{request}-{worker}"
+    while True:
+        trial = unfinished_trial(study, owner)
+        if trial is None and is_over(study, config, request):
+            logger.info("minutes: %g have passed since this search began, so no further trial begins", config.minutes)
+            break
+        trial = trial or next_trial(study, owner, request)
         if trial is None:
             break
         _run_trial(study, trial, config, origin, dataset, store, parent.info.run_id)
@@ -155,12 +168,13 @@ def _run_trial(
         told = _TrialLogger(tracked, trial, may_prune=config.pruning and not is_default)
         checkpoints = CheckpointStore(store, tracked.run_id)
         try:
+            count_start(trial)
             trained = _fit(model, dataset, told, checkpoints, store)
         except _Pruned as pruned:
             study.tell(trial, state=TrialState.PRUNED)
             tracked.set_tags({"state": "pruned", "why": str(pruned)})
             logger.info("trial %d was pruned %s", trial.number, pruned)
-        except UserError as error:  # with these settings nothing is learned
+        except (UserError, torch.OutOfMemoryError) as error:  # with these settings nothing is learned
             study.tell(trial, state=TrialState.FAIL)
             tracked.set_tags({"state": "failed", "why": str(error)})
             logger.warning("trial %d failed: %s", trial.number, error)
@@ -171,6 +185,9 @@ def _run_trial(
             tracked.log_metrics({"best/val_accuracy": value, "best/epoch": trained.best_epoch})
             logger.info("trial %d: val/accuracy %.4f", trial.number, value)
     checkpoints.delete()
+    # What this trial held on the device counts as taken where the next one's need is checked.
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _fit(
@@ -199,8 +216,8 @@ def conclude(config: Search, origin: TaskContext, *, on_run: OnRun) -> FoundSett
     environment = Environment.from_env()
     study = open_study(config.study, environment.cache_dir, seed=config.seed, pruning=config.pruning)
     best = best_trial(study)
-    trials = [*trials_of(study)]
-    default = next((trial for trial in trials if trial.user_attrs.get(DEFAULT)), None)
+    trials = study.get_trials(deepcopy=False)
+    default = default_trial(study)
     found = FoundSettings(
         study=config.study,
         settings=dict(best.params),
@@ -222,7 +239,8 @@ def conclude(config: Search, origin: TaskContext, *, on_run: OnRun) -> FoundSett
             },
             "trials.json",
         )
-        parent.set_tags({"study": config.study, "best settings": json.dumps(best.params)})
+        model = write_model(config.model.architecture, config.model.weights)
+        parent.set_tags({"study": config.study, studies.MODEL: model, studies.SETTINGS: json.dumps(best.params)})
     logger.info(
         "best of %d trials: number %d, val/accuracy %.4f, %s", len(trials), best.number, best.value, best.params
     )

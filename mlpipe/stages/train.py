@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from mlpipe.addresses import redact_uri
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings, RunConfig
 from mlpipe.data.dataset import Dataset, open_dataset
 from mlpipe.data.storage.store import ObjectStore, file_sha256
-from mlpipe.data.storage.uris import check_local
 from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 from mlpipe.models import architectures
+from mlpipe.models.own_files import with_own_copy
 from mlpipe.models.package import PackagedModel, log_packaged_model, verify_packaged_model
 from mlpipe.models.portable import ModelDescription
 from mlpipe.models.registry import describe
@@ -55,7 +53,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         UserError: initial weights that cannot be had or do not fit, or settings with which nothing is learned.
     """
     environment = Environment.from_env()
-    model = _with_own_copy(config.model(name), environment.cache_dir)
+    model = with_own_copy(config.model(name), environment.cache_dir)
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data.digest, store, environment.cache_dir)
     key = training_key(model, data.digest, config.folds)
@@ -220,23 +218,6 @@ def _registered(
         version=version.version,
         **training,
     )
-
-
-def _with_own_copy(model: ModelConfig, cache_dir: Path) -> ModelConfig:
-    """The model, built by a copy of the user's file where it has one: its user may edit that during the training."""
-    own_file = architectures.find(model.architecture).own_file
-    if own_file is None:
-        return model
-    check_local(own_file, field="models")
-    content = own_file.read_bytes()
-    # The same path for the same content, so that a retry resumes where the file is as it was, and only there.
-    copy = cache_dir / "networks" / hashlib.sha256(content).hexdigest() / own_file.name
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f"{copy.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
-        partial.replace(copy)
-    return replace(model, architecture=f"{copy}:{model.architecture.rpartition(':')[2]}")
 
 
 def _check_unseen(model: ModelConfig, dataset: Dataset, store: ObjectStore, cache_dir: Path) -> None:

@@ -9,9 +9,13 @@ import mlflow
 
 from mlpipe.errors import UserError
 
+MODEL = "searched model"
+SETTINGS = "best settings"
+"""Tags of a search's parent run."""
 
-def best_settings(study: str) -> dict[str, Any]:
-    """The best settings that a search found.
+
+def found_by(study: str) -> tuple[str, dict[str, Any]]:
+    """The model of a search, as it is written in `models`, and its best settings.
 
     Raises:
         UserError: no search of that name has ended.
@@ -20,6 +24,6 @@ def best_settings(study: str) -> dict[str, Any]:
     ids = [each.experiment_id for each in client.search_experiments()]
     wanted = f"tags.study = '{study.replace(chr(39), '')}' and tags.stage = 'parent'"
     for run in client.search_runs(ids, wanted, order_by=["attributes.start_time DESC"]):
-        if found := run.data.tags.get("best settings"):
-            return dict(json.loads(found))
+        if {MODEL, SETTINGS} <= run.data.tags.keys():
+            return run.data.tags[MODEL], dict(json.loads(run.data.tags[SETTINGS]))
     raise UserError(f"tuned: no search called {study!r} has ended; `mlpipe tune --study {study}` makes one")

@@ -71,6 +71,9 @@ def test_a_run_uses_what_the_search_found(found: dict[str, Any], environment: di
     params = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"]).get_run(model["run_id"]).data.params
     assert float(params["learning_rate"]) == pytest.approx(found["best"]["params"]["learning_rate"])
     assert (model["name"], params["recipe"]) == ("custom_cnn", "quick")
+    other = mlpipe(environment, "run", "--tuned", found["study"], "--models", "custom_cnn,resnet18")
+    assert other.returncode == 2
+    assert "whose settings are for custom_cnn=random" in other.stderr.replace("\n", " ")
     unknown = mlpipe(environment, "run", "--tuned", "no-such-study")
     assert unknown.returncode == 2
     assert "no-such-study" in unknown.stderr

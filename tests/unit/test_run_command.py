@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from rich.console import Console
 
 from mlpipe import run_command, runs_commands, tune_command
 from mlpipe.airflow_api import AirflowApi
-from mlpipe.config import RunParams
+from mlpipe.config import RunParams, given
 from mlpipe.errors import UserError
+from mlpipe.recipes import resolve
 from mlpipe.search.form import TuneParams
 from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.local import StackSettings
+from mlpipe.tracking import studies
 
 SCORES = {
     "test/accuracy": 0.5889,
@@ -71,6 +74,43 @@ def test_every_field_of_the_form_is_an_option() -> None:
 def test_every_field_of_a_search_is_an_option() -> None:
     options = {option.name for option in tune_command.tune.params}
     assert options == {*TuneParams.json_schema(), "json_path", "unpause"}
+
+
+def test_the_printed_command_prepares_the_same_images() -> None:
+    choices = {"dataset": "digits", "image_size": 16, "max_damaged": 0.2, "small_classes": "leave_out"}
+    form = given(TuneParams.from_mapping(choices).to_mapping())
+    command = run_command.run.make_context("run", shlex.split(tune_command._command(form, "pets"))[2:])
+    assert {name: command.params[name] for name in choices} == choices
+    assert (command.params["models"], command.params["tuned"]) == ("custom_cnn", "pets")
+
+
+@pytest.mark.parametrize(
+    ("searched", "models", "recipe", "trained"),
+    [
+        ("custom_cnn=random", None, "quick", "custom_cnn=random"),
+        ("custom_cnn=random", "custom_cnn", "quick", "custom_cnn"),
+        ("logistic_regression", None, "quick", "logistic_regression"),
+        ("resnet18=random", None, "report", "resnet18=random"),  # whose weights are others
+        ("resnet18=s3://b/w.pth?…", "resnet18=s3://b/w.pth?key=1", "quick", "resnet18=s3://b/w.pth?key=1"),
+        ("/nets/mine.py:Net=random", None, "quick", "/nets/mine.py:Net=random"),
+        ("custom_cnn=random", "custom_cnn,resnet18", "quick", "models: resnet18=random is not the model of the search"),
+        ("custom_cnn=random", "logistic_regression", "quick", "models: logistic_regression is not the model of the"),
+        ("resnet18=random", "resnet18", "report", "models: resnet18=imagenet is not the model of the search pets"),
+    ],
+)
+def test_what_a_search_found_is_for_its_model_alone(
+    searched: str, models: str | None, recipe: str, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(studies, "found_by", lambda _: (searched, {"weight_decay": 0.1, "width": 2.0}))
+    form = {"models": models, "settings": '{"width": 1.0}', "recipe": recipe}
+    if trained.startswith("models: "):
+        with pytest.raises(UserError, match=f"^{trained}.*, whose settings are for {searched}; "):
+            run_command._found_by("pets", form)
+        return
+    found = run_command._found_by("pets", form)
+    assert found == {"models": trained, "settings": '{"weight_decay": 0.1, "width": 1.0}'}
+    resolve(RunParams.from_mapping({**form, **found}))
 
 
 def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,9 @@ HARNESS = Path(__file__).with_name("harness.py")
 
 NvidiaSmi = Callable[..., Path]
 RunScenario = Callable[..., dict[str, Any]]
+RunAirflow = Callable[..., str]
+
+CREATE_DATABASE = "from airflow.utils import db, session\nwith session.create_session() as s: db.initdb(session=s)"
 
 
 @pytest.fixture
@@ -122,3 +125,27 @@ def run_scenario(tmp_path: Path, harness: Harness) -> RunScenario:
         return json.loads((tmp_path / "result").read_text()) | {"log": log}
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_airflow(airflow_environment: dict[str, str]) -> RunAirflow:
+    """Run a Python program with the private Airflow; returns what it prints."""
+
+    def run(*arguments: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=airflow_environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+def answer_of(output: str) -> Any:
+    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))

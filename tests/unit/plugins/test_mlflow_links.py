@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from .conftest import PLUGINS
+from .conftest import CREATE_DATABASE, PLUGINS, RunAirflow, answer_of
 
 DAG = """
 from airflow.providers.standard.operators.empty import EmptyOperator
@@ -78,27 +72,6 @@ answer = {f"{task} {index}": json.loads(links_seen.of(task, index)) for task, in
 print("RESULT " + json.dumps({"tasks": answer, "plugin": plugin.model_dump(mode="json")}))
 """
 
-RunAirflow = Callable[..., str]
-
-
-@pytest.fixture
-def run_airflow(airflow_environment: dict[str, str]) -> RunAirflow:
-    """Run a Python program with the private Airflow; returns what it prints."""
-
-    def run(*arguments: str, **environment: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            env=airflow_environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-        return done.stdout + done.stderr
-
-    return run
-
 
 def test_buttons_of_a_real_dag_run(run_airflow: RunAirflow, tmp_path: Path) -> None:
     seen = tmp_path / "seen.json"
@@ -110,8 +83,7 @@ def test_buttons_of_a_real_dag_run(run_airflow: RunAirflow, tmp_path: Path) -> N
         "PYTHONPATH": f"{PLUGINS}:{tmp_path}",
         "MLFLOW_TRACKING_URI": "http://someone:secret@127.0.0.1:5000",
     }
-    create = "from airflow.utils import db, session\nwith session.create_session() as s: db.initdb(session=s)"
-    run_airflow("-c", create, **environment)
+    run_airflow("-c", CREATE_DATABASE, **environment)
     log = run_airflow(str(tmp_path / "dags" / "linked.py"), **environment)
     result = answer_of(run_airflow("-c", ASK, **environment))
 
@@ -175,8 +147,3 @@ heavy = sorted({{"mlflow", "torch", "numpy", "matplotlib", "optuna"}} & set(sys.
 print("RESULT " + json.dumps([answers, heavy]))
 """
     assert answer_of(run_airflow("-c", script)) == [[url for _, url in cases], []]
-
-
-def answer_of(output: str) -> Any:
-    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))

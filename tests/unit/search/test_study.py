@@ -14,22 +14,22 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
 
 from mlpipe.config import NetworkSettings
 from mlpipe.errors import UserError
 from mlpipe.search import study as studies
 from mlpipe.search.form import Search, TuneParams, resolve_search
 from mlpipe.search.study import (
-    SURPLUS,
     best_trial,
     check_same_search,
     default_settings,
+    default_trial,
+    is_over,
     next_trial,
     open_study,
     request_trials,
     suggest,
-    trials_of,
+    unfinished_trial,
 )
 
 
@@ -42,9 +42,9 @@ def study(tmp_path: Path) -> optuna.Study:
     return open_study("pets", tmp_path, seed=0, pruning=True)
 
 
-def run_all(study: optuna.Study, search: Search, worker: str) -> list[int]:
+def run_all(study: optuna.Study, search: Search, worker: str, request: str = "run-1") -> list[int]:
     taken = []
-    while trial := next_trial(study, worker, "run-1"):
+    while trial := next_trial(study, worker, request):
         values = suggest(trial, search)
         taken.append(trial.number)
         study.tell(trial, values["learning_rate"])
@@ -112,7 +112,7 @@ def test_workers_share_the_trials_and_make_no_more(
     for thread in threads:
         thread.join()
     assert sorted(number for each in taken for number in each) == list(range(25))
-    assert len([*trials_of(open_one[0])]) == 25
+    assert len(open_one[0].trials) == 25
 
 
 def test_a_retry_asks_for_no_more_trials_and_another_dag_run_goes_on(study: optuna.Study) -> None:
@@ -124,6 +124,81 @@ def test_a_retry_asks_for_no_more_trials_and_another_dag_run_goes_on(study: optu
     request_trials(study, search, "run-2")
     assert len(study.trials) == 12
     assert [trial.number for trial in study.trials if trial.user_attrs.get(studies.DEFAULT)] == [0]
+
+
+@pytest.mark.parametrize("storage", ["file", "postgresql"])
+def test_dag_runs_of_one_study_leave_each_other_their_trials(
+    storage: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if storage == "postgresql":
+        monkeypatch.setenv(studies.STORAGE_VARIABLE, request.getfixturevalue("postgresql"))
+    first, second = (open_study("shared", tmp_path, seed=0, pruning=False, worker=worker) for worker in range(2))
+    request_trials(first, search_of(trials=5), "run-1")  # of which a stopped DAG run leaves some
+    assert next_trial(first, "a", "run-1") is not None
+    request_trials(second, search_of(trials=3), "run-2")
+    assert run_all(second, search_of(), "b", "run-2") == [5, 6, 7]
+    assert run_all(first, search_of(), "c") == [1, 2, 3, 4]
+    assert next_trial(second, "b", "run-2") is None
+    assert len(first.trials) == 8
+
+
+def test_a_trial_that_another_worker_takes_at_the_same_moment_is_left_to_it(
+    study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request_trials(study, search_of(trials=3), "run-1")
+    seen = study.get_trials()
+    other = open_study("pets", tmp_path, seed=0, pruning=True, worker=1)
+    ended, running = (next_trial(other, "other", "run-1") for _ in range(2))
+    assert ended is not None
+    assert running is not None
+    other.tell(ended, 0.5)
+    monkeypatch.setattr(study, "get_trials", lambda **_: seen)  # as they were just before
+    mine = next_trial(study, "mine", "run-1")
+    assert mine is not None
+    assert mine.number == 2
+    assert other.trials[1].user_attrs[studies.OWNER] == "other"
+    assert next_trial(study, "mine", "run-1") is None
+
+
+def test_a_dag_run_makes_the_recipes_trial_where_none_was_completed(study: optuna.Study) -> None:
+    search = search_of()
+    request_trials(study, search, "run-1")
+    stopped = next_trial(study, "a", "run-1")
+    assert stopped is not None
+    suggest(stopped, search)
+    request_trials(study, search, "run-2")
+    request_trials(study, search, "run-2")  # a retry
+    mine = [trial for trial in study.trials if trial.user_attrs[studies.REQUEST] == "run-2"]
+    assert [trial.user_attrs.get(studies.DEFAULT) for trial in mine] == [True, *[None] * 5]
+    again = next_trial(study, "b", "run-2")
+    assert again is not None
+    assert suggest(again, search) == default_settings(search)
+    study.tell(again, 0.7)
+    default = default_trial(study)
+    assert default is not None
+    assert (default.number, default.value) == (again.number, 0.7)
+    request_trials(study, search, "run-3")
+    assert len([trial for trial in study.trials if studies.DEFAULT in trial.user_attrs]) == 2
+
+
+@pytest.mark.parametrize("storage", ["file", "postgresql"])
+def test_a_dag_runs_time_is_that_of_all_workers_and_attempts(
+    storage: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if storage == "postgresql":
+        monkeypatch.setenv(studies.STORAGE_VARIABLE, request.getfixturevalue("postgresql"))
+    search, now = search_of(minutes=10), 1_900_000_000.0
+    monkeypatch.setattr(studies.time, "time", lambda: now)
+    request_trials(open_study("timed", tmp_path, seed=0, pruning=True), search, "run-1")
+    now += 9 * 60
+    other = open_study("timed", tmp_path, seed=0, pruning=True, worker=1)
+    assert not is_over(other, search, "run-1")
+    now += 2 * 60
+    request_trials(other, search, "run-1")  # another attempt of the first worker
+    assert is_over(other, search, "run-1")
+    assert not is_over(other, search_of(), "run-1")
+    request_trials(other, search, "run-2")
+    assert not is_over(other, search, "run-2")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +220,17 @@ def test_trials_that_cannot_be_compared_do_not_join_a_study(
         check_same_search(study, search_of(**form), digest)
 
 
+def test_a_network_file_counts_by_its_content(study: optuna.Study, tmp_path: Path) -> None:
+    file, moved = tmp_path / "mynets.py", tmp_path / "moved.py"
+    for path in (file, moved):
+        path.write_text("class Tiny: ...")
+    check_same_search(study, search_of(model=f"{file}:Tiny"), "a")
+    check_same_search(study, search_of(model=f"{moved}:Tiny"), "a")
+    file.write_text("class Tiny: depth = 2")
+    with pytest.raises(UserError, match="^study: pets was made with other model, so"):
+        check_same_search(study, search_of(model=f"{file}:Tiny"), "a")
+
+
 def test_each_dag_run_has_a_study_of_its_own() -> None:
     form = TuneParams.from_mapping({"name": "a" * 48})
     assert len({resolve_search(form, f"{'long' * 30}-{number}").study for number in range(2)}) == 2
@@ -160,24 +246,10 @@ def test_a_worker_resumes_its_own_trial_alone(study: optuna.Study, tmp_path: Pat
     other = next_trial(again, "worker-1", "run-1")
     assert other is not None
     assert other.number != left.number
-    resumed = next_trial(again, "worker-0", "run-1")
+    assert unfinished_trial(again, "worker-2") is None
+    resumed = unfinished_trial(again, "worker-0")
     assert resumed is not None
     assert (resumed.number, suggest(resumed, search)) == (left.number, values)
-
-
-def test_a_trial_too_many_does_not_count(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = search_of(trials=2)
-    request_trials(study, search, "run-1")
-    waiting = study.get_trials(states=(TrialState.WAITING,))
-    run_all(study, search, "worker-0")
-    # As another worker saw it just before the last trial was taken.
-    monkeypatch.setattr(
-        study, "get_trials", lambda *_, states=None, **__: waiting if states == (TrialState.WAITING,) else study.trials
-    )
-    monkeypatch.setattr(type(study), "trials", property(lambda self: self._storage.get_all_trials(self._study_id)))
-    assert next_trial(study, "worker-1", "run-1") is None
-    assert [trial.number for trial in study.trials if SURPLUS in trial.user_attrs] == [2]
-    assert len([*trials_of(study)]) == 2
 
 
 def test_the_best_trial_is_never_worse_than_the_recipe(study: optuna.Study) -> None:
@@ -205,6 +277,11 @@ def test_any_setting_of_any_model_can_be_varied(study: optuna.Study) -> None:
         assert set(values) == set(search.vary)
         settings = replace(search.model.train, **values)
         assert isinstance(settings, NetworkSettings) == ("vary" in form)
+
+
+def test_the_largest_seed_of_the_form_is_allowed(tmp_path: Path) -> None:
+    largest = TuneParams.json_schema()["seed"]["maximum"]
+    assert open_study("pets", tmp_path, seed=largest, pruning=True, worker=63).ask().number == 0
 
 
 @pytest.mark.parametrize(
