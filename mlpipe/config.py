@@ -174,7 +174,8 @@ class RunParams(Form):
         None,
         "Batch size",
         "Images in one optimizer step. Empty: 64 (quick: 128 for custom_cnn; strong: 512 for custom_cnn, 256 for "
-        "resnets and pretrained networks, else 128).",
+        "resnets and pretrained networks, else 128; fewer where an epoch would have fewer than 20 steps, or 10 of "
+        "custom_cnn).",
         minimum=2,
         maximum=4096,
     )

@@ -83,6 +83,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         network=NetworkSettings(
             num_epochs=10,
             batch_size=128,
+            min_steps=20,
             optimizer="sgd",
             learning_rate=0.1,
             weight_decay=5e-4,

@@ -102,14 +102,16 @@ def test_what_a_search_found_is_for_its_model_alone(
     searched: str, models: str | None, recipe: str, trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr(studies, "found_by", lambda _: (searched, {"weight_decay": 0.1, "width": 2.0}))
-    form = {"models": models, "settings": '{"width": 1.0}', "recipe": recipe}
+    monkeypatch.setattr(
+        studies, "found_by", lambda _: (searched, {"class_weights": "balanced", "augmentation": "flip"})
+    )
+    form = {"models": models, "settings": '{"augmentation": "none"}', "recipe": recipe}
     if trained.startswith("models: "):
         with pytest.raises(UserError, match=f"^{trained}.*, whose settings are for {searched}; "):
             run_command._found_by("pets", form)
         return
     found = run_command._found_by("pets", form)
-    assert found == {"models": trained, "settings": '{"weight_decay": 0.1, "width": 1.0}'}
+    assert found == {"models": trained, "settings": '{"class_weights": "balanced", "augmentation": "none"}'}
     resolve(RunParams.from_mapping({**form, **found}))
 
 
