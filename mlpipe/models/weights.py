@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import safetensors
 import safetensors.torch
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from mlpipe.addresses import redact_uri
 from mlpipe.config import ModelConfig, Variant
 from mlpipe.data.storage.store import ObjectStore, file_sha256
-from mlpipe.data.storage.uris import expected_sha256, fetch_uri, local_path
+from mlpipe.data.storage.uris import fetch_uri
 from mlpipe.errors import UserError
 from mlpipe.models import architectures, package
 from mlpipe.models.architectures import TIMM
 from mlpipe.models.portable import ModelDescription
 from mlpipe.models.registry import build_network, outline_network
+from mlpipe.models.weights_address import suffix_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -232,15 +232,7 @@ def _registered(model: ModelConfig, description: ModelDescription, folder: Path)
 
 def _file(model: ModelConfig, description: ModelDescription, folder: Path) -> _Found:
     uri = redact_uri(model.weights)
-    checksum = expected_sha256(model.weights, field="models")
-    if model.weights.lower().startswith(("http://", "https://")) and checksum is None:
-        raise UserError(f"models: {uri} has no checksum; append #sha256=<64 hex digits> to the address")
-    suffix = PurePosixPath(local_path(model.weights) or urlsplit(model.weights).path).suffix.lower()
-    if suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(
-            f"models: {uri!r} is neither random nor imagenet nor the address of a .safetensors, .pth or .pt file"
-        )
-    path = folder / f"weights{suffix}"
+    path = folder / f"weights{suffix_of_weights(model.weights)}"
     digest = fetch_uri(model.weights, path, field="models").sha256
     state = _read(path, uri)
     # A published network with ImageNet's number of outputs was trained with its own normalisation.

@@ -12,6 +12,7 @@ from mlpipe.data.storage.store import ObjectStore
 from mlpipe.data.storage.uris import check_local
 from mlpipe.environment import Environment
 from mlpipe.models import architectures
+from mlpipe.models.weights_address import suffix_of_weights
 from mlpipe.services import services_named
 from mlpipe.tracking.dag_runs import OnRun, parent_run
 from mlpipe.tracking.runs import TaskContext, TrackedRun
@@ -22,9 +23,12 @@ def download(config: RunConfig, origin: TaskContext, *, on_run: OnRun) -> Source
     """Bring the source's bytes into object storage and open the MLflow run of this DAG run.
 
     Raises:
-        UserError: an unknown model, or a source that cannot be had.
+        UserError: an unknown model, an address that is none of weights, or a source that cannot be had.
     """
     _check_architectures(config)
+    for model in config.models:
+        if model.weights not in ("none", "random", "imagenet") and not model.weights.startswith("models:/"):
+            suffix_of_weights(model.weights)
     source = fetch_source(config.data, ObjectStore.from_environment(Environment.from_env()))
     parent = TrackedRun(parent_run(config, origin))
     on_run(parent.url)

@@ -287,6 +287,13 @@ def test_a_file_that_gives_no_network_is_refused_before_data_are_fetched(fault: 
 
 
 @pytest.mark.usefixtures("prepared")
+def test_misspelt_weights_are_refused_before_data_are_fetched() -> None:
+    config = resolve(RunParams(models="resnet18=imagnet"))
+    with pytest.raises(UserError, match="^models: 'imagnet' is neither random nor imagenet nor the address"):
+        download(config, _origin(), on_run=lambda _: None)
+
+
+@pytest.mark.usefixtures("prepared")
 def test_a_file_that_a_worker_does_not_have_is_named(tmp_path: Path) -> None:
     config = resolve(RunParams(models=f"{tmp_path}/mynets.py:TinyNet"))
     with pytest.raises(UserError, match=r"^models: .*/mynets\.py does not exist where this task runs"):
