@@ -146,18 +146,12 @@ def signature(classes: tuple[str, ...]) -> ModelSignature:
     )
 
 
-def load_network(model_uri: str, *, field: str) -> portable.ImageClassifier:
-    """A logged network as it predicts, on the CPU or a GPU.
-
-    Raises:
-        UserError: no such model, or not a network of this project.
-    """
-    with tempfile.TemporaryDirectory(prefix="mlpipe-network-") as folder:
-        description, weights = download_packaged_model(model_uri, Path(folder), field=field)
-        source = description.code.rpartition(":")[0]
-        code = weights.with_name(source) if source.endswith(".py") else None
-        classifier = portable.ImageClassifier()
-        classifier.load(weights.with_name(DESCRIPTION_FILE), weights, code=code)
+def read_network(folder: Path) -> portable.ImageClassifier:
+    """The network of the files of `write_files`, as it predicts, on the CPU or a GPU."""
+    source = ModelDescription.read(folder / DESCRIPTION_FILE).code.rpartition(":")[0]
+    classifier = portable.ImageClassifier()
+    code = folder / source if source.endswith(".py") else None
+    classifier.load(folder / DESCRIPTION_FILE, folder / WEIGHTS_FILE, code=code)
     return classifier
 
 
