@@ -18,3 +18,8 @@ def test_its_outputs_are_uncorrelated_and_of_one_variance() -> None:
     covariance = outputs[:12] @ outputs[:12].T / outputs.shape[1]
     torch.testing.assert_close(covariance, torch.eye(12), atol=0.05, rtol=0)
     torch.testing.assert_close(outputs[12:], -outputs[:12])
+
+
+def test_images_may_be_on_a_device() -> None:
+    convolution = nn.Conv2d(3, 24, kernel_size=2, device="meta")
+    whiten(convolution, [torch.zeros(4, 3, 8, 8, device="meta")])
