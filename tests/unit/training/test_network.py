@@ -445,3 +445,9 @@ def test_nothing_is_left_in_the_temporary_folder(
     Path(tmp_path / "tmp").mkdir()
     train(config(), dataset, tracking, checkpoints=CheckpointStore(store, "run"))
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_deterministic_mode_fills_no_new_tensors(dataset, config, train, tracking, monkeypatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    train(config(num_epochs=1), dataset, tracking, network=Spy(16))
+    assert not torch.utils.deterministic.fill_uninitialized_memory
