@@ -400,8 +400,8 @@ class ImageClassifier(PythonModel):
     @torch.inference_mode()
     def _batch(self, images_u8: NDArray[np.uint8]) -> NDArray[np.float32]:
         copied = np.array(images_u8, order="C")  # what the caller gave may be read-only, or mirrored in place
-        images = torch.from_numpy(copied).to(self.device)
-        images = resize(images.expand(-1, -1, -1, 3), self.description.image_size)
+        # On the CPU: to shrink an image a hundredfold, CUDA's kernel needs more shared memory than there is.
+        images = resize(torch.from_numpy(copied).expand(-1, -1, -1, 3), self.description.image_size).to(self.device)
         if self.description.kind == "estimator":
             return estimator_probabilities(self.predictor, self.description, self.features(images))
         return network_probabilities(self.predictor, self.description, images, self.mean, self.std)

@@ -114,6 +114,26 @@ def test_other_sizes_and_grey_images_are_brought_into_shape(classifier: ImageCla
     assert len(classifier.predict(None, images)) == shape[0]
 
 
+def test_images_are_resized_on_the_cpu(
+    classifier: ImageClassifier, images_u8: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize, devices = portable.resize, []
+
+    def resized(images: torch.Tensor, image_size: int) -> torch.Tensor:
+        devices.append(images.device.type)
+        return resize(images, image_size)
+
+    def answers(network: object, description: object, images: torch.Tensor, *_: object) -> np.ndarray:  # noqa: ARG001
+        devices.append(images.device.type)
+        return np.full((len(images), 3), 1 / 3, np.float32)
+
+    monkeypatch.setattr(portable, "resize", resized)
+    monkeypatch.setattr(portable, "network_probabilities", answers)
+    classifier.device = torch.device("meta")  # in place of a GPU
+    classifier.probabilities(images_u8)
+    assert devices == ["cpu", "meta"]
+
+
 def test_images_of_different_sizes_in_one_call(classifier: ImageClassifier, images_u8: np.ndarray) -> None:
     mixed = [images_u8[0], np.zeros((50, 20, 3), np.uint8), np.zeros((9, 9, 1), np.uint8)]
     table = classifier.predict(None, mixed)
