@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mlpipe.data.dataset import Split
 from mlpipe.errors import UserError
 from mlpipe.models.package import download_packaged_model, read_network
-from mlpipe.models.portable import PIXELS_PER_BATCH, ImageClassifier, enlarge, normalise, resize
+from mlpipe.models.portable import ImageClassifier, enlarge, images_per_pass, normalise, resize
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Teacher:
     def answers(self, split: Split) -> Tensor:
         """(N, K) logits of all images of a split, in its order."""
         side = self.classifier.description.input_size or self.classifier.description.image_size
-        length = max(1, PIXELS_PER_BATCH // side**2)
+        length = images_per_pass(side**2, self.classifier.device)
         starts = range(0, len(split), length)
         return torch.cat([self.logits(torch.from_numpy(split.images_u8[at : at + length])) for at in starts])
 

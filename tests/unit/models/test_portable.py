@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow.models.model
 import numpy as np
@@ -106,6 +107,12 @@ def test_how_images_are_batched_makes_no_difference(
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(portable, "PIXELS_PER_BATCH", 3 * 32 * 32)
     np.testing.assert_allclose(together, classifier.probabilities(images_u8), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "gibibytes", "images"), [("cpu", 0, 5), ("cuda", 8, 41), ("cuda", 80, 167)])
+def test_a_gpu_takes_more_images_at_once(device: str, gibibytes: int, images: int, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Mock(total_memory=gibibytes << 30))
+    assert portable.images_per_pass(224 * 224, torch.device(device)) == images
 
 
 @pytest.mark.parametrize("shape", [(3, 28, 28, 1), (2, 100, 40, 3), (1, 1, 1, 3)])
