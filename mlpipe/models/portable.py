@@ -54,7 +54,8 @@ UNSURE = "unsure"
 PIXELS_PER_BATCH = 256 * 32 * 32
 """Bounds the memory of one forward pass: 256 images of 32×32, 16 of 128×128.
 
-Three maps of 64 channels of them, which a ResNet holds at once, take 0.2 GiB in float32."""
+Three maps of 64 channels of them, which a ResNet holds at once, take 0.2 GiB in float32.
+"""
 
 MOST_TIMES_ON_A_GPU = 32
 """On a GPU, which computes small batches no faster than larger ones: so many times the pixels, if it has the memory."""

@@ -65,7 +65,7 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     if on_gpu and fit.num_devices > 1:  # PyTorch has it for GPUs alone
         nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
     # Deterministic mode would fill every new tensor with NaN: a help to debug, at hundreds of kernels a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with _quiet_lightning():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",

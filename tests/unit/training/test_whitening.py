@@ -24,7 +24,8 @@ def test_its_outputs_are_uncorrelated_and_of_one_variance() -> None:
 
 
 def test_it_computes_where_the_images_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    eigh, devices = torch.linalg.eigh, []
+    devices: list[str] = []
+    eigh = torch.linalg.eigh
 
     def noted(matrix: torch.Tensor) -> Any:
         devices.append(matrix.device.type)
