@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mlpipe.data.dataset import Split
 from mlpipe.models.features.last_layer import inputs_of
-from mlpipe.models.portable import PIXELS_PER_BATCH, ImageClassifier, enlarge, normalise
+from mlpipe.models.portable import ImageClassifier, enlarge, images_per_pass, normalise
 
 MAX_TRAINING_IMAGES = 4_000
 """Training images that are searched for look-alikes, evenly spread over the split."""
@@ -74,7 +74,7 @@ class Explainer:
     def _features(self, images_u8: NDArray[np.uint8]) -> Tensor:
         """(N, D) of length 1."""
         size = self._classifier.description.input_size or images_u8.shape[1]
-        length = max(1, PIXELS_PER_BATCH // size**2)
+        length = images_per_pass(size**2, self._classifier.device)
         with inputs_of(self._head) as seen:
             for start in range(0, len(images_u8), length):
                 self._classifier.predictor(self._inputs(torch.from_numpy(images_u8[start : start + length])))

@@ -72,7 +72,8 @@ class EpochCallback(Callback):
         if within:
             pl_module.totals_before = within["totals"]
             torch.set_rng_state(within["random"])
-            if pl_module.device.type == "cuda":
+            # Where the attempt before was on the CPU, the device goes on from the epoch's seed.
+            if pl_module.device.type == "cuda" and within["random_of_device"] is not None:
                 torch.cuda.set_rng_state(within["random_of_device"], pl_module.device)
 
     def on_train_batch_start(  # type: ignore[override]

@@ -20,7 +20,7 @@ from mlpipe.training.epochs import EpochCallback
 from mlpipe.training.module import ClassificationModule
 
 SHARE_FOR_IMAGES = 0.25
-"""Of a GPU's free memory, at most, for the images of each split."""
+"""Of what a batch leaves of a GPU's free memory, at most, for the images of each split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Fit:
     num_devices: int
     num_threads: int
     """Of each process."""
+    batch_bytes: float
+    """What the network needs at most to train on a batch."""
 
 
 def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
@@ -62,6 +64,8 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     module.first_epoch = fit.epochs_done
     if on_gpu and fit.num_devices > 1:  # PyTorch has it for GPUs alone
         nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
+    # Deterministic mode would fill every new tensor with NaN: a help to debug, at hundreds of kernels a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with _quiet_lightning():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",
@@ -79,10 +83,15 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
         validation = fit.validation.shard(rank, fit.num_devices)
         if on_gpu:
             for loader in (epochs.loader, validation):
-                loader.keep_on(torch.device("cuda", rank), int(torch.cuda.mem_get_info(rank)[0] * SHARE_FOR_IMAGES))
+                loader.keep_on(torch.device("cuda", rank), bytes_for_images(rank, fit.batch_bytes))
         fast = fit.precision == "32-true" and not on_gpu
         with winograd_convolutions(module.network) if fast else nullcontext():
             trainer.fit(module, epochs.loader, validation)
+
+
+def bytes_for_images(rank: int, batch_bytes: float) -> int:
+    """How much memory the images of a split may take of a GPU, which has still to hold a batch."""
+    return max(0, int((torch.cuda.mem_get_info(rank)[0] - batch_bytes) * SHARE_FOR_IMAGES))
 
 
 @contextmanager

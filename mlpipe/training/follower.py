@@ -22,6 +22,8 @@ from mlpipe.training.fitting import Fit, run_trainer
 
 def follow(folder: Path, rank: int) -> None:
     """Train as process `rank`, from 1, of the training that the folder describes."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)  # a teacher among what is read goes there
     load_function((folder / CODE_FILE).read_text(encoding="utf-8"))
     # Written by the process that started this one, into a folder of its user alone.
     fit: Fit = torch.load(folder / FIT_FILE, weights_only=False)

@@ -23,7 +23,7 @@ from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.errors import UserError
 from mlpipe.models import architectures
 from mlpipe.models.features.last_layer import inputs_of
-from mlpipe.models.portable import PIXELS_PER_BATCH, ModelDescription, enlarge, normalise
+from mlpipe.models.portable import ModelDescription, enlarge, images_per_pass, normalise
 from mlpipe.models.weights import InitialNetwork
 from mlpipe.training.cpu.processor import cpu_name
 from mlpipe.training.precision import choose_precision
@@ -147,7 +147,7 @@ def _features(
     mean, std = (
         torch.tensor(each, device=device).view(3, 1, 1) for each in (description.channel_mean, description.channel_std)
     )
-    length = max(1, PIXELS_PER_BATCH // (description.input_size or description.image_size) ** 2)
+    length = images_per_pass((description.input_size or description.image_size) ** 2, device)
     began = reported = time.monotonic()
     with inputs_of(head) as seen:
         for at in range(0, len(split), length):

@@ -21,8 +21,9 @@ STATES = 3
 """A parameter's gradient and its two averages, which an optimizer keeps."""
 
 
-def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, bfloat16: bool) -> None:
-    """
+def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, bfloat16: bool) -> float:
+    """What a batch needs at most, bytes.
+
     Args:
         name: of the network, for the message.
         side: height and width of the images, pixels.
@@ -32,14 +33,16 @@ def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, b
         UserError: a batch needs more than is free.
     """
     free = free_bytes()
-    if batch_size * 3 * side**2 * 4 * MOST_OF_AN_INPUT < free:
-        return
+    most = batch_size * 3 * side**2 * 4 * MOST_OF_AN_INPUT
+    if most < free / 2:  # half, for the images may have a part of what is left
+        return most
     needed = batch_size * bytes_of_an_image(network, side, bfloat16=bfloat16) + _bytes_of_states(network)
     if needed > free:
         raise UserError(
             f"batch_size: {batch_size} images of {side}×{side} pixels need about {needed / 2**30:.1f} GiB to train "
             f"{name}, and {free / 2**30:.1f} GiB are free; lower batch_size or image_size"
         )
+    return needed
 
 
 def largest_batch(network: nn.Module, *, side: int, bfloat16: bool) -> int:

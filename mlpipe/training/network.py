@@ -94,7 +94,7 @@ def train_network(
         _whiten(whitened, training, mean, std)
     precision = choose_precision(config.precision)  # after the devices are known to be there
     bfloat16 = precision == "bf16-mixed"
-    check_memory(network, model.name, batch_size=batch_size, side=side, bfloat16=bfloat16)
+    batch_bytes = check_memory(network, model.name, batch_size=batch_size, side=side, bfloat16=bfloat16)
 
     def module_for(network: nn.Module, settings: NetworkSettings, total_steps: int) -> ClassificationModule:
         return ClassificationModule(
@@ -139,6 +139,7 @@ def train_network(
             seed=config.seed,
             num_devices=config.num_devices,
             num_threads=num_threads,
+            batch_bytes=batch_bytes,
         )
         (run_trainer if config.num_devices == 1 else fit_together)(fit, keeper)
     network = network.cpu()

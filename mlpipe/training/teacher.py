@@ -6,16 +6,21 @@ Source: G. Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:
 from __future__ import annotations
 
 import logging
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mlpipe.data.dataset import Split
 from mlpipe.errors import UserError
-from mlpipe.models.package import load_network
-from mlpipe.models.portable import PIXELS_PER_BATCH, ImageClassifier, enlarge, normalise, resize
+from mlpipe.models.package import download_packaged_model, read_network
+from mlpipe.models.portable import ImageClassifier, enlarge, images_per_pass, normalise, resize
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +36,13 @@ class Teacher:
 
     classifier: ImageClassifier
     order: Tensor
-    """(K,) the position of each of the student's classes among the teacher's."""
+    """(K,) the position of each of the student's classes among the teacher's, on the device of its answers."""
+    files: Mapping[str, Tensor]
+    """The logged network's, (bytes,) uint8 by name."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads the files itself: it lacks the network's class, and has a device of its own."""
+        return _unpickled, (self.files, tuple(self.classifier.description.classes[i] for i in self.order.tolist()))
 
     @torch.no_grad()
     def logits(self, images_u8: Tensor) -> Tensor:
@@ -39,12 +50,12 @@ class Teacher:
         known, device = self.classifier, self.classifier.device
         images = resize(images_u8.to(device), known.description.image_size)
         images = enlarge(normalise(images, known.mean, known.std), known.description.input_size)
-        return known.predictor(images).float()[:, self.order.to(device)].to(images_u8.device)
+        return known.predictor(images).float()[:, self.order].to(images_u8.device)
 
     def answers(self, split: Split) -> Tensor:
         """(N, K) logits of all images of a split, in its order."""
         side = self.classifier.description.input_size or self.classifier.description.image_size
-        length = max(1, PIXELS_PER_BATCH // side**2)
+        length = images_per_pass(side**2, self.classifier.device)
         starts = range(0, len(split), length)
         return torch.cat([self.logits(torch.from_numpy(split.images_u8[at : at + length])) for at in starts])
 
@@ -58,12 +69,31 @@ def load_teacher(uri: str, classes: tuple[str, ...]) -> Teacher:
     Raises:
         UserError: it cannot be had, is no network of this project, or has other classes.
     """
-    classifier = load_network(uri, field="teacher")
+    with tempfile.TemporaryDirectory(prefix="mlpipe-teacher-") as folder:
+        description, weights = download_packaged_model(uri, Path(folder), field="teacher")
+        if set(description.classes) != set(classes):
+            raise UserError(f"teacher: {uri} has other classes than the data set; give a network of the same classes")
+        teacher = _read_teacher(weights.parent, classes)
+    logger.info("a %s teaches: %s", description.architecture, uri)
+    return teacher
+
+
+def _read_teacher(folder: Path, classes: tuple[str, ...]) -> Teacher:
+    """The network of the files of `write_files`."""
+    classifier = read_network(folder)
     known = classifier.description.classes
-    if set(known) != set(classes):
-        raise UserError(f"teacher: {uri} has other classes than the data set; give a network of the same classes")
-    logger.info("a %s teaches: %s", classifier.description.architecture, uri)
-    return Teacher(classifier=classifier, order=torch.tensor([known.index(name) for name in classes]))
+    return Teacher(
+        classifier=classifier,
+        order=torch.tensor([known.index(name) for name in classes], device=classifier.device),
+        files={path.name: torch.from_numpy(np.fromfile(path, np.uint8)) for path in folder.iterdir() if path.is_file()},
+    )
+
+
+def _unpickled(files: Mapping[str, Tensor], classes: tuple[str, ...]) -> Teacher:
+    with tempfile.TemporaryDirectory(prefix="mlpipe-teacher-") as folder:
+        for name, content in files.items():
+            content.numpy().tofile(Path(folder, name))
+        return _read_teacher(Path(folder), classes)
 
 
 def distillation_loss(logits: Tensor, taught: Tensor) -> Tensor:

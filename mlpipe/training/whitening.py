@@ -29,7 +29,7 @@ def whiten(convolution: nn.Conv2d, batches: Iterable[Tensor]) -> None:
     for images in batches:
         windows = images.double().unfold(2, size, 1).unfold(3, size, 1)
         patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size * size)
-        products += patches.T @ patches
+        products = products.to(images.device) + patches.T @ patches
         number += len(patches)
     values, vectors = torch.linalg.eigh(products / number)
     filters = (vectors / (values + REGULARIZATION).sqrt()).T.flip(0).reshape(-1, 3, size, size)

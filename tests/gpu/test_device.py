@@ -20,6 +20,7 @@ from mlpipe.models.weights import initial_network
 from mlpipe.recipes import resolve
 from mlpipe.training.network import train_network
 from mlpipe.training.protocol import TrainedModel
+from mlpipe.training.whitening import whiten
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -73,3 +74,9 @@ def test_each_device_of_the_executor_is_one_device_of_pytorch() -> None:
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout.split() == ["1", "1.0"]
+
+
+def test_images_on_the_device_whiten_a_convolution_there() -> None:
+    convolution = torch.nn.Conv2d(3, 24, kernel_size=2, device="cuda")
+    whiten(convolution, [torch.randn(64, 3, 16, 16, device="cuda")])
+    assert convolution.weight.isfinite().all()

@@ -105,6 +105,14 @@ def test_verifying_uses_a_clean_process_and_notices_a_difference(logged, images_
         package.verify_packaged_model(logged.model_uri, images_u8[:2], expected[:2] + 0.01)
 
 
+def test_verifying_is_done_on_the_cpu(images_u8, expected, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    script = "import os; raise SystemExit('sees ' + repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    monkeypatch.setattr(package, "_VERIFY", script)
+    with pytest.raises(RuntimeError, match="sees ''"):
+        package.verify_packaged_model("models:/any/1", images_u8, expected)
+
+
 @pytest.mark.slow
 def test_verifying_notices_a_model_that_needs_this_project(logged, images_u8, expected, tmp_path, monkeypatch) -> None:
     needy = tmp_path / "portable.py"

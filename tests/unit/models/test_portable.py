@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow.models.model
 import numpy as np
@@ -108,10 +109,36 @@ def test_how_images_are_batched_makes_no_difference(
     np.testing.assert_allclose(together, classifier.probabilities(images_u8), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("device", "gibibytes", "images"), [("cpu", 0, 5), ("cuda", 8, 41), ("cuda", 80, 167)])
+def test_a_gpu_takes_more_images_at_once(device: str, gibibytes: int, images: int, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Mock(total_memory=gibibytes << 30))
+    assert portable.images_per_pass(224 * 224, torch.device(device)) == images
+
+
 @pytest.mark.parametrize("shape", [(3, 28, 28, 1), (2, 100, 40, 3), (1, 1, 1, 3)])
 def test_other_sizes_and_grey_images_are_brought_into_shape(classifier: ImageClassifier, shape) -> None:
     images = np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8)
     assert len(classifier.predict(None, images)) == shape[0]
+
+
+def test_images_are_resized_on_the_cpu(
+    classifier: ImageClassifier, images_u8: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize, devices = portable.resize, []
+
+    def resized(images: torch.Tensor, image_size: int) -> torch.Tensor:
+        devices.append(images.device.type)
+        return resize(images, image_size)
+
+    def answers(network: object, description: object, images: torch.Tensor, *_: object) -> np.ndarray:  # noqa: ARG001
+        devices.append(images.device.type)
+        return np.full((len(images), 3), 1 / 3, np.float32)
+
+    monkeypatch.setattr(portable, "resize", resized)
+    monkeypatch.setattr(portable, "network_probabilities", answers)
+    classifier.device = torch.device("meta")  # in place of a GPU
+    classifier.probabilities(images_u8)
+    assert devices == ["cpu", "meta"]
 
 
 def test_images_of_different_sizes_in_one_call(classifier: ImageClassifier, images_u8: np.ndarray) -> None:

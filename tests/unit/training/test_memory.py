@@ -11,6 +11,7 @@ from torch import nn
 
 from mlpipe.errors import UserError
 from mlpipe.training import memory
+from mlpipe.training.fitting import bytes_for_images
 
 
 def test_what_a_pass_keeps_is_counted_once_and_the_network_stays_as_it_is() -> None:
@@ -40,6 +41,17 @@ def test_a_batch_that_does_not_fit_names_the_numbers_and_the_way_out(monkeypatch
         UserError, match=r"batch_size: 4096 images of 512×512 pixels need about .* GiB to train mine, and 1\.0"
     ):
         memory.check_memory(network, "mine", batch_size=4096, side=512, bfloat16=False)
+
+
+def test_images_are_kept_on_a_gpu_in_what_a_batch_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Conv2d(3, 24, 3, padding=1)  # keeps the image
+    image_bytes = 3 * 64 * 64 * 4
+    monkeypatch.setattr(memory, "free_bytes", lambda: 100 * image_bytes)
+    needed = memory.check_memory(network, "mine", batch_size=80, side=64, bfloat16=False)
+    assert 80 * image_bytes <= needed <= 90 * image_bytes
+    for free, kept in ((100, 2.5), (160, 17.5), (80, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * image_bytes, 200 * image_bytes))
+        assert bytes_for_images(0, 90 * image_bytes) == kept * image_bytes
 
 
 @pytest.mark.parametrize(("memory_bytes", "found"), [(2**10, 2), (2**24, 512), (2**40, 4096)])

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.errors import SupersededError, UserError
 from mlpipe.models.portable import normalise
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu import winograd
+from mlpipe.training.epochs import EpochCallback
 from mlpipe.training.precision import choose_precision
 
 METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
@@ -445,3 +447,19 @@ def test_nothing_is_left_in_the_temporary_folder(
     Path(tmp_path / "tmp").mkdir()
     train(config(), dataset, tracking, checkpoints=CheckpointStore(store, "run"))
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_deterministic_mode_fills_no_new_tensors(dataset, config, train, tracking, monkeypatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    train(config(num_epochs=1), dataset, tracking, network=Spy(16))
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_gpu_goes_on_within_an_epoch_that_began_on_a_cpu(dataset) -> None:
+    loader = BatchLoader(dataset.train_split(), 32, seed=0, shuffle=True)
+    callback = EpochCallback(loader, seed=0, resumed=None)
+    random = torch.get_rng_state()
+    callback._within = {"batches": 1, "totals": {}, "random": random, "random_of_device": None}
+    callback.on_train_epoch_start(Mock(), Mock(epoch=0, device=torch.device("cuda")))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert next(iter(loader)) is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
@@ -18,3 +21,17 @@ def test_its_outputs_are_uncorrelated_and_of_one_variance() -> None:
     covariance = outputs[:12] @ outputs[:12].T / outputs.shape[1]
     torch.testing.assert_close(covariance, torch.eye(12), atol=0.05, rtol=0)
     torch.testing.assert_close(outputs[12:], -outputs[:12])
+
+
+def test_it_computes_where_the_images_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
+    eigh = torch.linalg.eigh
+
+    def noted(matrix: torch.Tensor) -> Any:
+        devices.append(matrix.device.type)
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", noted)
+    convolution = nn.Conv2d(3, 24, kernel_size=2, device="meta")  # in place of a GPU
+    whiten(convolution, [torch.zeros(4, 3, 8, 8, device="meta")])
+    assert devices == ["meta"]
