@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -142,7 +143,10 @@ def train_network(
         )
         (run_trainer if config.num_devices == 1 else fit_together)(fit, keeper)
     network = network.cpu()
-    network.load_state_dict(keeper.best_weights)
+    best_weights = OrderedDict(keeper.best_weights)
+    # The versions of the layers' formats, which mnasnet insists on.
+    best_weights._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(best_weights)
     trimmed.restore()
     best = keeper.history[keeper.best_epoch - 1]
     num_images = sum(epoch["images_per_second"] * epoch["train_seconds"] for epoch in keeper.history)

@@ -198,6 +198,11 @@ def test_the_best_weights_are_returned_not_the_last(new_dataset, config, train, 
     assert accuracy == pytest.approx(max(row["val/accuracy"] for row in tracking.metrics))
 
 
+def test_a_network_that_insists_on_its_format_s_version_is_trained(new_dataset, config, train, tracking) -> None:
+    model = config("mnasnet0_5", num_epochs=1)
+    assert train(model, new_dataset(num_train=16, num_val=8, size=32), tracking).epochs_run == 1
+
+
 def test_early_stopping_ends_after_patience_epochs_without_a_better_one(
     dataset, config, train, tracking, store
 ) -> None:
