@@ -146,6 +146,15 @@ def test_the_small_images_form_is_whitened_on_the_training_images_and_repeatable
     assert torch.equal(stem[:12], -stem[12:]), "whitening has made it, and training has left it"
 
 
+@pytest.mark.parametrize("variant", ["standard", "small_images"])
+def test_a_channel_may_be_constant(variant, dataset, config, train, tracking) -> None:
+    parts = [(split.images_u8[:], split.labels) for split in (dataset.train_split(), dataset.val_split())]
+    for images_u8, _ in parts:
+        images_u8[..., 2] = 7
+    trained = train(replace(config(), variant=variant), Dataset.in_memory(dataset.manifest.classes, *parts), tracking)
+    assert np.isfinite(trained.metrics["val/loss"])
+
+
 def test_the_same_seed_gives_the_same_weights(dataset, config, train, tracking) -> None:
     model = config(augmentation="flip_crop", schedule="one_cycle")
     first, second = train(model, dataset, tracking), train(model, dataset, tracking)

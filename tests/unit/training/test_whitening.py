@@ -18,3 +18,12 @@ def test_its_outputs_are_uncorrelated_and_of_one_variance() -> None:
     covariance = outputs[:12] @ outputs[:12].T / outputs.shape[1]
     torch.testing.assert_close(covariance, torch.eye(12), atol=0.05, rtol=0)
     torch.testing.assert_close(outputs[12:], -outputs[:12])
+
+
+def test_no_output_is_always_the_same_where_a_channel_is_constant() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 20, 20)
+    images[:, 2] = 0
+    convolution = nn.Conv2d(3, 24, kernel_size=2)
+    whiten(convolution, [images])
+    assert convolution(images).std(dim=(0, 2, 3)).min() > 0.1
