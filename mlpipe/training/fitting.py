@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -61,7 +62,7 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     module = fit.module
     module.first_epoch = fit.epochs_done
     if on_gpu and fit.num_devices > 1:  # PyTorch has it for GPUs alone
-        nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
+        synchronise(module.network)
     with _quiet_lightning():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",
@@ -83,6 +84,20 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
         fast = fit.precision == "32-true" and not on_gpu
         with winograd_convolutions(module.network) if fast else nullcontext():
             trainer.fit(module, epochs.loader, validation)
+
+
+def synchronise(network: nn.Module) -> None:
+    """Let batch normalization use the statistics of all devices' images, in place.
+
+    Only PyTorch's own and timm's: what another subclass adds would be lost, and it keeps to its device.
+    """
+    timm = sys.modules.get("timm.layers")
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+            elif timm and type(child) is timm.BatchNormAct2d:
+                setattr(module, name, timm.convert_sync_batchnorm(child))
 
 
 @contextmanager

@@ -12,13 +12,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.errors import SupersededError, UserError
+from mlpipe.models.networks.custom_cnn import Shift
 from mlpipe.models.portable import normalise
+from mlpipe.models.registry import build_network
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu import winograd
+from mlpipe.training.fitting import synchronise
 from mlpipe.training.precision import choose_precision
 
 METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
@@ -459,3 +462,37 @@ def test_nothing_is_left_in_the_temporary_folder(
     Path(tmp_path / "tmp").mkdir()
     train(config(), dataset, tracking, checkpoints=CheckpointStore(store, "run"))
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_what_subclasses_of_batch_normalization_add_stays_over_several_devices() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    for name, variant in (
+        ("custom_cnn", "small_images"),
+        ("resnet18", "standard"),
+        ("timm/test_efficientnet", "standard"),
+    ):
+        network = build_network(name, num_classes=3, image_size=32, seed=0, variant=variant).eval()
+        before, names = network(images), set(network.state_dict())
+        synchronise(network)
+        assert set(network.state_dict()) == names
+        torch.testing.assert_close(network(images), before)
+        synchronised = any(isinstance(each, nn.SyncBatchNorm) for each in network.modules())
+        assert synchronised == (name != "custom_cnn")
+
+
+def test_a_shift_of_a_group_of_one_is_that_of_a_process_alone() -> None:
+    results = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        layer, images = Shift(4), torch.randn(6, 4, 5, 5).requires_grad_()
+        if together:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            output = layer(images)
+            output.sin().sum().backward()
+        finally:
+            if together:
+                distributed.destroy_process_group()
+        results.append([output, images.grad, layer.shift.grad, layer.running_mean, layer.running_var])
+    for alone, of_group in zip(*results, strict=True):
+        torch.testing.assert_close(of_group, alone, rtol=1e-4, atol=1e-5)
