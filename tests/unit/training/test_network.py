@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_weights_also_without_dead_taps(
     """At 32×32, where kernels of resnet18's last stage are trimmed; with two threads, as in a slot of two cores."""
     dataset = new_dataset(size=32)
     settings = {"optimizer": optimizer, "schedule": "one_cycle", "weight_decay": 5e-4}
-    small_first = architecture == "custom_cnn"  # what is trimmed for whole images takes no small ones
+    small_first = architecture == "custom_cnn"  # where images grow, nothing is trimmed
     model = config(architecture, augmentation="flip_crop", progressive_resizing=small_first, **settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -147,6 +147,21 @@ def test_the_small_images_form_is_whitened_on_the_training_images_and_repeatable
     assert first.description.variant == "small_images"
     stem = weights(first)["stem.weight"]
     assert torch.equal(stem[:12], -stem[12:]), "whitening has made it, and training has left it"
+
+
+def test_images_grow_for_a_network_that_has_dead_taps_at_their_full_size(new_dataset, config, train, tracking) -> None:
+    model = config("resnet18", progressive_resizing=True)
+    assert train(model, new_dataset(num_train=16, num_val=8, size=32), tracking).epochs_run == 2
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("vit_b_32", 64), ("inception_v3", 96)])
+def test_images_do_not_grow_for_a_network_that_takes_no_smaller_ones(
+    architecture, size, new_dataset, config, train, tracking
+) -> None:
+    model = config(architecture, progressive_resizing=True)
+    dataset = new_dataset(num_train=16, num_val=8, size=size)
+    with pytest.raises(UserError, match=f"^progressive_resizing: true is not allowed for {architecture}.*{size // 2}×"):
+        train(model, dataset, tracking, network=nn.Identity())
 
 
 @pytest.mark.parametrize("variant", ["standard", "small_images"])
