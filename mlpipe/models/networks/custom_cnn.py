@@ -97,7 +97,7 @@ class Total(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         """What each process has added counts in all of them."""
         return Total.forward(_, gradient)
 
@@ -131,9 +131,10 @@ class Shift(nn.BatchNorm2d):
         number, total, squares = Total.apply(torch.stack(sums))
         mean = total / number
         variance = squares / number - mean.square()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, MOMENTUM)
-            self.running_var.lerp_(variance * number / (number - 1), MOMENTUM)
+        if self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, MOMENTUM)
+                self.running_var.lerp_(variance * number / (number - 1), MOMENTUM)
         scale = (variance.clamp(min=0) + self.eps).rsqrt()
         return (values * scale[:, None, None] + (shift - mean * scale)[:, None, None]).to(images.dtype)
 
