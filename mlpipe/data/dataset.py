@@ -129,7 +129,8 @@ class Dataset:
         labels = np.concatenate([train[1], val[1]])
         is_train = np.arange(len(labels)) < len(train[1])
         pixels = train[0].reshape(-1, 3)
-        (r, g, b), (sr, sg, sb) = ((each / 255).tolist() for each in (pixels.mean(axis=0), pixels.std(axis=0)))
+        std = pixels.std(axis=0).clip(min=1)  # networks divide by it, and a channel may be constant
+        (r, g, b), (sr, sg, sb) = ((each / 255).tolist() for each in (pixels.mean(axis=0), std))
         digest = hashlib.sha256(images_u8.tobytes() + labels.tobytes()).hexdigest()[:32]
         manifest = Manifest(
             dataset=name,

@@ -249,10 +249,13 @@ class _Findings:
     def statistics(
         self, chosen: NDArray[np.bool_], pixels_of_each: int
     ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation by channel of the chosen images, 0 to 1; from exact sums of whole numbers."""
+        """Mean and standard deviation by channel of the chosen images, 0 to 1; from exact sums of whole numbers.
+
+        The deviation is at least 1/255: networks divide by it, and a channel may be constant.
+        """
         num_pixels = int(chosen.sum()) * pixels_of_each
         mean = self.sums[chosen].sum(axis=0) / num_pixels
-        std = np.sqrt(np.maximum(self.squares[chosen].sum(axis=0) / num_pixels - mean**2, 0))
+        std = np.sqrt(np.maximum(self.squares[chosen].sum(axis=0) / num_pixels - mean**2, 1))
         (r, g, b), (sr, sg, sb) = (mean / 255).tolist(), (std / 255).tolist()
         return (r, g, b), (sr, sg, sb)
 

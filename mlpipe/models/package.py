@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import numpy as np
 import safetensors.torch
+import torch
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -104,7 +105,10 @@ def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, 
     description.write(description_path)
     if isinstance(predictor, nn.Module):
         parameters_path = folder / WEIGHTS_FILE
-        state = {key: value.contiguous() for key, value in predictor.state_dict().items()}
+        # Clones: a layer of two names has its tensors twice, and safetensors takes none that are shared.
+        state = {
+            key: value.clone(memory_format=torch.contiguous_format) for key, value in predictor.state_dict().items()
+        }
         safetensors.torch.save_file(state, parameters_path)
     else:
         parameters_path = folder / ESTIMATOR_FILE

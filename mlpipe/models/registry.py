@@ -98,6 +98,24 @@ def _takes(entry: Architecture, image_size: int, variant: Variant) -> bool:
     return True
 
 
+def check_smaller_images(architecture: str, image_size: int, smallest: int, variant: Variant) -> None:
+    """See that a network that is built for images of a size can be shown smaller ones.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        outline = outline_network(architecture, 2, image_size, variant)
+        with torch.device(architectures.find(architecture).outline):
+            outline(torch.zeros(2, 3, smallest, smallest))
+    except Exception as error:
+        raise UserError(
+            f"progressive_resizing: true is not allowed for {architecture} on images of {image_size}×{image_size} "
+            f"pixels, for it cannot take the {smallest}×{smallest} that the first epochs show "
+            f"({type(error).__name__}: {str(error)[:200]}); set it to false, or choose a larger image_size"
+        ) from error
+
+
 def _try_out(entry: Architecture, image_size: int, variant: Variant) -> None:
     """See that a user's network can be built and does what a network must; whether its file may be read, stages see."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -289,19 +290,38 @@ def _apply(network: nn.Module, found: _Found, architecture: str) -> list[str]:
 
         state = dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
     head = head_keys(architecture, found.description.variant)
+    if any(key not in state or (key not in head and state[key].shape != own[key].shape) for key in own):
+        # timm's networks of attention come with what fits their weights to another size or from older names.
+        fit = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        if fit is not None and TIMM.fullmatch(found.description.architecture):
+            state = dict(fit(state, network))
     replaced = found.other_classes or any(key in state and state[key].shape != own[key].shape for key in head)
     if replaced:
         state |= {key: own[key] for key in head}
     # Files from before PyTorch 0.4.1 do not count batches; nothing depends on the count.
     state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | state
-    _check_names(own, state, found.source, architecture)
+    _check_names(own, state, found.source, architecture, _native_size(found.description))
     loadable = OrderedDict(state)
     loadable._metadata = getattr(found.state, "_metadata", own._metadata)  # type: ignore[attr-defined] # layers' versions
     network.load_state_dict(loadable)
     return list(head) if replaced else []
 
 
-def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, architecture: str) -> None:
+def _native_size(description: ModelDescription) -> int | None:
+    """Height and width that timm's weights were trained at; `None` where it is that of the network, or not known."""
+    match = TIMM.fullmatch(description.architecture)
+    if match is None:
+        return None
+    import timm
+
+    config = timm.get_pretrained_cfg(match["name"])
+    size = None if config is None else int(config.input_size[-1])
+    return None if size == (description.input_size or description.image_size) else size
+
+
+def _check_names(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, architecture: str, native_size: int | None
+) -> None:
     faults = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
@@ -316,4 +336,9 @@ def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source:
         raise UserError(
             f"models: {source} does not fit {architecture}: {shown}; give weights of {architecture}, "
             "or name the network that they are of"
+            + (
+                f"; where they are of it, choose image_size {native_size}, which they were trained at"
+                if native_size
+                else ""
+            )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -63,9 +64,13 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     module = fit.module
     module.first_epoch = fit.epochs_done
     if on_gpu and fit.num_devices > 1:  # PyTorch has it for GPUs alone
+<<<<<<< HEAD
         nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
     # Deterministic mode would fill every new tensor with NaN: a help to debug, at hundreds of kernels a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+=======
+        synchronise(module.network)
+>>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
     with _quiet_lightning():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",
@@ -89,9 +94,24 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
             trainer.fit(module, epochs.loader, validation)
 
 
+<<<<<<< HEAD
 def bytes_for_images(rank: int, batch_bytes: float) -> int:
     """How much memory the images of a split may take of a GPU, which has still to hold a batch."""
     return max(0, int((torch.cuda.mem_get_info(rank)[0] - batch_bytes) * SHARE_FOR_IMAGES))
+=======
+def synchronise(network: nn.Module) -> None:
+    """Let batch normalization use the statistics of all devices' images, in place.
+
+    Only PyTorch's own and timm's: what another subclass adds would be lost, and it keeps to its device.
+    """
+    timm = sys.modules.get("timm.layers")
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+            elif timm and type(child) is timm.BatchNormAct2d:
+                setattr(module, name, timm.convert_sync_batchnorm(child))
+>>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
 
 
 @contextmanager

@@ -24,6 +24,12 @@ MIN_IMAGE_SIZE = 16
 """Height and width below which images are not shrunk, pixels."""
 
 
+def shown_size(config: NetworkSettings, whole: int, epoch: int) -> int:
+    """Height and width that an epoch, from 0, shows training images of that size at; the last shows all of them."""
+    half = config.progressive_resizing and 2 * (epoch + 1) <= config.num_epochs
+    return min(whole, max(round(whole / 2), MIN_IMAGE_SIZE)) if half else whole
+
+
 class EpochTotals:
     """Sums of loss and hits over an epoch, kept on the device: reading them is the only synchronisation."""
 
@@ -165,7 +171,7 @@ class ClassificationModule(LightningModule):
         images_u8 = augment(images_u8, self.train_config.augmentation, self.epoch)
         images, targets = mix(self._shown(images_u8), labels, self.train_config.mixing, self.num_classes)
         network = self._parallel[0] if self._parallel else self.network
-        logits = network(shrink(images, self._image_size(images.shape[-1])))
+        logits = network(shrink(images, shown_size(self.train_config, images.shape[-1], self.epoch)))
         loss = F.cross_entropy(
             logits, targets, weight=self.class_weights, label_smoothing=self.train_config.label_smoothing
         )
@@ -188,9 +194,6 @@ class ClassificationModule(LightningModule):
         """Share of their height and width that an epoch, from 0, shows training images at; the last shows all."""
         config = self.train_config
         return 0.5 if config.progressive_resizing and 2 * (epoch + 1) <= config.num_epochs else 1.0
-
-    def _image_size(self, whole: int) -> int:
-        return min(whole, max(round(whole * self.scale_of(self.epoch)), MIN_IMAGE_SIZE))
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The optimizers of the configuration, fused where PyTorch can, and their schedules."""

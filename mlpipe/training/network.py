@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -17,6 +18,7 @@ from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
 from mlpipe.errors import UserError
 from mlpipe.models.portable import PIXELS_PER_BATCH, normalise
+from mlpipe.models.registry import check_smaller_images
 from mlpipe.models.weights import Channels, InitialNetwork
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu.dead_taps import TrimmedKernels
@@ -26,7 +28,7 @@ from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.learning_rate import NUM_STEPS, find_learning_rate
 from mlpipe.training.memory import check_memory, largest_batch
-from mlpipe.training.module import ClassificationModule
+from mlpipe.training.module import ClassificationModule, shown_size
 from mlpipe.training.precision import choose_precision
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher
@@ -60,8 +62,8 @@ def train_network(
         teacher: a network whose answers are learned beside the labels.
 
     Raises:
-        UserError: the architecture is no network, a batch does not fit into memory, the loss became infinite, or there
-            are not as many devices as wanted, or images for them.
+        UserError: the architecture is no network, or takes no smaller images where they are to grow; a batch does not
+            fit into memory; the loss became infinite; or there are not as many devices as wanted, or images for them.
     """
     config = model.train
     if not isinstance(config, NetworkSettings):
@@ -70,6 +72,9 @@ def train_network(
     mean, std = description.channel_mean, description.channel_std
     split = dataset.train_split()
     side = description.input_size or description.image_size
+    smallest = shown_size(config, side, 0)
+    if smallest < side:
+        check_smaller_images(model.architecture, side, smallest, description.variant)
     if config.find_batch_size:
         bfloat16 = choose_precision(config.precision) == "bf16-mixed"
         largest = config.num_devices * largest_batch(network, side=side, bfloat16=bfloat16)
@@ -112,7 +117,7 @@ def train_network(
     if config.find_learning_rate:
         trial = module_for(copy.deepcopy(network), replace(config, schedule="constant"), NUM_STEPS)
         config = replace(config, learning_rate=find_learning_rate(trial, training, tracking, bfloat16=bfloat16))
-    trimmed = TrimmedKernels(network, side)
+    trimmed = TrimmedKernels(network, side) if smallest == side else None  # a tap is dead at one size alone
     own_shard = training.shard(0, config.num_devices)
     keeper = CheckpointCallback(
         own_shard,
@@ -143,8 +148,12 @@ def train_network(
         )
         (run_trainer if config.num_devices == 1 else fit_together)(fit, keeper)
     network = network.cpu()
-    network.load_state_dict(keeper.best_weights)
-    trimmed.restore()
+    best_weights = OrderedDict(keeper.best_weights)
+    # The versions of the layers' formats, which mnasnet insists on.
+    best_weights._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(best_weights)
+    if trimmed is not None:
+        trimmed.restore()
     best = keeper.history[keeper.best_epoch - 1]
     num_images = sum(epoch["images_per_second"] * epoch["train_seconds"] for epoch in keeper.history)
     return TrainedModel(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlpipe.data.dataset import Split
 
 BYTES_PER_CALL = 6 << 20
-"""Pixels that a model in memory is given at once: 2048 images of 32×32."""
+"""Pixels that a model in memory is given at once, as many as it enlarges them to: 2048 images of 32×32."""
 
 
 class TrainingLogger(Protocol):
@@ -70,7 +70,8 @@ class TrainedModel:
         network = self.predictor if isinstance(self.predictor, nn.Module) and torch.cuda.is_available() else None
         if network:
             network.to("cuda")
-        parts = split.images_u8.slices(BYTES_PER_CALL)
+        side, stored = self.description.input_size or self.description.image_size, split.images_u8.shape[1]
+        parts = split.images_u8.slices(BYTES_PER_CALL * stored**2 // max(stored, side) ** 2)
         probabilities = np.concatenate([self.probabilities(split.images_u8[part]) for part in parts])
         if network:
             network.to("cpu")

@@ -11,7 +11,11 @@ MAX_IMAGES = 5_000
 """About as many are enough for the covariance of a few numbers."""
 
 REGULARIZATION = 5e-4
-"""Added to the eigenvalues, so that directions without variance are not blown up."""
+"""Added to the eigenvalues, so that directions of little variance are not blown up."""
+
+
+LEAST_VARIANCE = 1e-6
+"""Of a direction; below it is rounding, as where a channel is constant or images are grey."""
 
 
 @torch.no_grad()
@@ -19,6 +23,8 @@ def whiten(convolution: nn.Conv2d, batches: Iterable[Tensor]) -> None:
     """Set its filters to the whitened principal components of the images' patches, and their negatives.
 
     After "How to train your ResNet", part 8 (D. Page, 2019); the negatives keep what a ReLU behind it would cut off.
+    Filters that are left over, as where there are directions without variance, keep their values: an output that is
+    always the same would be normalized by next to nothing, and the gradients behind it would be infinite.
 
     Args:
         convolution: of D = 3·k·k inputs and at most 2·D outputs.
@@ -32,7 +38,8 @@ def whiten(convolution: nn.Conv2d, batches: Iterable[Tensor]) -> None:
         products = products.to(images.device) + patches.T @ patches
         number += len(patches)
     values, vectors = torch.linalg.eigh(products / number)
-    filters = (vectors / (values + REGULARIZATION).sqrt()).T.flip(0).reshape(-1, 3, size, size)
+    live = values > LEAST_VARIANCE
+    filters = (vectors[:, live] / (values[live] + REGULARIZATION).sqrt()).T.flip(0).reshape(-1, 3, size, size)
     filters = torch.cat([filters, -filters])[: convolution.out_channels]
     convolution.weight[: len(filters)] = filters.to(convolution.weight.dtype)
     if convolution.bias is not None:

@@ -39,9 +39,14 @@ def build_optimizers(parameters: Sequence[nn.Parameter], settings: NetworkSettin
     """The optimizers of `settings.optimizer`; each parameter is trained by one of them.
 
     Raises:
-        UserError: there is no such optimizer.
+        UserError: there is no such optimizer, or nothing to train.
     """
     check_optimizer(settings.optimizer)
+    if not parameters:
+        raise UserError(
+            f"optimizer: {settings.optimizer} has nothing to train, for the network has no parameter that requires a "
+            "gradient; give a network that has one"
+        )
     module, _, name = OPTIMIZERS[settings.optimizer].partition(":")
     build: Callable[[Sequence[nn.Parameter], NetworkSettings], list[Optimizer]] = getattr(import_module(module), name)
     return build(parameters, settings)

@@ -19,8 +19,12 @@ def build(parameters: Sequence[nn.Parameter], settings: NetworkSettings) -> list
     """Muon for convolutions; for all else SGD with Nesterov momentum, without weight decay."""
     kernels = [each for each in parameters if each.dim() == 4]
     others = [each for each in parameters if each.dim() != 4]
-    muon = Muon(kernels, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return [muon, SGD(others, lr=settings.learning_rate, momentum=0.9, nesterov=True, fused=True)]
+    optimizers: list[Optimizer] = []  # PyTorch makes none for no parameters
+    if kernels:
+        optimizers.append(Muon(kernels, lr=settings.learning_rate, weight_decay=settings.weight_decay))
+    if others:
+        optimizers.append(SGD(others, lr=settings.learning_rate, momentum=0.9, nesterov=True, fused=True))
+    return optimizers
 
 
 class Muon(Optimizer):

@@ -18,12 +18,17 @@ def build(parameters: Sequence[nn.Parameter], settings: NetworkSettings) -> list
     """Muon for convolutions; for all else SGD with Nesterov momentum and the settings' weight decay."""
     kernels = [each for each in parameters if each.dim() == 4]
     others = [each for each in parameters if each.dim() != 4]
-    sgd = SGD(
-        others,
-        lr=settings.learning_rate,
-        momentum=0.85,
-        nesterov=True,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    return [Muon(kernels, lr=settings.learning_rate, momentum=0.6, keep_norm=True), sgd]
+    optimizers: list[Optimizer] = []  # PyTorch makes none for no parameters
+    if kernels:
+        optimizers.append(Muon(kernels, lr=settings.learning_rate, momentum=0.6, keep_norm=True))
+    if others:
+        sgd = SGD(
+            others,
+            lr=settings.learning_rate,
+            momentum=0.85,
+            nesterov=True,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        optimizers.append(sgd)
+    return optimizers

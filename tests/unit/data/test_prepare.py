@@ -86,6 +86,12 @@ def test_images_labels_and_splits_are_the_sources(make: SimpleNamespace, publish
     np.testing.assert_allclose(manifest.channel_std, values.std((0, 1, 2)), atol=1e-12)
 
 
+def test_the_deviation_of_a_constant_channel_is_not_zero() -> None:
+    findings = prepare._Findings.of(2)
+    findings.sums[:], findings.squares[:] = (0, 7 * 4, 200 * 4), (0, 49 * 4, 40_000 * 4)
+    assert findings.statistics(np.ones(2, bool), 4)[1] == (1 / 255, 1 / 255, 1 / 255)
+
+
 def test_classes_alone_are_split(make: SimpleNamespace, published, tmp_path: Path) -> None:
     dataset = published(config(make.pack_tar(tmp_path / "a.tar.gz", make.image_tree({"a": 30, "b": 20}))))
     counts = np.array([dataset.manifest.class_counts[part] for part in ("train", "val", "test")])

@@ -23,7 +23,7 @@ from torch import nn
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
 from mlpipe.data.dataset import Dataset
 from mlpipe.errors import UserError
-from mlpipe.models import package, registry
+from mlpipe.models import package, portable, registry
 from mlpipe.models.estimators import logistic_regression
 from mlpipe.models.features import pixels
 from mlpipe.models.package import PackagedModel
@@ -79,6 +79,24 @@ def test_it_has_signature_example_exact_requirements_and_no_pickle(logged, descr
     requirements = (folder / "requirements.txt").read_text().split()
     assert {line.partition("==")[0] for line in requirements} == set(package.REQUIREMENTS)
     assert all("==" in line and "+" not in line for line in requirements)
+
+
+def test_a_network_that_uses_a_layer_twice_is_saved_and_answers_alike(description, images_u8, tmp_path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from torch import nn\n\n\nclass Tied(nn.Sequential):\n    def __init__(self, num_classes):\n"
+        "        layer = nn.Conv2d(3, 3, 1)\n"
+        "        super().__init__(layer, nn.ReLU(), layer, nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))\n"
+    )
+    code = f"{own}:Tied"
+    network = portable.load_function(code)(3).eval()
+    (tmp_path / "model").mkdir()
+    classifier = ImageClassifier()
+    classifier.load(*package.write_files(replace(description, code=code), network, tmp_path / "model"))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (description.channel_mean, description.channel_std))
+    with torch.no_grad():
+        expected = network(portable.normalise(torch.from_numpy(images_u8), mean, std)).softmax(dim=1)
+    np.testing.assert_allclose(classifier.probabilities(images_u8), expected, rtol=1e-5)
 
 
 def test_input_that_is_no_uint8_image_is_refused(logged) -> None:

@@ -14,7 +14,7 @@ from mlpipe.data.dataset import Dataset
 from mlpipe.errors import UserError
 from mlpipe.models import package
 from mlpipe.models.registry import build_network, check_architecture, describe
-from mlpipe.models.weights import initial_network
+from mlpipe.models.weights import InitialNetwork, initial_network
 from mlpipe.recipes import resolve
 from tests.unit.training.conftest import CLASSES, draw
 
@@ -53,3 +53,23 @@ def test_a_network_whose_size_is_fixed_is_built_for_the_images() -> None:
 def test_an_unknown_name_is_refused_with_some_that_are_near() -> None:
     with pytest.raises(UserError, match=r"^models: timm has no network 'resnet19'; did you mean resnet"):
         check_architecture("timm/resnet19", 32)
+
+
+def start_at_64(name: str, tmp_path: Path) -> InitialNetwork:
+    """From weights as timm publishes them, of its own size."""
+    path = tmp_path / "own.safetensors"
+    safetensors.torch.save_file(timm.create_model(name, pretrained=False).state_dict(), path)
+    model = resolve(RunParams.from_mapping({"models": f"timm/{name}={path.as_uri()}", "image_size": 64})).models[0]
+    data = Dataset.in_memory(CLASSES, draw(6, 64, 0), draw(6, 64, 1))
+    return initial_network(model, describe(model, data.manifest), store=None)  # type: ignore[arg-type]
+
+
+def test_weights_of_attention_are_fitted_to_another_size(tmp_path: Path) -> None:
+    start = start_at_64("test_vit", tmp_path)
+    assert start.replaced_head
+    assert start.network(torch.zeros(2, 3, 64, 64)).shape == (2, len(CLASSES))
+
+
+def test_where_they_cannot_be_fitted_the_size_of_the_weights_is_advised(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"attention_biases.*; where they are of it, choose image_size 224"):
+        start_at_64("levit_128s", tmp_path)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from torch import nn
 
+from mlpipe.data.dataset import Split
 from mlpipe.models.portable import ModelDescription, calibrated
 from mlpipe.training.calibration import fit_calibration
+from mlpipe.training.protocol import TrainedModel
 
 
 def description(temperature: float = 1.0, uniform_share: float = 0.0) -> ModelDescription:
@@ -50,6 +55,26 @@ def test_it_undoes_what_the_model_was_too_sure_by(sharpness: float, random_label
     assert (answers.argmax(axis=1) == probabilities.argmax(axis=1)).all()
     right = (answers.argmax(axis=1) == labels).mean()
     assert answers.max(axis=1).mean() == pytest.approx(right, abs=0.02)
+
+
+def test_images_that_are_enlarged_are_given_in_smaller_parts() -> None:
+    shapes = []
+    network = nn.Linear(3, 2)
+    network.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), network).eval()
+    enlarging = replace(description(), kind="network", image_size=32, input_size=128)
+    trained = TrainedModel(
+        description=enlarging,
+        predictor=predictor,
+        metrics={},
+        train_seconds=1.0,
+        images_per_second=1.0,
+        epochs_run=1,
+        best_epoch=1,
+    )
+    split = Split.of(np.zeros((200, 32, 32, 3), np.uint8), np.zeros(200, np.int64))
+    assert trained.probabilities_of(split).shape == (200, 2)
+    assert shapes == [128, 72]
 
 
 def test_no_calibration_changes_nothing() -> None:

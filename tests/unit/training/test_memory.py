@@ -33,6 +33,11 @@ def test_bfloat16_takes_less() -> None:
     assert half < 0.7 * single
 
 
+def test_copies_of_the_weights_in_bfloat16_are_not_counted_for_each_image() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 64), nn.Linear(64, 4096))
+    assert memory.bytes_of_an_image(network, 8, bfloat16=True) <= (3 * 8 * 8 + 64) * 4
+
+
 def test_a_batch_that_does_not_fit_names_the_numbers_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda: 2**30)
     network = nn.Conv2d(3, 64, 3)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from mlpipe.config import NetworkSettings
+from mlpipe.errors import UserError
+from mlpipe.training.optimizers import build_optimizers
 from mlpipe.training.optimizers.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalise
 
 
@@ -17,6 +20,18 @@ def step(layer: nn.Conv2d, weight_decay: float = 0.0) -> torch.Tensor:
     before = layer.weight.detach().clone()
     Muon([layer.weight], lr=0.1, weight_decay=weight_decay).step()
     return (layer.weight.detach() - before).flatten(1)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "normalized_muon"])
+def test_a_network_may_have_no_convolution_or_nothing_else(optimizer: str) -> None:
+    settings = NetworkSettings(num_epochs=1, batch_size=2, seed=0, optimizer=optimizer)
+    for layer in (nn.Linear(2, 3), convolution()):
+        optimizers = build_optimizers(list(layer.parameters()), settings)
+        assert [each for one in optimizers for group in one.param_groups for each in group["params"]] == list(
+            layer.parameters()
+        )
+    with pytest.raises(UserError, match=r"^optimizer: .* has nothing to train"):
+        build_optimizers([], settings)
 
 
 def test_a_step_turns_a_kernel_equally_in_all_directions() -> None:

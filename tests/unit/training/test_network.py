@@ -12,15 +12,21 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset, Split
 from mlpipe.errors import SupersededError, UserError
+from mlpipe.models.networks.custom_cnn import Shift
 from mlpipe.models.portable import normalise
+from mlpipe.models.registry import build_network
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu import winograd
+<<<<<<< HEAD
 from mlpipe.training.epochs import EpochCallback
+=======
+from mlpipe.training.fitting import synchronise
+>>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
 from mlpipe.training.precision import choose_precision
 
 METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
@@ -75,7 +81,7 @@ def test_the_same_seed_gives_the_same_weights_also_without_dead_taps(
     """At 32×32, where kernels of resnet18's last stage are trimmed; with two threads, as in a slot of two cores."""
     dataset = new_dataset(size=32)
     settings = {"optimizer": optimizer, "schedule": "one_cycle", "weight_decay": 5e-4}
-    small_first = architecture == "custom_cnn"  # what is trimmed for whole images takes no small ones
+    small_first = architecture == "custom_cnn"  # where images grow, nothing is trimmed
     model = config(architecture, augmentation="flip_crop", progressive_resizing=small_first, **settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -148,6 +154,30 @@ def test_the_small_images_form_is_whitened_on_the_training_images_and_repeatable
     assert torch.equal(stem[:12], -stem[12:]), "whitening has made it, and training has left it"
 
 
+def test_images_grow_for_a_network_that_has_dead_taps_at_their_full_size(new_dataset, config, train, tracking) -> None:
+    model = config("resnet18", progressive_resizing=True)
+    assert train(model, new_dataset(num_train=16, num_val=8, size=32), tracking).epochs_run == 2
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("vit_b_32", 64), ("inception_v3", 96)])
+def test_images_do_not_grow_for_a_network_that_takes_no_smaller_ones(
+    architecture, size, new_dataset, config, train, tracking
+) -> None:
+    model = config(architecture, progressive_resizing=True)
+    dataset = new_dataset(num_train=16, num_val=8, size=size)
+    with pytest.raises(UserError, match=f"^progressive_resizing: true is not allowed for {architecture}.*{size // 2}×"):
+        train(model, dataset, tracking, network=nn.Identity())
+
+
+@pytest.mark.parametrize("variant", ["standard", "small_images"])
+def test_a_channel_may_be_constant(variant, dataset, config, train, tracking) -> None:
+    parts = [(split.images_u8[:], split.labels) for split in (dataset.train_split(), dataset.val_split())]
+    for images_u8, _ in parts:
+        images_u8[..., 2] = 7
+    trained = train(replace(config(), variant=variant), Dataset.in_memory(dataset.manifest.classes, *parts), tracking)
+    assert np.isfinite(trained.metrics["val/loss"])
+
+
 def test_the_same_seed_gives_the_same_weights(dataset, config, train, tracking) -> None:
     model = config(augmentation="flip_crop", schedule="one_cycle")
     first, second = train(model, dataset, tracking), train(model, dataset, tracking)
@@ -198,6 +228,11 @@ def test_the_best_weights_are_returned_not_the_last(new_dataset, config, train, 
         answers = trained.predictor(normalised(dataset, validation)).argmax(dim=1)
         accuracy = (answers == torch.from_numpy(validation.labels)).float().mean().item()
     assert accuracy == pytest.approx(max(row["val/accuracy"] for row in tracking.metrics))
+
+
+def test_a_network_that_insists_on_its_format_s_version_is_trained(new_dataset, config, train, tracking) -> None:
+    model = config("mnasnet0_5", num_epochs=1)
+    assert train(model, new_dataset(num_train=16, num_val=8, size=32), tracking).epochs_run == 1
 
 
 def test_early_stopping_ends_after_patience_epochs_without_a_better_one(
@@ -449,6 +484,7 @@ def test_nothing_is_left_in_the_temporary_folder(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+<<<<<<< HEAD
 def test_deterministic_mode_fills_no_new_tensors(dataset, config, train, tracking, monkeypatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     train(config(num_epochs=1), dataset, tracking, network=Spy(16))
@@ -463,3 +499,37 @@ def test_a_gpu_goes_on_within_an_epoch_that_began_on_a_cpu(dataset) -> None:
     callback.on_train_epoch_start(Mock(), Mock(epoch=0, device=torch.device("cuda")))
     assert torch.equal(torch.get_rng_state(), random)
     assert next(iter(loader)) is None
+=======
+def test_what_subclasses_of_batch_normalization_add_stays_over_several_devices() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    for name, variant in (
+        ("custom_cnn", "small_images"),
+        ("resnet18", "standard"),
+        ("timm/test_efficientnet", "standard"),
+    ):
+        network = build_network(name, num_classes=3, image_size=32, seed=0, variant=variant).eval()
+        before, names = network(images), set(network.state_dict())
+        synchronise(network)
+        assert set(network.state_dict()) == names
+        torch.testing.assert_close(network(images), before)
+        synchronised = any(isinstance(each, nn.SyncBatchNorm) for each in network.modules())
+        assert synchronised == (name != "custom_cnn")
+
+
+def test_a_shift_of_a_group_of_one_is_that_of_a_process_alone() -> None:
+    results = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        layer, images = Shift(4), torch.randn(6, 4, 5, 5).requires_grad_()
+        if together:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            output = layer(images)
+            output.sin().sum().backward()
+        finally:
+            if together:
+                distributed.destroy_process_group()
+        results.append([output, images.grad, layer.shift.grad, layer.running_mean, layer.running_var])
+    for alone, of_group in zip(*results, strict=True):
+        torch.testing.assert_close(of_group, alone, rtol=1e-4, atol=1e-5)
+>>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
