@@ -64,13 +64,9 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     module = fit.module
     module.first_epoch = fit.epochs_done
     if on_gpu and fit.num_devices > 1:  # PyTorch has it for GPUs alone
-<<<<<<< HEAD
-        nn.SyncBatchNorm.convert_sync_batchnorm(module.network)
+        synchronise(module.network)
     # Deterministic mode would fill every new tensor with NaN: a help to debug, at hundreds of kernels a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-=======
-        synchronise(module.network)
->>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
     with _quiet_lightning():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",
@@ -94,11 +90,11 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
             trainer.fit(module, epochs.loader, validation)
 
 
-<<<<<<< HEAD
 def bytes_for_images(rank: int, batch_bytes: float) -> int:
     """How much memory the images of a split may take of a GPU, which has still to hold a batch."""
     return max(0, int((torch.cuda.mem_get_info(rank)[0] - batch_bytes) * SHARE_FOR_IMAGES))
-=======
+
+
 def synchronise(network: nn.Module) -> None:
     """Let batch normalization use the statistics of all devices' images, in place.
 
@@ -111,7 +107,6 @@ def synchronise(network: nn.Module) -> None:
                 setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
             elif timm and type(child) is timm.BatchNormAct2d:
                 setattr(module, name, timm.convert_sync_batchnorm(child))
->>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
 
 
 @contextmanager

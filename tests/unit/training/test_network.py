@@ -22,11 +22,8 @@ from mlpipe.models.portable import normalise
 from mlpipe.models.registry import build_network
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu import winograd
-<<<<<<< HEAD
 from mlpipe.training.epochs import EpochCallback
-=======
 from mlpipe.training.fitting import synchronise
->>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
 from mlpipe.training.precision import choose_precision
 
 METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second"}
@@ -484,7 +481,6 @@ def test_nothing_is_left_in_the_temporary_folder(
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-<<<<<<< HEAD
 def test_deterministic_mode_fills_no_new_tensors(dataset, config, train, tracking, monkeypatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     train(config(num_epochs=1), dataset, tracking, network=Spy(16))
@@ -499,7 +495,8 @@ def test_a_gpu_goes_on_within_an_epoch_that_began_on_a_cpu(dataset) -> None:
     callback.on_train_epoch_start(Mock(), Mock(epoch=0, device=torch.device("cuda")))
     assert torch.equal(torch.get_rng_state(), random)
     assert next(iter(loader)) is None
-=======
+
+
 def test_what_subclasses_of_batch_normalization_add_stays_over_several_devices() -> None:
     images = torch.randn(2, 3, 32, 32)
     for name, variant in (
@@ -532,4 +529,3 @@ def test_a_shift_of_a_group_of_one_is_that_of_a_process_alone() -> None:
         results.append([output, images.grad, layer.shift.grad, layer.running_mean, layer.running_var])
     for alone, of_group in zip(*results, strict=True):
         torch.testing.assert_close(of_group, alone, rtol=1e-4, atol=1e-5)
->>>>>>> fbd0489e299b19c582d02ec1d121ce360ce25c16
