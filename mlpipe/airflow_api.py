@@ -65,13 +65,17 @@ class AirflowApi:
     VARIABLES = ("MLPIPE_AIRFLOW_URL", "MLPIPE_AIRFLOW_USER", "MLPIPE_AIRFLOW_PASSWORD")
     """Where it is, and its login."""
 
-    def __init__(self, url: str, user: str, password: str) -> None:
+    def __init__(self, url: str, user: str, password: str, *, retries: int = 6) -> None:
+        """
+        Args:
+            retries: of a question that was not answered, over half a minute where it is 6.
+        """
         self.url = url.rstrip("/")
         self._login = user, password
         self._session = requests.Session()
         # The proxy that the environment may name does not reach this machine, and must not be told the password.
         self._session.trust_env = THIS_MACHINE.match(self.url) is None
-        retry = Retry(total=6, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=("GET",))
+        retry = Retry(total=retries, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=("GET",))
         self._session.mount(self.url, HTTPAdapter(max_retries=retry))
 
     @classmethod
