@@ -224,9 +224,9 @@ def _upload(path: Path, console: Console) -> str:
     if path.is_dir():
         return _upload_folder(path, console)
     from mlpipe.data.storage.store import file_sha256
-    from mlpipe.data.storage.uris import check_local
+    from mlpipe.data.storage.uris import check_readable
 
-    check_local(path, field="data_uri")
+    check_readable(path, field="data_uri")  # what workers may read does not bind who uploads
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise UserError(
             f"data_uri: the workers cannot read {path}, and no MLflow server is set for the upload; "

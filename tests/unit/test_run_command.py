@@ -195,3 +195,12 @@ def test_an_empty_id_of_a_run_is_said(command: Command, options: list[str], monk
     result = CliRunner().invoke(command, ["", *options])
 
     assert str(result.exception).startswith("RUN_ID: empty; ")
+
+
+def test_what_workers_may_read_does_not_bind_who_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (archive := tmp_path / "pets.zip").write_bytes(b"PK")
+    monkeypatch.setenv("MLPIPE_ALLOWED_FILES", "/data")  # as whoever reads docker-compose's .env has it
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLPIPE_SHARED_FILES", raising=False)
+    with pytest.raises(UserError, match="no MLflow server is set for the upload"):
+        run_command._upload(archive, Console())

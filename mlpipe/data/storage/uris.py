@@ -96,8 +96,16 @@ def check_local(path: Path, *, field: str) -> None:
     Raises:
         UserError: `path` is not a readable file with something in it, or workers may not read it.
     """
+    allowed.check_file(path if path.is_absolute() else path.absolute(), field=field)
+    check_readable(path, field=field)
+
+
+def check_readable(path: Path, *, field: str) -> None:
+    """
+    Raises:
+        UserError: `path` is not a readable file with something in it.
+    """
     shown = path if path.is_absolute() else path.absolute()
-    allowed.check_file(shown, field=field)
     try:
         if path.is_dir():
             raise UserError(f"{field}: {shown} is a folder; give a file (pack a folder: zip -r images.zip {path.name})")
