@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from accuracy import by_recipe, dataset, settings
@@ -30,7 +29,7 @@ from common import conditions, paired, read_images, spread, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from training import EpochTimer, PerImage, Reference, usual_network
+from training import EpochTimer, PerImage, Reference, trainer, usual_network
 
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
@@ -187,11 +186,7 @@ def usual_loop(data: Dataset, test: list[Tensor]) -> tuple[float, float]:
     split, timer = data.train_split(), EpochTimer()
     loader = DataLoader(PerImage(np.asarray(split.images_u8), np.asarray(split.labels)), 64, shuffle=True)
     module = Reference(usual_network("custom_cnn"))
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=USUAL_EPOCHS, callbacks=[timer], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, loader)
+    trainer(timer, "32-true", USUAL_EPOCHS).fit(module, loader)
     module.eval()
     hits = 0
     with torch.inference_mode():
@@ -205,7 +200,7 @@ def points(data: Dataset, path: Path, images_u8: Tensor, labels: Tensor) -> list
     test = [torch.from_numpy(each) for each in read_images(path, "test")]
     recipe = Recipe(images_u8, labels, 0)
     published = recipe.run(), recipe.accuracy(test[0], test[1])
-    named = {"published recipe": published, "custom_cnn · usual loop": usual_loop(data, test)}
+    named = {"published recipe": published, "usual loop": usual_loop(data, test)}
     return [
         {"name": name, "minutes": seconds / 60, "accuracy": accuracy} for name, (seconds, accuracy) in named.items()
     ]

@@ -23,7 +23,7 @@ from accuracy import trained
 from common import Logged, conditions, paired, read_images, spread, table
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from training import Contestant, PerImage, Reference, usual_network
+from training import Contestant, PerImage, Reference, trainer, usual_network
 
 from mlpipe.config import RecipeName, RunParams
 from mlpipe.data.dataset import Dataset
@@ -76,11 +76,7 @@ def reference(
         num_workers=num_workers, persistent_workers=num_workers > 0,
     )  # fmt: skip
     measuring = Measuring(DataLoader(PerImage(*read_images(path, "test")), 1000), target)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=num_epochs, callbacks=[measuring], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Reference(network), loader)
+    trainer(measuring, "32-true", num_epochs).fit(Reference(network), loader)
     return measuring.epochs
 
 

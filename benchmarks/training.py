@@ -112,9 +112,9 @@ class EpochTimer(pl.Callback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def trainer(timer: EpochTimer, precision: Any) -> pl.Trainer:
+def trainer(callback: pl.Callback, precision: Any, num_epochs: int = 2) -> pl.Trainer:
     return pl.Trainer(
-        accelerator="cpu", max_epochs=2, precision=precision, callbacks=[timer], logger=False,
+        accelerator="cpu", max_epochs=num_epochs, precision=precision, callbacks=[callback], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 

@@ -181,14 +181,14 @@ class Dataset:
         """
         from sklearn.model_selection import StratifiedKFold, train_test_split
 
-        self.check_folds(num_folds)
+        fewest = self.check_folds(num_folds)
         rows = np.sort(np.concatenate([self._open("train_indices.npy"), self._open("val_indices.npy")]))
         all_labels = self._open("train_labels.npy")
         labels = all_labels[rows]
         images_u8 = self._open("train_images.npy")
         parts = StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(rows, labels)
         for number, (others, held_out) in enumerate(parts):
-            if self._fewest() >= 2 * 10:
+            if fewest >= 2 * 10:
                 chosen = train_test_split(others, test_size=0.1, stratify=labels[others], random_state=seed)
             else:  # an image of each class stays, for a class that is not trained on has no probability
                 first = np.unique(labels[others], return_index=True)[1]
@@ -210,20 +210,17 @@ class Dataset:
             )
             yield Dataset(manifest, arrays.__getitem__), Split(ImageRows(images_u8, rows[held_out]), labels[held_out])
 
-    def check_folds(self, num_folds: int) -> None:
-        """
-        Raises:
-            UserError: a class has fewer images than there are parts.
-        """
-        if self._fewest() < num_folds:
-            raise UserError(
-                f"folds: {num_folds} is not allowed; the smallest class has {self._fewest()} images to train on"
-            )
+    def check_folds(self, num_folds: int) -> int:
+        """How many training and validation images the smallest class has.
 
-    def _fewest(self) -> int:
-        """Training and validation images of the smallest class."""
+        Raises:
+            UserError: there are fewer of them than parts.
+        """
         counts = self.manifest.class_counts
-        return min(train + val for train, val in zip(counts["train"], counts["val"], strict=True))
+        fewest = min(train + val for train, val in zip(counts["train"], counts["val"], strict=True))
+        if fewest < num_folds:
+            raise UserError(f"folds: {num_folds} is not allowed; the smallest class has {fewest} images to train on")
+        return fewest
 
     def test_hashes(self) -> NDArray[np.uint64]:
         """(N,) hashes of the test images' files, by which an image is known in other data sets."""

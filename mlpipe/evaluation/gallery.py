@@ -35,11 +35,13 @@ HEAT = np.array([255, 110, 0], np.float32)
 class Gallery:
     """Collects pictures, each once, up to `MAX_BYTES`; as JSON for the report's script."""
 
-    def __init__(self, test: Split, names: Sequence[str], classes: Sequence[str]) -> None:
+    def __init__(self, test: Split, names: Sequence[str], classes: Sequence[str], training: Split) -> None:
         """
         Args:
             names: of the test images' files.
+            training: where look-alikes are searched.
         """
+        self._training = training
         self._test = test
         self._names = names
         self._classes = classes
@@ -48,19 +50,20 @@ class Gallery:
         self._models: list[dict[str, Any]] = []
         self._doubts: list[dict[str, Any]] = []
 
-    def add_model(self, result: ModelResult, explained: Explainer | None = None, training: Split | None = None) -> None:
-        """Add a model's worst mistakes; if it can be explained, with places and look-alikes among training images."""
+    def add_model(self, result: ModelResult, explained: Explainer | None = None) -> None:
+        """Add a model's worst mistakes; where it can be explained with look-alikes and places."""
         mistakes = self._worst(result)
         rows = np.array(mistakes, np.int64)
         predictions = result.evaluation.predictions
-        if explained is not None and training is not None and len(rows):
+        training = self._training
+        if explained is not None and len(rows):
             images_u8 = self._test.images_u8.take(rows)
             alike = explained.look_alikes(images_u8, training, NUM_LOOK_ALIKES)
             heat = explained.attention(images_u8, predictions.predicted[rows].astype(np.int64))
         shown = []
         for number, row in enumerate(mistakes):
             mistake = self._entry(result, row)
-            if explained is not None and training is not None:
+            if explained is not None:
                 blended = _blend(images_u8[number], heat[number])
                 mistake["heat"] = self._keep(f"h{len(self._models)}-{row}", blended)
                 mistake["alike"] = [

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
-from numpy.typing import NDArray
 
 from mlpipe.config import RunConfig
 from mlpipe.data.dataset import Dataset, Split, open_dataset
@@ -85,10 +86,11 @@ def evaluate(
                 best_model = loaded
         if best_model is None:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+        overlap_with = partial(_overlap, dataset, store, environment.cache_dir)
         others = []
         for uri in config.compare_with:
             try:
-                others.append(_measure_other(uri, dataset, seen_by(uri, store, environment.cache_dir)))
+                others.append(_measure_other(uri, test, classes, overlap_with(uri)))
             except UserError as error:
                 failed[uri.removeprefix("models:/")] = str(error)
         comparison = compare([*results, *others], failed)
@@ -99,7 +101,7 @@ def evaluate(
             own,
             registry.RegistryAliases(registered, parent),
             lambda version: remeasure(registered, version, test, classes),
-            lambda version: _overlap(dataset, seen_by(f"models:/{registered}/{version}", store, environment.cache_dir)),
+            lambda version: overlap_with(f"models:/{registered}/{version}"),
         )
         for row in own:
             registry.describe(
@@ -170,26 +172,26 @@ def _told_of_reused(trained: Sequence[TrainedVersion]) -> list[str]:
 
 def _gallery(rows: Sequence[ModelResult], dataset: Dataset, best_model: PyFuncModel) -> Gallery:
     """Pictures of the best models' mistakes; the best one's are explained, if it is a network that allows it."""
-    gallery = Gallery(dataset.test_split(), dataset.test_names(), dataset.manifest.classes)
+    test, training = dataset.test_split(), dataset.train_split()
+    gallery = Gallery(test, dataset.test_names(), dataset.manifest.classes, training)
     best, *others = rows[:MODELS_WITH_PICTURES]
-    if not (best.weights != "none" and _is_explained(gallery, best, best_model, dataset)):
-        gallery.add_model(best)
+    _add_best(gallery, best, best_model)
     for row in others:
         gallery.add_model(row)
     gallery.add_doubts(best)
     return gallery
 
 
-def _is_explained(gallery: Gallery, best: ModelResult, model: PyFuncModel, dataset: Dataset) -> bool:
-    """Add the model with explanations of its mistakes; not where they fail, for a user's network may do anything."""
-    from mlpipe.evaluation.explain import Explainer  # with torch, which the network has loaded
+def _add_best(gallery: Gallery, best: ModelResult, model: PyFuncModel) -> None:
+    """With explanations of its mistakes, unless these fail: a user's network may do anything."""
+    if best.weights != "none":
+        from mlpipe.evaluation.explain import Explainer  # with torch, which the network has loaded
 
-    try:
-        gallery.add_model(best, Explainer.of(model.unwrap_python_model()), dataset.train_split())
-    except Exception as error:  # noqa: BLE001 - of any kind
-        logger.warning("the report does not explain the mistakes of %s (%r)", best.name, error)
-        return False
-    return True
+        try:
+            return gallery.add_model(best, Explainer.of(model.unwrap_python_model()))
+        except Exception as error:  # noqa: BLE001 - of any kind
+            logger.warning("the report does not explain the mistakes of %s (%r)", best.name, error)
+    return gallery.add_model(best)
 
 
 def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> tuple[ModelResult, PyFuncModel]:
@@ -213,16 +215,15 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> t
     return result, loaded
 
 
-def _measure_other(uri: str, dataset: Dataset, seen: NDArray[np.uint64] | None) -> ModelResult:
+def _measure_other(uri: str, test: Split, classes: tuple[str, ...], overlap: Overlap | None) -> ModelResult:
     """A registered model that this run did not train.
 
     Args:
-        seen: hashes of the images that it was trained on; `None`: they are not known.
+        overlap: of its training images and the test images; `None`: it is not known.
 
     Raises:
         UserError: it cannot be loaded, or has other classes.
     """
-    test, classes = dataset.test_split(), dataset.manifest.classes
     try:
         evaluation, _ = _evaluation(uri, test, classes, subject=f"compare_with: {uri}")
     except UserError:
@@ -231,7 +232,7 @@ def _measure_other(uri: str, dataset: Dataset, seen: NDArray[np.uint64] | None) 
         if runs.is_unreachable(error):
             raise
         raise UserError(f"compare_with: {uri} cannot be measured ({str(error) or repr(error)})") from error
-    if seen is not None and (known := int(np.isin(dataset.test_hashes(), seen).sum())):
+    if overlap and (known := int((~overlap.unseen).sum())):
         told = f"It was trained on {known:,} of these test images, so it is worse than it seems here."
         evaluation = replace(evaluation, notes=(*evaluation.notes, told))
     return ModelResult(name=uri.removeprefix("models:/"), evaluation=evaluation)
@@ -263,8 +264,9 @@ def _with_test_metrics(model: RegisteredModel, result: ModelResult) -> Registere
     return replace(model, metrics={**model.metrics, **result.evaluation.as_metrics()})
 
 
-def _overlap(dataset: Dataset, seen: NDArray[np.uint64] | None) -> Overlap | None:
-    """Of a registered version's training images, given by their hashes, and this data set; `None`: it is not known."""
+def _overlap(dataset: Dataset, store: ObjectStore, cache_dir: Path, uri: str) -> Overlap | None:
+    """Of a registered model's training images and this data set; `None`: it is not known."""
+    seen = seen_by(uri, store, cache_dir)
     if seen is None:
         return None
     is_seen = np.isin(dataset.test_hashes(), seen)

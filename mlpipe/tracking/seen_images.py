@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from mlpipe.data.dataset import open_dataset
 from mlpipe.data.storage.store import ObjectStore
+from mlpipe.tracking import registry
 from mlpipe.tracking.runs import is_unreachable
 
 
@@ -31,12 +33,12 @@ def seen_by(uri: str, store: ObjectStore, cache_dir: Path) -> NDArray[np.uint64]
         return None
 
 
-def _tags(address: str) -> dict[str, str]:
-    client = mlflow.MlflowClient()
+def _tags(address: str) -> Mapping[str, str]:
     if address.startswith("m-"):
-        return dict(client.get_logged_model(address).tags)
+        return dict(mlflow.MlflowClient().get_logged_model(address).tags)
     name, at, alias = address.partition("@")
     if at:
-        return dict(client.get_model_version_by_alias(name, alias).tags)
+        bearer = registry.by_alias(name, alias)
+        return bearer.tags if bearer else {}
     name, _, version = address.rpartition("/")
-    return dict(client.get_model_version(name, version).tags)
+    return registry.by_version(name, version).tags

@@ -16,7 +16,7 @@ from mlpipe.data.batches import BatchLoader
 from mlpipe.errors import UserError
 from mlpipe.training import group
 from mlpipe.training.checkpoints import CheckpointStore
-from mlpipe.training.module import ClassificationModule
+from mlpipe.training.module import ClassificationModule, scale_of
 from mlpipe.training.protocol import TrainingLogger
 
 logger = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ class CheckpointCallback(EpochCallback):
         last = self.history[-1]
         # Images of twice the height and width took resnet18 2.3 times as long on a CPU, not four times.
         num_epochs = module.train_config.num_epochs
-        costs = [module.scale_of(each) for each in range(num_epochs)]
+        costs = [scale_of(module.train_config, each) for each in range(num_epochs)]
         remaining = last["epoch_seconds"] * sum(costs[epoch:]) / costs[epoch - 1]
         logger.info(
             "epoch %d/%d: train/loss %.4f, train/accuracy %.4f, val/loss %.4f, val/accuracy %.4f%s, %.0f images/s, "

@@ -171,7 +171,6 @@ Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
 def _fit_best(
     training: Labelled, validation: Labelled, settings: NetworkSettings | LinearSettings
 ) -> LogisticRegression:
-    balanced = isinstance(settings, NetworkSettings) and settings.class_weights == "balanced"
     best, accuracy = None, -1.0
     for c in REGULARIZATION:
         began = time.monotonic()
@@ -181,7 +180,7 @@ def _fit_best(
                 C=c,
                 max_iter=MAX_ITERATIONS,
                 random_state=settings.seed,
-                class_weight="balanced" if balanced else None,
+                class_weight=None if settings.class_weights == "none" else "balanced",
             ).fit(*training)
         reached = float(fit.score(*validation))
         logger.info("head with C = %g: val/accuracy %.4f after %.1f s", c, reached, time.monotonic() - began)

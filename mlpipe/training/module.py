@@ -24,10 +24,14 @@ MIN_IMAGE_SIZE = 16
 """Height and width below which images are not shrunk, pixels."""
 
 
+def scale_of(config: NetworkSettings, epoch: int) -> float:
+    """Share of their height and width that an epoch, from 0, shows training images at; the last shows all."""
+    return 0.5 if config.progressive_resizing and 2 * (epoch + 1) <= config.num_epochs else 1.0
+
+
 def shown_size(config: NetworkSettings, whole: int, epoch: int) -> int:
-    """Height and width that an epoch, from 0, shows training images of that size at; the last shows all of them."""
-    half = config.progressive_resizing and 2 * (epoch + 1) <= config.num_epochs
-    return min(whole, max(round(whole / 2), MIN_IMAGE_SIZE)) if half else whole
+    """Height and width that an epoch, from 0, shows training images of that size at."""
+    return min(whole, max(round(whole * scale_of(config, epoch)), MIN_IMAGE_SIZE))
 
 
 class EpochTotals:
@@ -189,11 +193,6 @@ class ClassificationModule(LightningModule):
 
     def _shown(self, images_u8: Tensor) -> Tensor:
         return enlarge(normalise(images_u8, self.mean, self.std), self.input_size)
-
-    def scale_of(self, epoch: int) -> float:
-        """Share of their height and width that an epoch, from 0, shows training images at; the last shows all."""
-        config = self.train_config
-        return 0.5 if config.progressive_resizing and 2 * (epoch + 1) <= config.num_epochs else 1.0
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """The optimizers of the configuration, fused where PyTorch can, and their schedules."""

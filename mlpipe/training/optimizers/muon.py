@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,22 @@ ITERATIONS = 5
 
 def build(parameters: Sequence[nn.Parameter], settings: NetworkSettings) -> list[Optimizer]:
     """Muon for convolutions; for all else SGD with Nesterov momentum, without weight decay."""
+    return by_kind(
+        parameters,
+        partial(Muon, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        partial(SGD, lr=settings.learning_rate, momentum=0.9, nesterov=True, fused=True),
+    )
+
+
+def by_kind(
+    parameters: Sequence[nn.Parameter],
+    of_convolutions: Callable[[list[nn.Parameter]], Optimizer],
+    of_others: Callable[[list[nn.Parameter]], Optimizer],
+) -> list[Optimizer]:
+    """One optimizer for convolutions and one for all else, where there are any: PyTorch makes none for none."""
     kernels = [each for each in parameters if each.dim() == 4]
     others = [each for each in parameters if each.dim() != 4]
-    optimizers: list[Optimizer] = []  # PyTorch makes none for no parameters
-    if kernels:
-        optimizers.append(Muon(kernels, lr=settings.learning_rate, weight_decay=settings.weight_decay))
-    if others:
-        optimizers.append(SGD(others, lr=settings.learning_rate, momentum=0.9, nesterov=True, fused=True))
-    return optimizers
+    return [make(own) for make, own in ((of_convolutions, kernels), (of_others, others)) if own]
 
 
 class Muon(Optimizer):

@@ -27,7 +27,7 @@ def page_of(rows, failed=None, *, data: Dataset | None = None, names: list[str] 
     comparison = compare(rows, failed)
     data = data or data_of(comparison.classes, comparison.num_images)
     split = Split(data.train_split().images_u8, comparison.rows[0].evaluation.predictions.labels)
-    gallery = Gallery(split, names or [f"test/{row}.png" for row in range(len(split))], comparison.classes)
+    gallery = Gallery(split, names or [f"test/{row}.png" for row in range(len(split))], comparison.classes, split)
     for row in comparison.rows[:4]:
         gallery.add_model(row)
     values = {
@@ -123,6 +123,6 @@ def test_labels_that_are_probably_wrong_are_listed():
     probabilities[np.arange(300), seen] = 0.96
     evaluation = evaluate_predictions(labels, probabilities, ("a", "b", "c"), seed=0)
     split = Split.of(rng.integers(0, 255, (300, 8, 8, 3), np.uint8), labels)
-    gallery = Gallery(split, [f"{row}.png" for row in range(300)], ("a", "b", "c"))
+    gallery = Gallery(split, [f"{row}.png" for row in range(300)], ("a", "b", "c"), split)
     gallery.add_doubts(ModelResult(name="cnn", evaluation=evaluation))
     assert [doubt["file"] for doubt in gallery.to_json()["doubts"]] == ["7.png"]
