@@ -111,6 +111,7 @@ class RunParams(Form):
         ),
         "Images and promotion": (
             "image_size",
+            "validation_fraction",
             "max_damaged",
             "small_classes",
             "compare_with",
@@ -212,6 +213,14 @@ class RunParams(Form):
         "Height and width of all images after resizing, in pixels. Empty: 32.",
         minimum=8,
         maximum=512,
+    )
+    validation_fraction: float = describe(
+        0.1,
+        "Validation fraction",
+        "Share of the training images held out to choose the epoch and to calibrate the probabilities. Not used where "
+        "the data set has validation images of its own.",
+        minimum=0.01,
+        maximum=0.5,
     )
     max_damaged: float = describe(
         0.01,

@@ -154,6 +154,7 @@ def resolve(params: RunParams) -> RunConfig:
             name=params.name or dataset_name(params.dataset, params.data_uri),
             uri=params.data_uri and params.data_uri.strip(),
             image_size=image_size,
+            validation_fraction=params.validation_fraction,
             max_damaged=params.max_damaged,
             small_classes=params.small_classes,
         ),

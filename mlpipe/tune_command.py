@@ -109,8 +109,8 @@ def _print(result: dict[str, Any], compared: dict[str, Any], console: Console, a
 
 def _command(form: Mapping[str, Any], study: str) -> str:
     """What trains the model of the search with the settings that it found."""
-    shared = ("dataset", "data_uri", "name", "recipe", "image_size", "max_damaged", "small_classes", "epochs")
-    options = {name: form[name] for name in shared if name in form} | {"models": form["model"], "tuned": study}
+    shared = [name for name in TuneParams.fields_of_run() if name in form and name != "seed"]  # which is the search's
+    options = {name: form[name] for name in shared} | {"models": form["model"], "tuned": study}
     words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
     return shlex.join(["mlpipe", "run", *(part for pair in words for part in pair)])
 

@@ -77,6 +77,10 @@ def plan_splits(images: DecodedImages, data: DataConfig) -> Splits:
     if missing := _missing(images, splits):
         images, more = _without(images, missing, data)
         splits, notes = _split(images, data), (*notes, *more)
+    if images.is_val is not None and data.validation_fraction != DataConfig.validation_fraction:
+        notes += (
+            f"validation_fraction {data.validation_fraction:g} is not used, since there are validation images already",
+        )
     return replace(splits, notes=notes)
 
 

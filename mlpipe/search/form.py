@@ -38,7 +38,7 @@ class TuneParams(Form):
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "How to search": ("epochs", "workers", "pruning", "minutes", "study", "seeds", "seed"),
-        "Images": ("name", "image_size", "max_damaged", "small_classes"),
+        "Images": ("name", "image_size", "validation_fraction", "max_damaged", "small_classes"),
     }
 
     dataset: str = as_of_run("dataset")
@@ -92,6 +92,7 @@ class TuneParams(Form):
         "name", description="Name of the data set. Empty: digits, cifar10, or the name of the archive or folder."
     )
     image_size: int | None = as_of_run("image_size")
+    validation_fraction: float = as_of_run("validation_fraction")
     max_damaged: float = as_of_run(
         "max_damaged", description="Largest allowed share of unusable images. 0 refuses any."
     )
@@ -100,8 +101,12 @@ class TuneParams(Form):
 
     def run_params(self) -> RunParams:
         """The run whose settings are varied."""
-        shared = {each.name for each in fields(RunParams)} & {each.name for each in fields(self)}
-        return RunParams(models=self.model, **{name: getattr(self, name) for name in shared})
+        return RunParams(models=self.model, **{name: getattr(self, name) for name in self.fields_of_run()})
+
+    @classmethod
+    def fields_of_run(cls) -> tuple[str, ...]:
+        """The fields that the form of a run has too."""
+        return tuple(each.name for each in fields(cls) if each.name in RunParams.__dataclass_fields__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def test_every_field_of_a_search_is_an_option() -> None:
 
 
 def test_the_printed_command_prepares_the_same_images() -> None:
-    choices = {"dataset": "digits", "image_size": 16, "max_damaged": 0.2, "small_classes": "leave_out"}
+    choices = {"dataset": "digits", "image_size": 16, "validation_fraction": 0.2, "small_classes": "leave_out"}
     form = given(TuneParams.from_mapping(choices).to_mapping())
     command = run_command.run.make_context("run", shlex.split(tune_command._command(form, "pets"))[2:])
     assert {name: command.params[name] for name in choices} == choices

@@ -47,12 +47,13 @@ def test_disjoint_complete_and_with_every_class(counts: list[int], seed: int, ow
         assert (splits.is_test == images.is_test).all()
 
 
-def test_shares_are_as_asked_for() -> None:
-    splits = plan_splits(images_of(5000, 5000), DATA)
+@pytest.mark.parametrize("share", [0.1, 0.02])
+def test_shares_are_as_asked_for(share: float) -> None:
+    splits = plan_splits(images_of(5000, 5000), replace(DATA, validation_fraction=share))
     for label in (0, 1):
         members = splits.labels == label
         assert splits.is_test[members].mean() == pytest.approx(0.2, abs=0.02)
-        assert (splits.is_val[members].sum() / (~splits.is_test)[members].sum()) == pytest.approx(0.1, abs=0.02)
+        assert (splits.is_val[members].sum() / (~splits.is_test)[members].sum()) == pytest.approx(share, abs=0.2 * share)
 
 
 def test_the_source_s_own_validation_images_are_used() -> None:
@@ -62,6 +63,10 @@ def test_the_source_s_own_validation_images_are_used() -> None:
     splits = plan_splits(images, DATA)
     assert (splits.is_val == (numbers % 4 == 1)).all()
     assert (splits.is_train == (numbers % 4 > 1)).all()
+    assert not splits.notes
+    asked = plan_splits(images, replace(DATA, validation_fraction=0.3))
+    assert (asked.is_val == splits.is_val).all()
+    assert asked.notes == ("validation_fraction 0.3 is not used, since there are validation images already",)
 
 
 @settings(max_examples=40, deadline=None)
