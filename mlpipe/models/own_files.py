@@ -8,8 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlpipe.config import ModelConfig
+from mlpipe.data.storage.store import file_sha256
 from mlpipe.data.storage.uris import check_local
 from mlpipe.models import architectures
+
+
+def code_of(architecture: str) -> str:
+    """What tells the code of an architecture from others: its name, or a user's file by content and the name in it."""
+    own_file = architectures.find(architecture).own_file
+    if own_file is None:
+        return architecture
+    return f"{file_sha256(own_file)}:{architecture.rpartition(':')[2]}"
 
 
 def with_own_copy(model: ModelConfig, cache_dir: Path) -> ModelConfig:

@@ -124,25 +124,29 @@ def _build(model: ModelConfig, description: ModelDescription) -> nn.Module:
     )
 
 
-def _imagenet_statistics(architecture: str) -> tuple[Channels, Channels]:
-    """What a network's published weights subtract and divide by; timm's networks differ in that."""
+def _config_of_timm(architecture: str) -> Any:
+    """What timm knows of a network's published weights; `None` if it is none of timm's, or has no such weights."""
     match = TIMM.fullmatch(architecture)
     if match is None:
-        return IMAGENET_MEAN, IMAGENET_STD
+        return None
     import timm
 
-    config = timm.get_pretrained_cfg(match["name"])
+    return timm.get_pretrained_cfg(match["name"])
+
+
+def _imagenet_statistics(architecture: str) -> tuple[Channels, Channels]:
+    """What a network's published weights subtract and divide by; timm's networks differ in that."""
+    config = _config_of_timm(architecture)
     return (IMAGENET_MEAN, IMAGENET_STD) if config is None else (_channels(config.mean), _channels(config.std))
 
 
 def _pretrained_of_timm(description: ModelDescription, store: ObjectStore, folder: Path) -> _Found:
     """timm's default weights; the object store keeps them, so a cluster downloads them once."""
-    import timm
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name = description.architecture.removeprefix("timm_")
-    config = timm.get_pretrained_cfg(name)
+    config = _config_of_timm(description.architecture)
     if config is None or not config.hf_hub_id:
         raise UserError(f"models: 'timm/{name}=imagenet': timm has no weights of {name}; {WAYS_OUT}")
     path, key = folder / f"{name}.safetensors", f"weights/{config.hf_hub_id}/model.safetensors"
@@ -309,12 +313,7 @@ def _apply(network: nn.Module, found: _Found, architecture: str) -> list[str]:
 
 def _native_size(description: ModelDescription) -> int | None:
     """Height and width that timm's weights were trained at; `None` where it is that of the network, or not known."""
-    match = TIMM.fullmatch(description.architecture)
-    if match is None:
-        return None
-    import timm
-
-    config = timm.get_pretrained_cfg(match["name"])
+    config = _config_of_timm(description.architecture)
     size = None if config is None else int(config.input_size[-1])
     return None if size == (description.input_size or description.image_size) else size
 

@@ -22,9 +22,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import FrozenTrial, TrialState
 
 from mlpipe.config import LinearSettings, NetworkSettings
-from mlpipe.data.storage.store import file_sha256
 from mlpipe.errors import UserError
-from mlpipe.models.architectures import find
+from mlpipe.models.own_files import code_of
 from mlpipe.search.form import Search
 from mlpipe.training.optimizers import OPTIMIZERS
 
@@ -98,10 +97,7 @@ def check_same_search(study: optuna.Study, search: Search, digest: str) -> None:
         UserError: they are of other data, another model, or other settings.
     """
     settings = {name: value for name, value in asdict(search.model.train).items() if name != "seed"}
-    architecture = search.model.architecture
-    if own_file := find(architecture).own_file:  # which its user may have edited
-        architecture = f"{file_sha256(own_file)}:{architecture.rpartition(':')[2]}"
-    model = [architecture, search.model.weights]
+    model = [code_of(search.model.architecture), search.model.weights]
     facts = {"data": digest, "model": model, "varied settings": sorted(search.vary), "recipe and settings": settings}
     known = study.user_attrs.get(SUBJECT)
     if known is None:

@@ -16,8 +16,8 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.config import ModelConfig
-from mlpipe.data.storage.store import file_sha256
 from mlpipe.models.architectures import find
+from mlpipe.models.own_files import code_of
 from mlpipe.tracking import registry
 from mlpipe.tracking.runs import TrackedRun, batched, git_sha, key_of
 
@@ -59,12 +59,10 @@ def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
         code = version("mlpipe")
     if code.endswith("-dirty") or not all(map(_is_fixed, addresses)):
         return None
-    architecture = find(model.architecture)
-    package = (architecture.distribution or "").partition("==")[0]
+    package = (find(model.architecture).distribution or "").partition("==")[0]
     if package and _is_editable(package):
         return None
-    if own_file := architecture.own_file:
-        settings["architecture"] = [model.architecture.rpartition(":")[2], file_sha256(own_file)]
+    settings["architecture"] = code_of(model.architecture)
     libraries = [_installed(name) for name in (*LIBRARIES, package)]
     return key_of(json.dumps([digest, settings, num_folds, code, libraries], sort_keys=True))
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
 from mlpipe.data.dataset import Dataset, Split
-from mlpipe.data.storage.store import ObjectStore, file_sha256
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
-from mlpipe.models import architectures
 from mlpipe.models.features.last_layer import inputs_of
+from mlpipe.models.own_files import code_of
 from mlpipe.models.portable import ModelDescription, enlarge, images_per_pass, normalise
 from mlpipe.models.weights import InitialNetwork
 from mlpipe.training.cpu.processor import cpu_name
@@ -56,11 +56,10 @@ def train_head(
     began = time.monotonic()
     training, validation = dataset.train_split(), dataset.val_split()
     precision = choose_precision(model.train.precision if isinstance(model.train, NetworkSettings) else "auto")
-    own_file = architectures.find(model.architecture).own_file
     facts = [
         dataset.manifest.digest,
         start.sha256 or f"seed {model.train.seed}",
-        file_sha256(own_file) if own_file else description.architecture,
+        code_of(model.architecture),
         description.variant,
         description.input_size,
         precision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import psutil
@@ -21,11 +22,19 @@ STATES = 3
 """A parameter's gradient and its two averages, which an optimizer keeps."""
 
 
-def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, bfloat16: bool) -> float:
-    """What a batch needs at most, bytes.
+def memories(num_devices: int) -> int:
+    """How many memories share a batch: one of each GPU; processes without GPUs have that of the machine in common."""
+    return num_devices if torch.cuda.is_available() else 1
+
+
+def check_memory(
+    network: nn.Module, name: str, *, batch_size: int, side: int, bfloat16: bool, num_devices: int = 1
+) -> float:
+    """What the part of a batch that one memory takes needs at most, bytes.
 
     Args:
         name: of the network, for the message.
+        batch_size: images of a step, of all devices.
         side: height and width of the images, pixels.
         bfloat16: whether activations are computed in it.
 
@@ -33,14 +42,16 @@ def check_memory(network: nn.Module, name: str, *, batch_size: int, side: int, b
         UserError: a batch needs more than is free.
     """
     free = free_bytes()
-    most = batch_size * 3 * side**2 * 4 * MOST_OF_AN_INPUT
+    shares = memories(num_devices)
+    images = math.ceil(batch_size / shares)
+    most = images * 3 * side**2 * 4 * MOST_OF_AN_INPUT
     if most < free / 2:  # half, for the images may have a part of what is left
         return most
-    needed = batch_size * bytes_of_an_image(network, side, bfloat16=bfloat16) + _bytes_of_states(network)
+    needed = images * bytes_of_an_image(network, side, bfloat16=bfloat16) + _bytes_of_states(network)
     if needed > free:
         raise UserError(
-            f"batch_size: {batch_size} images of {side}×{side} pixels need about {needed / 2**30:.1f} GiB to train "
-            f"{name}, and {free / 2**30:.1f} GiB are free; lower batch_size or image_size"
+            f"batch_size: {batch_size} images of {side}×{side} pixels need about {needed / 2**30:.1f} GiB "
+            f"{'of each device ' if shares > 1 else ''}to train {name}, and {free / 2**30:.1f} GiB are free; lower batch_size or image_size"
         )
     return needed
 

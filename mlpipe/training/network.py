@@ -27,7 +27,7 @@ from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.learning_rate import NUM_STEPS, find_learning_rate
-from mlpipe.training.memory import check_memory, largest_batch
+from mlpipe.training.memory import check_memory, largest_batch, memories
 from mlpipe.training.module import ClassificationModule, shown_size
 from mlpipe.training.precision import choose_precision
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
@@ -77,7 +77,7 @@ def train_network(
         check_smaller_images(model.architecture, side, smallest, description.variant)
     if config.find_batch_size:
         bfloat16 = choose_precision(config.precision) == "bf16-mixed"
-        largest = config.num_devices * largest_batch(network, side=side, bfloat16=bfloat16)
+        largest = memories(config.num_devices) * largest_batch(network, side=side, bfloat16=bfloat16)
         config = replace(config, batch_size=largest, min_steps=max(config.min_steps, MIN_STEPS_OF_FOUND_BATCH))
         logger.info("the largest batch that takes half of the memory has %d images", largest)
     batch_size = min(config.batch_size, max(2 * config.num_devices, len(split) // config.min_steps))
@@ -99,7 +99,9 @@ def train_network(
         _whiten(whitened, training, mean, std)
     precision = choose_precision(config.precision)  # after the devices are known to be there
     bfloat16 = precision == "bf16-mixed"
-    batch_bytes = check_memory(network, model.name, batch_size=batch_size, side=side, bfloat16=bfloat16)
+    batch_bytes = check_memory(
+        network, model.name, batch_size=batch_size, side=side, bfloat16=bfloat16, num_devices=config.num_devices
+    )
 
     def module_for(network: nn.Module, settings: NetworkSettings, total_steps: int) -> ClassificationModule:
         return ClassificationModule(

@@ -152,9 +152,9 @@ def test_a_file_that_the_workers_cannot_read_needs_a_server_to_take_it(
     path = tmp_path / "a.zip"
     path.write_bytes(b"PK")
     monkeypatch.setenv("MLPIPE_AIRFLOW_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLPIPE_AIRFLOW_USER", "admin")
-    monkeypatch.setenv("MLPIPE_AIRFLOW_PASSWORD", "secret")
     monkeypatch.setattr(run_command.AirflowApi, "check_dag", lambda *_: None)  # no server is there
+    impatient = run_command.AirflowApi("http://127.0.0.1:9", "admin", "secret", retries=0)
+    monkeypatch.setattr(run_command.AirflowApi, "from_env", lambda: impatient)
     monkeypatch.delenv(run_command.SHARED_FILES, raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     command = ["--dataset", "images", "--data-uri", str(path)]

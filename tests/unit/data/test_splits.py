@@ -53,7 +53,9 @@ def test_shares_are_as_asked_for(share: float) -> None:
     for label in (0, 1):
         members = splits.labels == label
         assert splits.is_test[members].mean() == pytest.approx(0.2, abs=0.02)
-        assert (splits.is_val[members].sum() / (~splits.is_test)[members].sum()) == pytest.approx(share, abs=0.2 * share)
+        assert (splits.is_val[members].sum() / (~splits.is_test)[members].sum()) == pytest.approx(
+            share, abs=0.2 * share
+        )
 
 
 def test_the_source_s_own_validation_images_are_used() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from mlpipe.config import ModelConfig, NetworkSettings
 from mlpipe.errors import UserError
 from mlpipe.models.registry import describe
 from mlpipe.models.weights import InitialNetwork
-from mlpipe.training import head
 from mlpipe.training.head import train_head
 
 from .conftest import RecordingLogger, tiny_dataset
@@ -70,14 +70,32 @@ def test_the_head_learns_and_all_else_stays() -> None:
     assert right == pytest.approx(trained.metrics["val/accuracy"])
 
 
-def test_features_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_computed_once_for_the_same_network(tmp_path: Path) -> None:
     model, start = start_of(Pretrained(3))
-    store = Objects()
-    train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
-    monkeypatch.setattr(head, "_features", lambda *_, **__: pytest.fail("they are computed again"))
-    train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
-    with pytest.raises(pytest.fail.Exception):  # other weights have other features
-        train_head(model, tiny_dataset(), RecordingLogger(), start=replace(start, sha256="def"), store=store)
+    store, passes = Objects(), 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    start.network.register_forward_pre_hook(count)
+
+    def computes(model: ModelConfig, start: InitialNetwork) -> bool:
+        before = passes
+        train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
+        return passes > before
+
+    assert computes(model, start)
+    assert not computes(model, start)
+    assert computes(model, replace(start, sha256="def"))
+    file = tmp_path / "nets.py"
+    file.write_text("one = two = None")
+    for name in ("one", "two"):
+        own = replace(model, architecture=f"{file}:{name}")
+        assert computes(own, start)
+        assert not computes(own, start)
+    file.write_text("one = two = 1")
+    assert computes(own, start)
 
 
 @pytest.mark.parametrize("network", [Pretrained(3, bias=False), Pretrained(3, divisor=8.0), nn.Conv2d(3, 3, 1)])

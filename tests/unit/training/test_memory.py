@@ -48,6 +48,18 @@ def test_a_batch_that_does_not_fit_names_the_numbers_and_the_way_out(monkeypatch
         memory.check_memory(network, "mine", batch_size=4096, side=512, bfloat16=False)
 
 
+def test_devices_share_a_batch_where_each_has_a_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 100 * 3 * 64 * 64 * 4)
+    network = nn.Conv2d(3, 24, 3, padding=1)  # keeps the image
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory.check_memory(network, "mine", batch_size=160, side=64, bfloat16=False, num_devices=2)
+    with pytest.raises(UserError, match="GiB of each device to train mine"):
+        memory.check_memory(network, "mine", batch_size=240, side=64, bfloat16=False, num_devices=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="GiB to train mine"):
+        memory.check_memory(network, "mine", batch_size=160, side=64, bfloat16=False, num_devices=2)
+
+
 def test_images_are_kept_on_a_gpu_in_what_a_batch_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Conv2d(3, 24, 3, padding=1)  # keeps the image
     image_bytes = 3 * 64 * 64 * 4
