@@ -80,7 +80,7 @@ def run(json_path: Path | None, unpause: bool, tuned: str | None, **values: Any)
     """Trigger the DAG, show its progress and print the comparison."""
     values["data_uri"], values["models"] = with_local_files(values["data_uri"], values["models"])
     if tuned:
-        values |= _found_by(tuned, values)
+        values |= settings_found_by(tuned, values)
     resolve(RunParams.from_mapping(values))
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; create it first")
@@ -115,7 +115,7 @@ def ready_api(dag_id: str, unpause: bool) -> AirflowApi:
     return api
 
 
-def _found_by(study: str, values: dict[str, Any]) -> dict[str, str]:
+def settings_found_by(study: str, values: dict[str, Any]) -> dict[str, str]:
     """The fields `models` and `settings` of a run with what a search found; settings that the user gives override it.
 
     Raises:
@@ -152,7 +152,7 @@ def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | Non
         write_json(json_path, result)
     print_failures(api, DAG_ID, run_id, tasks, console)
     if result["models"]:
-        _print_comparison(result, console)
+        print_comparison(result, console)
     if state != "success":
         raise SystemExit(1)
 
@@ -185,11 +185,11 @@ def use_local_stack(variable: str) -> None:
 
 def with_local_files(data_uri: str | None, models: str | None) -> tuple[str | None, str | None]:
     """Both with whole paths where they name files of this machine."""
-    path = _local_file(data_uri)
+    path = local_file(data_uri)
     return (str(path) if path else data_uri), _with_whole_paths(models)
 
 
-def _local_file(uri: str | None) -> Path | None:
+def local_file(uri: str | None) -> Path | None:
     """The local file or folder at a path; `None` for an address or no value."""
     if uri is None or not uri.strip() or "://" in uri:
         return None
@@ -215,11 +215,11 @@ def _with_whole_paths(models: str | None) -> str | None:
 
 def uploaded(data_uri: str | None, console: Console) -> str | None:
     """The address at which the workers find what is at a path of this machine, which they may not read."""
-    path = _local_file(data_uri)
-    return data_uri if path is None or os.environ.get(SHARED_FILES) else _upload(path, console)
+    path = local_file(data_uri)
+    return data_uri if path is None or os.environ.get(SHARED_FILES) else upload_file(path, console)
 
 
-def _upload(path: Path, console: Console) -> str:
+def upload_file(path: Path, console: Console) -> str:
     """Upload a file or folder for workers on other machines; returns its address there."""
     if path.is_dir():
         return _upload_folder(path, console)
@@ -260,7 +260,7 @@ def _upload_folder(folder: Path, console: Console) -> str:
         packed = Path(temporary) / f"{folder.name}.zip"
         with console.status(f"Packing {folder}"):
             pack_folder(folder, packed, field="data_uri", max_bytes=MAX_BYTES)
-        return _upload(packed, console)
+        return upload_file(packed, console)
 
 
 def follow_tasks(
@@ -295,10 +295,10 @@ def _follow_tasks(api: AirflowApi, run_id: str, console: Console, dag_id: str) -
                 _print_changes(tasks, shown, console)
             if state in ("success", "failed"):
                 return state, tasks
-            time.sleep(_pause(time.monotonic() - began))
+            time.sleep(poll_seconds(time.monotonic() - began))
 
 
-def _pause(waited: float) -> float:
+def poll_seconds(waited: float) -> float:
     """Seconds until the next poll: a hundredth of the time waited so far, within limits."""
     return min(max(POLL_SECONDS, waited / 100), LONGEST_POLL_SECONDS)
 
@@ -360,7 +360,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _print_comparison(result: dict[str, Any], console: Console) -> None:
+def print_comparison(result: dict[str, Any], console: Console) -> None:
     data = result["dataset"]
     table = Table(
         title=f"{data['name']}: {data['num_test']:,} test images, {len(data['classes'])} classes", title_justify="left"

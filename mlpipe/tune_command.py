@@ -101,13 +101,13 @@ def _print(result: dict[str, Any], compared: dict[str, Any], console: Console, a
     settings = json.dumps(result["best"]["params"])
     for line in (
         f"Best settings  {settings}",
-        f"Use them       {_command(result['form'], result['study'])}",
+        f"Use them       {command_to_use(result['form'], result['study'])}",
         f"Report         {api.url}/dags/{DAG_ID}/runs/{run_id}/plugin/report",
     ):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _command(form: Mapping[str, Any], study: str) -> str:
+def command_to_use(form: Mapping[str, Any], study: str) -> str:
     """What trains the model of the search with the settings that it found."""
     shared = [name for name in TuneParams.fields_of_run() if name in form and name != "seed"]  # which is the search's
     options = {name: form[name] for name in shared} | {"models": form["model"], "tuned": study}

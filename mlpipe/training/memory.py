@@ -51,7 +51,8 @@ def check_memory(
     if needed > free:
         raise UserError(
             f"batch_size: {batch_size} images of {side}×{side} pixels need about {needed / 2**30:.1f} GiB "
-            f"{'of each device ' if shares > 1 else ''}to train {name}, and {free / 2**30:.1f} GiB are free; lower batch_size or image_size"
+            f"{'of each device ' if shares > 1 else ''}to train {name}, and {free / 2**30:.1f} GiB are free; "
+            "lower batch_size or image_size"
         )
     return needed
 

@@ -54,7 +54,7 @@ def result() -> dict[str, Any]:
 @pytest.mark.parametrize(("width", "all_columns"), [(80, False), (120, True)])
 def test_no_number_of_the_table_is_cut_off(width: int, all_columns: bool) -> None:
     printed = io.StringIO()
-    run_command._print_comparison(result(), Console(file=printed, width=width))
+    run_command.print_comparison(result(), Console(file=printed, width=width))
     for number in ("0.5889", "0.4889 – 0.7012", "0.5974", "1,019.7 s"):
         assert number in printed.getvalue()
     assert ("0.6276" in printed.getvalue()) == all_columns
@@ -63,7 +63,7 @@ def test_no_number_of_the_table_is_cut_off(width: int, all_columns: bool) -> Non
 
 @pytest.mark.parametrize(("waited", "pause"), [(0, 0.5), (50, 0.5), (300, 3), (10_000, 10)])
 def test_a_long_run_is_asked_after_less_often(waited: float, pause: float) -> None:
-    assert run_command._pause(waited) == pause
+    assert run_command.poll_seconds(waited) == pause
 
 
 def test_every_field_of_the_form_is_an_option() -> None:
@@ -79,7 +79,7 @@ def test_every_field_of_a_search_is_an_option() -> None:
 def test_the_printed_command_prepares_the_same_images() -> None:
     choices = {"dataset": "digits", "image_size": 16, "validation_fraction": 0.2, "small_classes": "leave_out"}
     form = given(TuneParams.from_mapping(choices).to_mapping())
-    command = run_command.run.make_context("run", shlex.split(tune_command._command(form, "pets"))[2:])
+    command = run_command.run.make_context("run", shlex.split(tune_command.command_to_use(form, "pets"))[2:])
     assert {name: command.params[name] for name in choices} == choices
     assert (command.params["models"], command.params["tuned"]) == ("custom_cnn", "pets")
 
@@ -108,9 +108,9 @@ def test_what_a_search_found_is_for_its_model_alone(
     form = {"models": models, "settings": '{"augmentation": "none"}', "recipe": recipe}
     if trained.startswith("models: "):
         with pytest.raises(UserError, match=f"^{trained}.*, whose settings are for {searched}; "):
-            run_command._found_by("pets", form)
+            run_command.settings_found_by("pets", form)
         return
-    found = run_command._found_by("pets", form)
+    found = run_command.settings_found_by("pets", form)
     assert found == {"models": trained, "settings": '{"class_weights": "balanced", "augmentation": "none"}'}
     resolve(RunParams.from_mapping({**form, **found}))
 
@@ -118,11 +118,11 @@ def test_what_a_search_found_is_for_its_model_alone(
 def test_a_path_is_made_absolute_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.zip").touch()
-    assert run_command._local_file("a.zip") == tmp_path / "a.zip"
-    assert run_command._local_file("s3://bucket/a.zip") is None
-    assert run_command._local_file(None) is None
+    assert run_command.local_file("a.zip") == tmp_path / "a.zip"
+    assert run_command.local_file("s3://bucket/a.zip") is None
+    assert run_command.local_file(None) is None
     with pytest.raises(UserError, match="data_uri: .* does not exist"):
-        run_command._local_file("b.zip")
+        run_command.local_file("b.zip")
 
 
 def test_the_file_of_a_network_is_named_by_its_whole_path_and_must_be_there(
@@ -203,4 +203,4 @@ def test_what_workers_may_read_does_not_bind_who_uploads(tmp_path: Path, monkeyp
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLPIPE_SHARED_FILES", raising=False)
     with pytest.raises(UserError, match="no MLflow server is set for the upload"):
-        run_command._upload(archive, Console())
+        run_command.upload_file(archive, Console())
