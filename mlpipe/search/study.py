@@ -34,6 +34,8 @@ STORAGE_VARIABLE = "MLPIPE_STUDY_STORAGE"
 
 OWNER = "owner"
 """Attribute of a trial: the worker that runs it, which alone may resume it."""
+WANTED_BY = "wanted by"
+"""Attribute of a trial, with a worker: it was about to take the trial, and owns it if nobody else does."""
 REQUEST = "request"
 """Attribute of a trial: the DAG run that asked for it."""
 DEFAULT = "default"
@@ -142,10 +144,17 @@ def trials_asked_for(study: optuna.Study, request: str) -> list[FrozenTrial]:
 def unfinished_trial(study: optuna.Study, owner: str) -> optuna.Trial | None:
     """The trial that this worker left when it was stopped."""
     for known in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if known.user_attrs.get(OWNER) == owner:
+        # It may have been stopped before it could write itself down as the owner.
+        if known.user_attrs.get(OWNER, owner if f"{WANTED_BY} {owner}" in known.user_attrs else None) == owner:
             logger.info("resuming trial %d", known.number)
-            return optuna.Trial(study, known._trial_id)
+            return _owned(study, known._trial_id, owner)
     return None
+
+
+def _owned(study: optuna.Study, trial_id: int, owner: str) -> optuna.Trial:
+    trial = optuna.Trial(study, trial_id)
+    trial.set_user_attr(OWNER, owner)
+    return trial
 
 
 def next_trial(study: optuna.Study, owner: str, request: str) -> optuna.Trial | None:
@@ -157,12 +166,10 @@ def next_trial(study: optuna.Study, owner: str, request: str) -> optuna.Trial | 
     for waiting in trials_asked_for(study, request):
         # Where another worker was first, the storage refuses, or raises if that one has ended it already.
         with suppress(UpdateFinishedTrialError):
-            if waiting.state == TrialState.WAITING and study._storage.set_trial_state_values(
-                waiting._trial_id, state=TrialState.RUNNING
-            ):
-                trial = optuna.Trial(study, waiting._trial_id)
-                trial.set_user_attr(OWNER, owner)
-                return trial
+            if waiting.state == TrialState.WAITING:
+                study._storage.set_trial_user_attr(waiting._trial_id, f"{WANTED_BY} {owner}", True)
+                if study._storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
+                    return _owned(study, waiting._trial_id, owner)
     return None
 
 

@@ -252,6 +252,21 @@ def test_a_worker_resumes_its_own_trial_alone(study: optuna.Study, tmp_path: Pat
     assert (resumed.number, suggest(resumed, search)) == (left.number, values)
 
 
+def test_a_worker_that_was_killed_while_it_took_a_trial_owns_it(
+    study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request_trials(study, search_of(), "run-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Trial, "set_user_attr", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next_trial(study, "worker-0", "run-1")
+    again = open_study("pets", tmp_path, seed=0, pruning=True)
+    assert unfinished_trial(again, "worker-1") is None
+    resumed = unfinished_trial(again, "worker-0")
+    assert resumed is not None
+    assert resumed.number == 0
+
+
 def test_the_best_trial_is_never_worse_than_the_recipe(study: optuna.Study) -> None:
     search = search_of()
     with pytest.raises(UserError, match="no trial that was completed"):
