@@ -21,7 +21,7 @@ down: ## Stop the local stack; its data stays
 
 test: lint ## Run the linter, the type checker and all tests, the real stack included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not integration and not faults and not compose"
-	$(BIN)/python -m pytest -m integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m integration
 
 test-faults: install ## Break what the stack is made of while it works; rewrites docs/reliability.md
 	MLPIPE_RELIABILITY_TABLE=docs/reliability.md $(BIN)/python -m pytest -m faults tests/faults
