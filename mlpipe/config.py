@@ -42,7 +42,7 @@ class Form:
     """Fields that a user fills in: in Airflow's form, a JSON body or a command line."""
 
     sections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Sections of the form, which are folded until they are asked for; what is in none says what to run."""
+    """Sections of the form, folded until the user opens them. Fields in no section say what to run."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -167,38 +167,38 @@ class RunParams(Form):
     epochs: int | None = describe(
         None,
         "Epochs",
-        "Passes over the training images. Empty: 5 (quick), 10 (report, strong), 9 (strong, custom_cnn).",
+        "Passes over the training images. Empty: 5 (quick), 10 (report), 10 (strong; custom_cnn 9).",
         minimum=1,
         maximum=1000,
     )
     batch_size: int | None = describe(
         None,
         "Batch size",
-        "Images in one optimizer step. Empty: 64 (quick: 128 for custom_cnn; strong: 512 for custom_cnn, 256 for "
-        "resnets and pretrained networks, else 128; fewer where an epoch would have fewer than 20 steps, or 10 of "
-        "custom_cnn).",
+        "Images in one optimizer step. Empty: 64 (report), 64 (quick; custom_cnn 128), 128 (strong; custom_cnn 512, "
+        "resnets and pretrained networks 256). Small data sets get smaller batches with strong, so that an epoch has "
+        "at least 20 steps (custom_cnn: 10).",
         minimum=2,
         maximum=4096,
     )
     learning_rate: float | None = describe(
         None,
         "Learning rate",
-        "Step size of the optimizer (the peak, where the recipe has a schedule). Empty: 0.001 (report), 0.003 (quick; "
-        "custom_cnn 0.04), 0.1 (strong; custom_cnn 0.16, resnets 0.07, pretrained networks 0.01).",
+        "Step size of the optimizer; with a schedule, its peak. Empty: 0.001 (report), 0.003 (quick; custom_cnn 0.04), "
+        "0.1 (strong; custom_cnn 0.16, resnets 0.07, pretrained networks 0.01).",
         exclusiveMinimum=0,
         maximum=10,
     )
     find_batch_size: bool = describe(
         False,
         "Find batch size",
-        "Each network trains with the largest batch that takes half of the memory: a power of two, at most 4096, or a "
-        "tenth of the training images, whichever is less.",
+        "Each network trains with the largest batch that fits into half of the memory: a power of two, at most 4096 "
+        "(on each GPU), and at most a tenth of the training images.",
     )
     find_learning_rate: bool = describe(
         False,
         "Find learning rate",
-        "Before its training each network takes 100 steps with growing learning rates, and then trains with the one at "
-        "which the loss fell fastest.",
+        "Before training, a copy of each network takes 100 steps with growing learning rates. The network then trains "
+        "with the rate at which the loss fell fastest.",
     )
     early_stopping: int | None = describe(
         None,
@@ -217,23 +217,23 @@ class RunParams(Form):
     validation_fraction: float = describe(
         0.1,
         "Validation fraction",
-        "Share of the training images held out to choose the epoch and to calibrate the probabilities. Not used where "
-        "the data set has validation images of its own.",
+        "Share of the training images held out to choose the epoch and to calibrate the probabilities. Not used if the "
+        "data set has validation images of its own.",
         minimum=0.01,
         maximum=0.5,
     )
     max_damaged: float = describe(
         0.01,
         "Damaged images",
-        "Largest allowed share of unusable images, which are left out and named. 0 refuses any.",
+        "Largest allowed share of damaged images, from 0 to 1. They are left out and listed. 0 refuses any.",
         minimum=0,
         maximum=1,
     )
     small_classes: SmallClasses = describe(
         "refuse",
         "Small classes",
-        "Classes with too few images, or present in only one of train and test. refuse: an error with the numbers. "
-        "leave_out: the data set excludes them.",
+        "Classes that have too few images, or that only train or only test contains. refuse: an error with the "
+        "numbers. leave_out: the data set excludes these classes.",
     )
     devices: int | None = describe(
         None,
@@ -245,21 +245,21 @@ class RunParams(Form):
     settings: str | None = describe(
         None,
         "Settings",
-        'More settings of the models as JSON, e.g. {"weight_decay": 0.001, "label_smoothing": 0.1}, which override the '
-        "recipe; `mlpipe tune` finds good ones. Empty: none.",
+        'Further settings as JSON, e.g. {"weight_decay": 0.001, "label_smoothing": 0.1}. They override the recipe. '
+        "`mlpipe tune` searches for good ones. Empty: none.",
         maxLength=4096,
     )
     fine_tuning: FineTuning = describe(
         "all",
         "Fine-tuning",
-        "What is trained of networks with initial weights. all: every layer. head: only a new last layer; features are "
-        "computed once and kept, so it takes a pass over the images.",
+        "Layers of pretrained networks that are trained. all: every layer. head: only a new last layer; the features "
+        "before it are computed in one pass over the images and kept.",
     )
     teacher: str | None = describe(
         None,
         "Teacher",
-        "models:/<name>/<version> or models:/<name>@<alias> of a network of the same classes; the networks of this run "
-        "learn from its answers beside the labels (distillation). Empty: none.",
+        "models:/<name>/<version> or models:/<name>@<alias> of a network with the same classes. The networks of this "
+        "run learn from its predictions in addition to the labels (distillation). Empty: none.",
         maxLength=512,
     )
     seed: int = describe(
@@ -268,28 +268,28 @@ class RunParams(Form):
     folds: int | None = describe(
         None,
         "Folds",
-        "Cross-validation: parts of the training images, each held out once by a training of its own, beside the "
-        "training on all. For small data sets. Empty: none.",
+        "Number of folds of a cross-validation on the training images, in addition to the usual training: each model "
+        "is also trained once per fold and measured on it. For small data sets. Empty: none.",
         minimum=2,
         maximum=20,
     )
     retrain: bool = describe(
         False,
         "Retrain",
-        "Train also the models that were trained before with the same data, settings, seed and code. Otherwise their "
-        "registered versions are compared again.",
+        "Train all models, also those that were trained before with the same data, settings, seed, code and libraries. "
+        "Otherwise the registered versions of these are compared again.",
     )
     compare_with: str | None = describe(
         None,
         "Compare with",
-        "Comma-separated models:/<name>/<version> or @<alias>, which are tested on the same images without being "
-        "trained. Empty: none.",
+        "Comma-separated models:/<name>/<version> or models:/<name>@<alias>. These models are tested on the same "
+        "images without training. Empty: none.",
         maxLength=2048,
     )
     promotion: PromotionMode = describe(
         "enabled",
         "Promotion",
-        "disabled: no alias moves. dry_run: only logs the decision; no alias moves. "
+        "disabled: no alias moves. dry_run: no alias moves, but the decision is logged. "
         "enabled: the best model becomes @champion if it passes the gate.",
     )
     promotion_metric: PromotionMetric = describe(

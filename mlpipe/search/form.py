@@ -47,7 +47,7 @@ class TuneParams(Form):
         description="Path, file://, http(s):// or s3:// address of a zip, a tar or a folder. Required for images.",
     )
     recipe: RecipeName = describe(
-        "quick", "Recipe", "Whose settings are the first trial, and stay where none is varied."
+        "quick", "Recipe", "Its settings are the first trial. Settings that are not varied keep its values."
     )
     model: str = describe(
         "custom_cnn",
@@ -59,32 +59,39 @@ class TuneParams(Form):
     vary: str | None = describe(
         None,
         "Vary",
-        f"Comma-separated settings: {', '.join(NETWORK_SETTINGS)}; of linear models {', '.join(LINEAR_SETTINGS)}. "
-        "Empty: learning_rate, weight_decay and label_smoothing; inverse_regularization and num_components.",
+        f"Comma-separated settings to vary. Networks: {', '.join(NETWORK_SETTINGS)}; empty: the first three. Linear "
+        f"models: {', '.join(LINEAR_SETTINGS)}; empty: both.",
         maxLength=512,
     )
-    trials: int = describe(20, "Trials", "Trainings to make, pruned ones included.", minimum=2, maximum=1000)
+    trials: int = describe(20, "Trials", "Number of trials, pruned ones included.", minimum=2, maximum=1000)
     minutes: float | None = describe(
-        None, "Minutes", "No trial begins after so many minutes. Empty: no limit.", exclusiveMinimum=0, maximum=100_000
+        None,
+        "Minutes",
+        "No trial begins later than this many minutes after the search began. Empty: no limit.",
+        exclusiveMinimum=0,
+        maximum=100_000,
     )
     workers: int = describe(
-        2, "Workers", "Trials side by side, each on a slot of the executor gpu.", minimum=1, maximum=64
+        2, "Workers", "Number of parallel trials; each takes a slot of the executor gpu.", minimum=1, maximum=64
     )
     epochs: int | None = as_of_run(
         "epochs", description="Passes over the training images in each trial. Empty: the recipe's."
     )
-    pruning: bool = describe(True, "Pruning", "Stop a trial early where others were better at the same epoch.")
+    pruning: bool = describe(
+        True, "Pruning", "Stop a trial early if others were better at the same epoch (successive halving)."
+    )
     study: str | None = describe(
         None,
         "Study",
-        "Name of the search; an existing one is continued. Empty: a new one, named after data set, model and DAG run.",
+        "Name of the search. An existing search is continued. Empty: a new search, named after data set, model and DAG "
+        "run.",
         pattern="^[a-z0-9][a-z0-9_.-]{0,79}$",
         maxLength=80,
     )
     seeds: int = describe(
         3,
         "Seeds",
-        "Trainings of the best settings on fresh seeds, which are tested and registered.",
+        "Number of fresh seeds with which the best settings are trained again. These models are tested and registered.",
         minimum=1,
         maximum=8,
     )
@@ -94,10 +101,10 @@ class TuneParams(Form):
     image_size: int | None = as_of_run("image_size")
     validation_fraction: float = as_of_run("validation_fraction")
     max_damaged: float = as_of_run(
-        "max_damaged", description="Largest allowed share of unusable images. 0 refuses any."
+        "max_damaged", description="Largest allowed share of damaged images, from 0 to 1. 0 refuses any."
     )
-    small_classes: SmallClasses = as_of_run("small_classes", description="As of image_classification.")
-    seed: int = as_of_run("seed", description="Of the search, and of the trials' trainings.")
+    small_classes: SmallClasses = as_of_run("small_classes")
+    seed: int = as_of_run("seed", description="Seed of the search and of each trial's training.")
 
     def run_params(self) -> RunParams:
         """The run whose settings are varied."""

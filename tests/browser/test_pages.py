@@ -179,11 +179,11 @@ def test_settings_of_a_report_start_another_dag_run_and_both_are_compared(
     report = report_of(fresh_page(log_in=True), environment, demo["dag_run_id"])
     settings = report.get_by_role("textbox", name="Settings of the new run")
     conf = json.loads(settings.input_value())
-    report.get_by_role("button", name="Go on from the winner").click()
+    report.get_by_role("button", name="Start from the best network").click()
     assert "=models:/digits-classifier/" in json.loads(settings.input_value())["models"]
     settings.fill("{")
     report.get_by_role("button", name="Start the DAG run").click()
-    expect(report.get_by_role("status")).to_contain_text("no JSON")
+    expect(report.get_by_role("status")).to_contain_text("not JSON")
     settings.fill(json.dumps(conf | {"models": "logistic_regression", "seed": 5, "promotion": "disabled"}))
     report.get_by_role("button", name="Start the DAG run").click()
     started = report.get_by_role("status").locator("a")

@@ -39,7 +39,7 @@ KNOWN: tuple[DataSource, ...] = (
     ),
     DataSource(
         name="cifar10",
-        description="the official archive, downloaded or at the data URI",
+        description="the official archive (downloaded, or a copy at the data URI), or its images at the data URI",
         module="mlpipe.data.sources.cifar10",
         data_uri="optional",
     ),
