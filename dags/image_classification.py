@@ -31,7 +31,7 @@ Compares image classifiers: downloads and checks images, trains the chosen model
 that none of them has seen, and publishes the best one in MLflow as `@champion`.
 
 **First click:** *Trigger*, at the top right. The defaults train three models on handwritten digits in a minute or two.
-Then open the DAG run: its tab *Report* shows the progress, then the verdict, the mistakes and what to do next.
+Then open the DAG run: its tab *Report* shows the progress, then the verdict, the mistakes and next steps.
 
 | recipe | what it is for | digits, two cores | CIFAR-10, two cores |
 | --- | --- | --- | --- |
@@ -40,8 +40,8 @@ Then open the DAG run: its tab *Report* shows the progress, then the verdict, th
 | `strong` | the best accuracy in ten epochs on photographs | minutes | hours with resnet18 |
 
 Your own images: data set `images`, and the path or address of a zip, a tar or a folder with `<class>/…` as *Data URI*.
-Your own network: `/path/mynets.py:TinyNet` under *Models*. A run that fails says why in its note and in the task's log;
-clear the task to resume it from its last epoch.
+Your own network: `/path/mynets.py:TinyNet` under *Models*. If a run fails, its note and the task's log say why. Clear
+the task to resume it after its last epoch.
 """
 
 DATASETS = AssetAlias("image_datasets")

@@ -26,13 +26,14 @@ from mlpipe.executors import evaluation_task, training_task
 from mlpipe.search.form import Search, TuneParams, resolve_search
 
 HELP = """
-Searches for the settings of one model that suit the **validation** images best (Optuna: TPE, successive halving). The
-recipe's own settings are the first trial and never pruned, so the result is never worse than these there. The best
-settings are then trained anew on fresh seeds, tested once, registered, and pass the same gate as any model.
+Searches for the settings of one model with the best accuracy on the **validation** images (Optuna: TPE, successive
+halving). The first trial has the recipe's own settings and is never pruned, so the result on these images is never
+worse than the recipe's. The model is then trained again with the best settings and fresh seeds. These models are tested
+once, registered, and must pass the same gate as all others.
 
-**First click:** *Trigger*. The tab *Report* shows the final trainings, then their comparison; each trial is an MLflow
-run below the DAG run's, which has the pictures of the search and `best_settings.json`. Paste that file's text into
-*Settings* of `image_classification` to use it, or write `mlpipe run --tuned STUDY`.
+**First click:** *Trigger*. The tab *Report* shows the final trainings, then their comparison. In MLflow, each trial is
+a child of the DAG run's parent run, which has the figures of the search and `best_settings.json`. To use the settings,
+paste that file's text into *Settings* of `image_classification`, or run `mlpipe run --tuned STUDY`.
 """
 
 

@@ -151,9 +151,9 @@ class RunParams(Form):
         None,
         "Models",
         "Comma-separated names, each with optional initial weights: custom_cnn, logistic_regression, resnet18=random, "
-        "resnet18=imagenet, any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth, or "
-        "your own network, e.g. /home/me/mynets.py:TinyNet. Empty: custom_cnn, logistic_regression and resnet18; with "
-        "strong also hog_logistic_regression.",
+        "resnet18=imagenet, any torchvision classification network, e.g. efficientnet_b0=s3://bucket/weights.pth, any "
+        "network of timm as timm/<name>, or your own network, e.g. /home/me/mynets.py:TinyNet. Empty: custom_cnn, "
+        "logistic_regression and resnet18; with strong also hog_logistic_regression.",
         maxLength=4096,
         examples=[
             "custom_cnn",

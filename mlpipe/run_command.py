@@ -74,7 +74,9 @@ def _scalar(hint: Any) -> type:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
 @click.option("--unpause", is_flag=True, help="Unpause the DAG if it is paused.")
 @click.option(
-    "--tuned", metavar="STUDY", help="Train the model of this search of `mlpipe tune` with the best settings it found."
+    "--tuned",
+    metavar="STUDY",
+    help="Train the model of this search (`mlpipe tune`) with the best settings that it found.",
 )
 def run(json_path: Path | None, unpause: bool, tuned: str | None, **values: Any) -> None:
     """Trigger the DAG, show its progress and print the comparison."""
@@ -409,13 +411,13 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
 @click.argument("given", metavar="[MODEL_URI] IMAGE...", nargs=-1, required=True)
 @click.option("--top-k", type=click.IntRange(1), default=1, show_default=True, help="Labels shown for each image.")
 @click.option("--csv", "form", flag_value="csv", help="Print CSV.")
-@click.option("--json", "form", flag_value="json", help="Print JSON: an object on a line for each image.")
+@click.option("--json", "form", flag_value="json", help="Print JSON: one object per line and image.")
 def predict(given: tuple[str, ...], top_k: int, form: str | None) -> None:
     """Label image files, or all files of folders, with a logged model, e.g. models:/digits-classifier@champion.
 
-    Without MODEL_URI the only champion of the registry labels them.
+    Without MODEL_URI, the champion labels them if the registry has only one.
 
-    Ends with 2 where a file could not be read; the others are labelled all the same.
+    The exit status is 2 if a file could not be read; the other files are labelled anyway.
     """
     use_local_stack("MLFLOW_TRACKING_URI")
     import mlflow

@@ -35,8 +35,13 @@ def models() -> None:
     console = run_command.new_console()
     console.print(table)
     others = ", ".join(name for name in TORCHVISION if name != "resnet18")
-    console.print(f"As resnet18, the other torchvision networks: {others}.", highlight=False)
-    console.print("Your own: /path/mynets.py:TinyNet. With weights: resnet18=s3://bucket/weights.pth.", highlight=False)
+    console.print(
+        f"With the same initial weights as resnet18, torchvision's other networks: {others}.", highlight=False
+    )
+    console.print(
+        "Networks of timm: timm/<name>. Your own: /path/mynets.py:TinyNet. With weights: resnet18=s3://bucket/weights.pth.",
+        highlight=False,
+    )
 
 
 @click.command()

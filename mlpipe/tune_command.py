@@ -28,7 +28,7 @@ DAG_ID = "tune"
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
 @click.option("--unpause", is_flag=True, help="Unpause the DAG if it is paused.")
 def tune(json_path: Path | None, unpause: bool, **values: Any) -> None:
-    """Search for the settings that suit the validation images best, and register the model that they give."""
+    """Search for the settings with the best validation accuracy, train the model with them, test and register it."""
     values["data_uri"], values["model"] = run_command.with_local_files(values["data_uri"], values["model"])
     params = TuneParams.from_mapping(values)
     resolve_search(params, "")
