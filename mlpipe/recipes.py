@@ -257,7 +257,7 @@ def _settings(
     """
     more = parse_settings(params.settings)
     if architecture.kind == "estimator":
-        return _checked(recipe.linear, {**_of(LinearSettings, more), "seed": params.seed})
+        return _checked(recipe.linear, {**_of(LinearSettings, more), "seed": params.seed}, architecture.name)
     only_head = pretrained and params.fine_tuning == "head"  # which is fitted at once, on one device
     form = {
         "num_epochs": params.epochs,
@@ -274,7 +274,7 @@ def _settings(
     }
     chosen = {name: value for name, value in form.items() if value is not None}
     own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
-    settings = _checked(recipe.network, {**own, **_of(NetworkSettings, more), **chosen})
+    settings = _checked(recipe.network, {**own, **_of(NetworkSettings, more), **chosen}, architecture.name)
     check_optimizer(settings.optimizer)
     if settings.width != 1 and architecture.has_one_width:
         raise UserError(
@@ -326,7 +326,7 @@ def _of(kind: type[NetworkSettings | LinearSettings], values: Mapping[str, Any])
     return {name: value for name, value in values.items() if name in names}
 
 
-def _checked(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+def _checked(settings: Settings, changes: Mapping[str, Any], model: str) -> Settings:
     """The settings with changes, of which each value has the right type.
 
     Raises:
@@ -339,7 +339,8 @@ def _checked(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"settings: {name}: {first['input']!r} is not allowed; {first['msg']}") from None
+        allowed = first["msg"].removeprefix("Input should be ")
+        raise UserError(f"settings: {name}: {first['input']!r} is not allowed for {model}; give {allowed}") from None
     _check_ranges(checked)
     return checked
 

@@ -194,6 +194,10 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"models": "custom_cnn", "settings": '{"num_epochs": 0}'}, "settings: num_epochs: 0 is not allowed"),
         ({"models": "custom_cnn", "settings": '{"label_smoothing": 2}'}, "settings: label_smoothing: 2 is not"),
         ({"models": "logistic_regression", "settings": '{"inverse_regularization": -1}'}, "settings: inverse_reg"),
+        (
+            {"models": "custom_cnn,logistic_regression", "settings": '{"augmentation": "crop"}'},
+            "settings: augmentation: 'crop' is not allowed for logistic_regression; give 'none' or 'flip'",
+        ),
         ({"models": "custom_cnn", "settings": '{"seed": 5}'}, "settings: seed has a field of its own, seed"),
         ({"models": "custom_cnn", "settings": '{"num_devices": 2}'}, "settings: num_devices has a field of its own"),
         ({"models": "custom_cnn", "settings": '{"num_components": 9}'}, "settings: no model of this run has num_comp"),
