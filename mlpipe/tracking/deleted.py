@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
 import mlflow
 from mlflow.entities import LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
@@ -19,9 +15,9 @@ def delete_models_of_deleted_runs() -> int:
     """
     client = mlflow.MlflowClient()
     # The source is models:/<id>; a search leaves the field `model_id` empty.
-    registered = {version.source.rpartition("/")[2] for version in _all(client.search_model_versions)}
-    experiments = [each.experiment_id for each in _all(partial(client.search_experiments, ViewType.ALL))]
-    logged = [model for each in experiments for model in _all(partial(client.search_logged_models, [each]))]
+    registered = {(version.source or "").rpartition("/")[2] for version in mlflow.search_model_versions()}
+    experiments = [each.experiment_id for each in mlflow.search_experiments(ViewType.ALL)]
+    logged = [model for each in experiments for model in mlflow.search_logged_models([each], output_format="list")]
     deleted = [
         model.model_id
         for model in logged
@@ -30,16 +26,6 @@ def delete_models_of_deleted_runs() -> int:
     for model_id in deleted:
         client.delete_logged_model(model_id)
     return len(deleted)
-
-
-def _all(search: Callable[..., Any]) -> Iterator[Any]:
-    """What a search of MLflow finds, page by page."""
-    token = None
-    while True:
-        page = search(page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
 
 
 def _is_deleted(client: mlflow.MlflowClient, run_id: str | None) -> bool:

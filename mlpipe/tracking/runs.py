@@ -10,15 +10,13 @@ import hashlib
 import logging
 import os
 import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 import mlflow
@@ -40,7 +38,6 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_TYPE,
     MLFLOW_USER,
 )
-from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.addresses import without_login
 from mlpipe.environment import Environment
@@ -49,8 +46,6 @@ from mlpipe.errors import SupersededError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.data.dataset import Dataset
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -222,13 +217,6 @@ def open_run(
     return run
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of at most `size` items, in order."""
-    rest = iter(items)
-    while part := list(islice(rest, size)):
-        yield part
-
-
 class TrackedRun:
     """What a stage writes to its MLflow run. Satisfies `mlpipe.training.protocol.TrainingLogger`."""
 
@@ -276,9 +264,9 @@ class TrackedRun:
             dataset: what they were measured on.
         """
         fresh = {name: value for name, value in metrics.items() if step > self._last_step_before(name)}
-        for part in batched(fresh.items(), MAX_METRICS_PER_BATCH):
+        if fresh:
             mlflow.log_metrics(
-                dict(part), step=step, run_id=self.run_id, model_id=model_id, dataset=dataset, synchronous=True
+                fresh, step=step, run_id=self.run_id, model_id=model_id, dataset=dataset, synchronous=True
             )
 
     def replace_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -311,11 +299,8 @@ class TrackedRun:
             mlflow.log_params(fresh, run_id=self.run_id, synchronous=True)
 
     def log_figure(self, figure: Figure, name: str) -> None:
-        """Write a figure as PNG."""
-        with tempfile.TemporaryDirectory(prefix="mlpipe-figure-") as folder:
-            path = Path(folder) / name
-            figure.savefig(path)
-            self._client.log_artifact(self.run_id, str(path))
+        """Write a figure in the format that the name ends with."""
+        self._client.log_figure(self.run_id, figure, name)
 
     def log_text(self, text: str, path: str) -> None:
         self._client.log_text(self.run_id, text, path)

@@ -13,13 +13,14 @@ import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.utils import chunk_list
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.config import ModelConfig
 from mlpipe.models.architectures import find
 from mlpipe.models.own_files import code_of
 from mlpipe.tracking import registry
-from mlpipe.tracking.runs import TrackedRun, batched, git_sha, key_of
+from mlpipe.tracking.runs import TrackedRun, git_sha, key_of
 
 TAG = "training_key"
 """Of a registered version: identity of its training."""
@@ -120,7 +121,8 @@ def copy_history(source: TrackedRun, target: TrackedRun) -> Mapping[str, float]:
     present = client.get_run(target.run_id).data.metrics
     for name in wanted:
         if name not in present:
-            entries = client.get_metric_history(source.run_id, name)
-            for part in batched((Metric(name, e.value, e.timestamp, e.step) for e in entries), MAX_METRICS_PER_BATCH):
+            history = client.get_metric_history(source.run_id, name)
+            entries = [Metric(name, each.value, each.timestamp, each.step) for each in history]
+            for part in chunk_list(entries, MAX_METRICS_PER_BATCH):
                 client.log_batch(target.run_id, metrics=part)
     return wanted
