@@ -49,8 +49,8 @@ def parent_run(config: RunConfig, origin: TaskContext) -> Run:
 
 def note_failure(config: RunConfig, origin: TaskContext, error: BaseException) -> None:
     """Say on the parent run which task failed and why; the task's next attempt removes it."""
-    experiment = runs.find_experiment(experiment_name(config.data.name))
-    if experiment and (run := runs.find_run(experiment, origin.key("parent"))):
+    experiment = MlflowClient().get_experiment_by_name(experiment_name(config.data.name))
+    if experiment and (run := runs.find_run(experiment.experiment_id, origin.key("parent"))):
         trained = [model.name for model in config.models] if origin.task_id == "train" else []
         # A search trains one model several times: of the others the task's name must do.
         who = trained[origin.map_index] if 0 <= origin.map_index < len(trained) else origin.task_id
@@ -63,4 +63,12 @@ def close(dataset: str, origin: TaskContext, status: Literal["FINISHED", "FAILED
     Args:
         reason: for runs that do not say themselves why they failed.
     """
-    runs.close(experiment_name(dataset), origin, status, reason)
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(experiment_name(dataset))
+    if experiment is None:
+        return
+    filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs([experiment.experiment_id], filter_string):
+        if status != "FINISHED" and not any(tag.startswith("error") for tag in run.data.tags):
+            client.set_tag(run.info.run_id, "error", reason[:5000])
+        client.set_terminated(run.info.run_id, status)

@@ -396,22 +396,3 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
                 mlflow.MlflowClient().set_terminated(parent, killed)
         raise
     mlflow.end_run(RunStatus.to_string(RunStatus.FINISHED))
-
-
-def find_experiment(name: str) -> str | None:
-    """Id of the experiment of that name, if there is one."""
-    experiment = mlflow.MlflowClient().get_experiment_by_name(name)
-    return experiment.experiment_id if experiment else None
-
-
-def close(experiment_name: str, origin: TaskContext, status: str, reason: str) -> None:
-    """End all open runs of a DAG run with a status; those that fail and do not say why are given the reason."""
-    client = mlflow.MlflowClient()
-    experiment = find_experiment(experiment_name)
-    if experiment is None:
-        return
-    filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs([experiment], filter_string):
-        if status != "FINISHED" and not any(tag.startswith("error") for tag in run.data.tags):
-            client.set_tag(run.info.run_id, "error", reason[:5000])
-        client.set_terminated(run.info.run_id, status)

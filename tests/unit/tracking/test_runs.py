@@ -164,11 +164,15 @@ def test_what_a_dying_server_wrote_twice_is_kept_once(experiment: str, monkeypat
     assert len(mlflow.MlflowClient().search_model_versions("name = 'twice-classifier'")) == 1
 
 
-def test_abandoning_ends_what_is_open_and_nothing_else(experiment: str) -> None:
+@pytest.mark.usefixtures("_store")
+def test_closing_ends_what_is_open_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dag_runs.close("letters", origin("a", task_id=""), "FAILED", "no run has begun")
+    experiment = runs.experiment_id(dag_runs.experiment_name("letters"))
     done, parent, child = (opened(experiment, origin("a"), part) for part in ("data", "parent", "resnet18"))
     other = opened(experiment, origin("b"), "parent")
     mlflow.MlflowClient().set_terminated(done.info.run_id)
-    runs.close(mlflow.get_experiment(experiment).name, origin("a", task_id=""), "FAILED", "task failure")
+    dag_runs.close("letters", origin("a", task_id=""), "FAILED", "task failure")
     assert [fetched(run).info.status for run in (done, parent, child, other)] == [
         "FINISHED",
         "FAILED",
