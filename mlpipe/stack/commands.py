@@ -10,10 +10,8 @@ from pathlib import Path
 import click
 
 from mlpipe.errors import UserError
+from mlpipe.stack.components import NAMES, components
 from mlpipe.stack.local import StackSettings
-
-COMPONENTS = ("seaweedfs", "mlflow", "api-server", "scheduler", "dag-processor", "triggerer")
-"""Equal to `components.NAMES` (a test checks it); the help does not load that module."""
 
 LABELS = {
     "seaweedfs": "SeaweedFS (S3)",
@@ -118,14 +116,13 @@ def status() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mlpipe.stack.components import components
     from mlpipe.stack.supervisor import Supervisor
 
     settings = StackSettings.load()
     states = {state.name: state for state in Supervisor(settings).states()}
     urls = {part.name: part.url for part in components(settings)} if states else {}
     table = Table("component", "state", "pid", "uptime", "url")
-    for name in COMPONENTS:
+    for name in NAMES:
         state = states.get(name)
         word = state.state.lower() if state else "stopped"
         colour = {"running": "green", "starting": "yellow"}.get(word, "red")
@@ -137,7 +134,7 @@ def status() -> None:
             urls.get(name) or "",
         )
     Console(highlight=False).print(table)
-    if not all(name in states and states[name].state == "RUNNING" for name in COMPONENTS):
+    if not all(name in states and states[name].state == "RUNNING" for name in NAMES):
         sys.exit(1)
     from mlpipe.airflow_api import AirflowApi
     from mlpipe.stack.health import DAG_ID
@@ -152,7 +149,7 @@ def _duration(seconds: float) -> str:
 
 
 @click.command()
-@click.argument("component", required=False, type=click.Choice(COMPONENTS))
+@click.argument("component", required=False, type=click.Choice(NAMES))
 @click.option("-f", "--follow", is_flag=True, help="Keep printing new lines until interrupted.")
 @click.option("-n", "--lines", default=40, show_default=True, help="Number of last lines to print first.")
 def logs(component: str | None, follow: bool, lines: int) -> None:
@@ -160,7 +157,7 @@ def logs(component: str | None, follow: bool, lines: int) -> None:
     from mlpipe.stack.lifecycle import tail
 
     settings = StackSettings.load()
-    names = [component] if component else list(COMPONENTS)
+    names = [component] if component else list(NAMES)
     paths = {name: settings.logs / f"{name}.log" for name in names}
     present = {name: path for name, path in paths.items() if path.exists()}
     if not present:

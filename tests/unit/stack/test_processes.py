@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from mlpipe.errors import UserError
 from mlpipe.stack import commands, lifecycle
+from mlpipe.stack.components import NAMES
 from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.health import Health
 from mlpipe.stack.local import StackSettings
@@ -171,7 +172,7 @@ def test_status_of_what_does_not_run_is_a_failure(settings, monkeypatch):
     result = CliRunner().invoke(commands.status)
 
     assert result.exit_code == 1
-    assert result.output.count("stopped") == len(commands.COMPONENTS)
+    assert result.output.count("stopped") == len(NAMES)
 
 
 def test_logs_before_the_first_start_say_so(settings, monkeypatch):
