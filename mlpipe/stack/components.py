@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlpipe.errors import UserError
 from mlpipe.stack.local import ARTIFACT_BUCKET, DATA_BUCKET, StackSettings
@@ -43,31 +44,32 @@ def components(settings: StackSettings) -> tuple[Component, ...]:
     Raises:
         UserError: a program is not installed.
     """
-    urls = {STORAGE: settings.s3_url, TRACKING: settings.mlflow_url, "api-server": settings.airflow_url}
-    commands = {STORAGE: _storage(settings), TRACKING: _tracking(settings)}
-    # The log servers of both would listen on all addresses; the API server reads the files itself.
-    skip = {"scheduler": ("--skip-serve-logs",), "triggerer": ("--skip-serve-logs",)}
-    for name in AIRFLOW:
-        commands[name] = (program("airflow"), name, *skip.get(name, ()))
-    # The API server is done at once, but threads of its database driver keep the process.
-    patience = {"api-server": 3}
-    variables = {
-        "scheduler": {PRELOAD: os.environ.get(PRELOAD, PRELOADED)},
-        TRACKING: {
-            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{settings.mlflow_database}?timeout=60",
-            "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACT_BUCKET}",
-        },
-    }
-    return tuple(
-        Component(
-            name=name,
-            command=commands[name],
-            log=settings.logs / f"{name}.log",
-            url=urls.get(name),
-            stop_seconds=patience.get(name, 10),
-            environment=variables.get(name, {}),
-        )
-        for name in NAMES
+    airflow = program("airflow")
+
+    def component(name: str, command: tuple[str, ...], **more: Any) -> Component:
+        return Component(name=name, command=command, log=settings.logs / f"{name}.log", **more)
+
+    return (
+        component(STORAGE, _storage(settings), url=settings.s3_url),
+        component(
+            TRACKING,
+            (sys.executable, "-m", "mlpipe.stack.mlflow_server", LOOPBACK, str(settings.mlflow_port)),
+            url=settings.mlflow_url,
+            environment={
+                "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{settings.mlflow_database}?timeout=60",
+                "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACT_BUCKET}",
+            },
+        ),
+        # The API server is done at once, but threads of its database driver keep the process.
+        component("api-server", (airflow, "api-server"), url=settings.airflow_url, stop_seconds=3),
+        # The log servers of this and of the triggerer would listen on all addresses; the API server reads the files.
+        component(
+            "scheduler",
+            (airflow, "scheduler", "--skip-serve-logs"),
+            environment={PRELOAD: os.environ.get(PRELOAD, PRELOADED)},
+        ),
+        component("dag-processor", (airflow, "dag-processor")),
+        component("triggerer", (airflow, "triggerer", "--skip-serve-logs")),
     )
 
 
@@ -115,13 +117,3 @@ def _storage(settings: StackSettings) -> tuple[str, ...]:
         "filer.disableDirListing": "true",
     }
     return (program("weed"), "mini", *(f"-{name}={value}" for name, value in options.items()))
-
-
-def _tracking(settings: StackSettings) -> tuple[str, ...]:
-    return (
-        sys.executable,
-        "-m",
-        "mlpipe.stack.mlflow_server",
-        LOOPBACK,
-        str(settings.mlflow_port),
-    )
