@@ -55,23 +55,6 @@ class Credentials:
         """
         if not path.exists():
             raise UserError(f"no local stack was started yet ({path} does not exist); run `mlpipe up`")
-        return cls._read(path)
-
-    @classmethod
-    def load_or_create(cls, path: Path) -> Self:
-        """Read what an earlier start generated, or generate it.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        if path.exists():
-            return cls._read(path)
-        created = cls()
-        write_private(path, json.dumps(asdict(created), indent=2) + "\n")
-        return created
-
-    @classmethod
-    def _read(cls, path: Path) -> Self:
         try:
             values = read_json(path)
         except ValueError:
@@ -83,3 +66,14 @@ class Credentials:
                 "which generates new secrets (data is kept)"
             )
         return cls(**values)
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> Self:
+        """Read what an earlier start generated, or generate it.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not path.exists():
+            write_private(path, json.dumps(asdict(cls()), indent=2) + "\n")
+        return cls.load(path)
