@@ -20,7 +20,7 @@ from mlpipe.airflow_api import AirflowApi
 from mlpipe.errors import UserError
 from mlpipe.stack.components import NAMES, program
 from mlpipe.stack.credentials import Credentials
-from mlpipe.stack.health import DAG_ID, Health
+from mlpipe.stack.health import DAG_ID, Health, s3_client
 from mlpipe.stack.local import DATA_BUCKET, StackSettings
 from mlpipe.stack.service_environment import EXECUTOR, service_environment
 from mlpipe.stack.supervisor import Supervisor
@@ -247,18 +247,7 @@ def dag(environ: Mapping[str, str]) -> str:
 
 def s3_round_trip(environ: Mapping[str, str]) -> str:
     """Write, read back, compare and delete objects of several sizes."""
-    import boto3
-    from botocore.config import Config
-
-    client = boto3.session.Session(
-        aws_access_key_id=environ.get("AWS_ACCESS_KEY_ID"),
-        aws_secret_access_key=environ.get("AWS_SECRET_ACCESS_KEY"),
-        region_name=environ.get("AWS_DEFAULT_REGION"),
-    ).client(
-        "s3",
-        endpoint_url=environ["AWS_ENDPOINT_URL_S3"],
-        config=Config(proxies={}, connect_timeout=5, read_timeout=COMMAND_SECONDS, retries={"max_attempts": 1}),
-    )
+    client = s3_client(environ, read_timeout=COMMAND_SECONDS)
     bucket = environ.get("MLPIPE_S3_BUCKET") or DATA_BUCKET
     for size in ROUND_TRIP_SIZES:
         content = os.urandom(size)

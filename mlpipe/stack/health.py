@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -65,7 +65,7 @@ class Health:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            buckets = s3_client(self._settings, self._credentials).list_buckets()["Buckets"]
+            buckets = s3_client(self._settings.service_addresses(self._credentials)).list_buckets()["Buckets"]
         except (BotoCoreError, ClientError) as error:
             return f"refuses to list its buckets ({error})"
         present = {bucket["Name"] for bucket in buckets}
@@ -96,16 +96,16 @@ class Health:
         return self._http.get(self._settings.airflow_url + path, timeout=TIMEOUT)
 
 
-def s3_client(settings: StackSettings, credentials: Credentials) -> Any:
-    """A client of the stack's object store that reads nothing from the user's own AWS configuration."""
+def s3_client(environ: Mapping[str, str], read_timeout: float = 30) -> Any:
+    """A client of the object store that these variables name."""
     import boto3
     from botocore.config import Config
 
     return boto3.session.Session().client(
         "s3",
-        endpoint_url=settings.s3_url,
-        region_name="us-east-1",
-        aws_access_key_id=credentials.s3_access_key,
-        aws_secret_access_key=credentials.s3_secret_key,
-        config=Config(proxies={}, connect_timeout=TIMEOUT, read_timeout=30, retries={"max_attempts": 1}),
+        endpoint_url=environ["AWS_ENDPOINT_URL_S3"],
+        region_name=environ.get("AWS_DEFAULT_REGION"),
+        aws_access_key_id=environ.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=environ.get("AWS_SECRET_ACCESS_KEY"),
+        config=Config(proxies={}, connect_timeout=TIMEOUT, read_timeout=read_timeout, retries={"max_attempts": 1}),
     )

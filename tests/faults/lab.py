@@ -226,7 +226,7 @@ class Lab:
     # -- object store
 
     def objects(self, prefix: str) -> list[str]:
-        client = s3_client(self.settings, Credentials.load(self.settings.credentials_path))
+        client = s3_client(self.settings.client_environment())
         return [item["Key"] for item in client.list_objects_v2(Bucket=DATA_BUCKET, Prefix=prefix).get("Contents", [])]
 
     # -- components

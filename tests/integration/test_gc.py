@@ -11,7 +11,6 @@ from typing import Any
 import mlflow
 import pytest
 
-from mlpipe.stack.credentials import Credentials
 from mlpipe.stack.health import s3_client
 from mlpipe.stack.local import ARTIFACT_BUCKET, StackSettings
 
@@ -28,7 +27,7 @@ def test_gc_leaves_no_object(stack: StackSettings, environment: dict[str, str], 
     assert experiment
 
     def objects() -> list[str]:
-        pages: Any = s3_client(stack, Credentials.load(stack.credentials_path)).get_paginator("list_objects_v2")
+        pages: Any = s3_client(stack.client_environment()).get_paginator("list_objects_v2")
         listed = pages.paginate(Bucket=ARTIFACT_BUCKET, Prefix=f"{experiment.experiment_id}/")
         return [entry["Key"] for page in listed for entry in page.get("Contents", [])]
 

@@ -114,7 +114,7 @@ def test_secrets_are_for_their_owner_only_and_not_in_any_command(stack):
 def test_nobody_gets_in_without_a_key(stack):
     http = requests.Session()
     http.trust_env = False
-    s3_client(stack, Credentials.load(stack.credentials_path)).put_object(Bucket=DATA_BUCKET, Key="secret", Body=b"x")
+    s3_client(stack.client_environment()).put_object(Bucket=DATA_BUCKET, Key="secret", Body=b"x")
     filer = f"http://127.0.0.1:{stack.storage_ports[4]}/buckets/{DATA_BUCKET}"
 
     assert http.get(f"{stack.s3_url}/{DATA_BUCKET}/secret", timeout=5).status_code == 403
@@ -163,7 +163,7 @@ def test_a_killed_component_is_restarted(stack, name):
 
 
 def test_data_survives_and_no_process_is_left(stack, mlpipe):
-    store = s3_client(stack, Credentials.load(stack.credentials_path))
+    store = s3_client(stack.client_environment())
     content = os.urandom(3 * 2**20)
     store.put_object(Bucket=DATA_BUCKET, Key="kept", Body=content)
     http = requests.Session()
