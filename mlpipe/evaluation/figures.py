@@ -236,33 +236,22 @@ class Images(Protocol):
         """The image of a row, (H, W, 3)."""
 
 
-def mistakes_figure(
-    images_u8: Images,
-    labels: NDArray[np.integer],
-    probabilities: NDArray[np.floating],
-    classes: Sequence[str],
-    name: str,
-    k: int = 25,
-) -> Figure:
+def mistakes_figure(images_u8: Images, evaluation: Evaluation, name: str, k: int = 25) -> Figure:
     """The wrong predictions that the model was most confident of, in falling order.
 
     Args:
         images_u8: (N, H, W, 3) uint8; may be a memory map, of which only what is shown is read.
-        labels: (N,) true classes.
-        probabilities: (N, K).
-        classes: K names.
+        evaluation: of the model on these images.
         name: of the model, for the heading.
         k: most pictures to show.
     """
-    predictions = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(predictions != labels)
-    confidences = probabilities[wrong, predictions[wrong]]
-    worst = wrong[np.argsort(-confidences, kind="stable")][:k]
+    classes, predictions = evaluation.classes, evaluation.predictions
+    wrong, worst = predictions.mistakes, predictions.mistakes[:k]
     with figure_style(classes):
         title = f"Worst mistakes of {name}"
         if not len(worst):
-            return _no_mistakes(title, len(labels))
-        counts = f"{len(worst)} of {len(wrong):,} mistakes on {len(labels):,} test images"
+            return _no_mistakes(title, evaluation.num_images)
+        counts = f"{len(worst)} of {len(wrong):,} mistakes on {evaluation.num_images:,} test images"
         subtitle = f"{counts}, most confident first: truth → predicted"
         shown = class_labels(classes, max_length=20)
         num_columns = min(5, len(worst))
@@ -276,13 +265,13 @@ def mistakes_figure(
             left, top = 0.3 + column * (side + gap), height - 0.95 - row * (side + words)
             axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
             bare(axes)
-            predicted = int(predictions[index])
+            predicted = int(predictions.predicted[index])
             _draw_mistake(
                 axes,
                 images_u8[index],
-                truth=shown[int(labels[index])],
+                truth=shown[int(predictions.labels[index])],
                 predicted=shown[predicted],
-                confidence=float(probabilities[index, predicted]),
+                confidence=float(predictions.probabilities[index, predicted]),
             )
         footnote(figure, unreadable_note(classes))
     return figure

@@ -52,16 +52,15 @@ class Gallery:
 
     def add_model(self, result: ModelResult, explained: Explainer | None = None) -> None:
         """Add a model's worst mistakes; where it can be explained with look-alikes and places."""
-        mistakes = self._worst(result)
-        rows = np.array(mistakes, np.int64)
         predictions = result.evaluation.predictions
+        rows = predictions.mistakes[:NUM_MISTAKES]
         training = self._training
         if explained is not None and len(rows):
             images_u8 = self._test.images_u8.take(rows)
             alike = explained.look_alikes(images_u8, training, NUM_LOOK_ALIKES)
-            heat = explained.attention(images_u8, predictions.predicted[rows].astype(np.int64))
+            heat = explained.attention(images_u8, predictions.predicted[rows])
         shown = []
-        for number, row in enumerate(mistakes):
+        for number, row in enumerate(map(int, rows)):
             mistake = self._entry(result, row)
             if explained is not None:
                 blended = _blend(images_u8[number], heat[number])
@@ -129,12 +128,6 @@ class Gallery:
             ],
             "doubts": self._doubts,
         }
-
-    def _worst(self, result: ModelResult) -> list[int]:
-        predictions = result.evaluation.predictions
-        wrong = np.flatnonzero(~predictions.correct)
-        confidence = predictions.probabilities[wrong, predictions.predicted[wrong]]
-        return [int(row) for row in wrong[np.argsort(-confidence, kind="stable")][:NUM_MISTAKES]]
 
     def _keep(self, key: str, image_u8: NDArray[np.uint8]) -> str | None:
         """The key under which the page finds the picture; `None` where there is no room for it."""

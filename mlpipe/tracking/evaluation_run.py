@@ -103,10 +103,7 @@ def log_evaluation(result: ModelResult, test: Split, data: ImageDataset, *, run_
     frame = pd.DataFrame(evaluation.confusion, index=evaluation.classes, columns=evaluation.classes)
     run.log_text(frame.to_csv(index_label="true \\ predicted"), "confusion_matrix.csv")
     run.log_figure(figures.reliability_figure(evaluation, name), "calibration.png")
-    worst = figures.mistakes_figure(
-        test.images_u8, test.labels, evaluation.predictions.probabilities, evaluation.classes, name
-    )
-    run.log_figure(worst, "worst_mistakes.png")
+    run.log_figure(figures.mistakes_figure(test.images_u8, evaluation, name), "worst_mistakes.png")
     if evaluation.notes:
         run.log_text("\n".join(evaluation.notes), "notes.txt")
 

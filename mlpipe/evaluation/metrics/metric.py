@@ -37,6 +37,12 @@ class Predictions:
         indices = np.arange(self.probabilities.shape[1])
         return confusion_matrix(self.labels, self.predicted, labels=indices).astype(np.int64)
 
+    @cached_property
+    def mistakes(self) -> NDArray[np.int64]:
+        """(M,) rows of the images that are wrong, the most confident answers first."""
+        wrong = np.flatnonzero(~self.correct)
+        return wrong[np.argsort(-self.probabilities[wrong, self.predicted[wrong]], kind="stable")]
+
 
 class Margins(NamedTuple):
     """R confusion matrices, resampled, by their diagonals and sums."""

@@ -123,7 +123,8 @@ def test_mistakes_are_the_most_confident_wrong_ones_in_order():
     labels = np.array([0, 0, 1, 1, 2])
     probabilities = np.array([[0.1, 0.7, 0.2], [0.9, 0.05, 0.05], [0.95, 0.04, 0.01], [0.1, 0.8, 0.1], [0.5, 0.2, 0.3]])
     images_u8 = np.zeros((5, 4, 4, 3), dtype=np.uint8) + np.arange(5, dtype=np.uint8)[:, None, None, None] * 10
-    figure = mistakes_figure(images_u8, labels, probabilities, ("cat", "dog", "owl"), "m", k=2)
+    evaluation = evaluate_predictions(labels, probabilities, ("cat", "dog", "owl"), seed=0)
+    figure = mistakes_figure(images_u8, evaluation, "m", k=2)
     shown = [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes]
     assert shown == [20, 0]
     words = [[text.get_text().replace("\u200e", "") for text in axes.texts] for axes in figure.axes]
@@ -134,13 +135,15 @@ def test_mistakes_are_the_most_confident_wrong_ones_in_order():
 
 def test_no_more_pictures_than_asked_for():
     labels, probabilities = random_case(4, 200, strength=0.0)
-    figure = mistakes_figure(np.zeros((200, 8, 8, 3), np.uint8), labels, probabilities, list("abcd"), "m")
+    evaluation = evaluate_predictions(labels, probabilities, list("abcd"), seed=0)
+    figure = mistakes_figure(np.zeros((200, 8, 8, 3), np.uint8), evaluation, "m")
     assert len(figure.axes) == 25
 
 
 def test_no_mistakes_is_said_so():
     labels = np.array([0, 1, 1])
-    figure = mistakes_figure(np.zeros((3, 8, 8, 3), np.uint8), labels, np.eye(2)[labels], ("a", "b"), "m")
+    evaluation = evaluate_predictions(labels, np.eye(2)[labels], ("a", "b"), seed=0)
+    figure = mistakes_figure(np.zeros((3, 8, 8, 3), np.uint8), evaluation, "m")
     assert "All 3 test images are right." in texts(figure)
     assert figure.axes == []
     png(figure)
@@ -217,7 +220,7 @@ def test_names_of_any_script_are_drawn_without_a_warning():
     evaluation = evaluate_predictions(labels, probabilities, NAMES, seed=0)
     images_u8 = np.zeros((90, 8, 8, 3), np.uint8)
     png(confusion_matrix_figure(evaluation, "m"))
-    png(mistakes_figure(images_u8, labels, probabilities, NAMES, "m"))
+    png(mistakes_figure(images_u8, evaluation, "m"))
     png(per_class_figure(compare_one(evaluation)))
 
 
