@@ -9,13 +9,13 @@ MLflow refuses to be framed (X-Frame-Options), so they open a tab of their own.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import attrs
 from airflow.plugins_manager import AirflowPlugin
 from airflow.sdk import BaseOperatorLink
+
+from mlpipe.environment import Environment
 
 if TYPE_CHECKING:
     from airflow.models.taskinstancekey import TaskInstanceKey
@@ -27,9 +27,6 @@ LINKS = {
     "Champion": "mlflow_champion_url",
 }
 """Buttons, and the keys under which tasks push the addresses that they lead to."""
-
-UI_URL_VARIABLES = ("MLPIPE_MLFLOW_UI_URL", "MLFLOW_TRACKING_URI")
-"""Where a browser finds MLflow: the first of these that is an http(s) address."""
 
 
 @attrs.define
@@ -64,12 +61,9 @@ class MlflowLinksPlugin(AirflowPlugin):
 
 
 def mlflow_ui_url() -> str | None:
-    """Address of MLflow's pages without the credentials that a tracking URI may hold, or `None` if there is none."""
-    url = next((url for variable in UI_URL_VARIABLES if is_web_address(url := os.environ.get(variable, ""))), None)
-    if url is None:
-        return None
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    """Address of MLflow's pages, without login and final slash, or `None` if there is none for a browser."""
+    url = Environment.from_env().mlflow_ui_url
+    return url if url and is_web_address(url) else None
 
 
 def is_web_address(url: str) -> bool:

@@ -72,7 +72,7 @@ def mlflow(user: GetUserDep) -> HTMLResponse:  # noqa: ARG001 - a login is neede
     Airflow 3.3 frames what its navigation leads to, and MLflow refuses that; an entry without a frame does nothing.
     """
     address = mlflow_ui_url()
-    page = TO_MLFLOW.render(url=f"{address.rstrip('/')}/#/experiments?workflowType=machine_learning" if address else "")
+    page = TO_MLFLOW.render(url=f"{address}/#/experiments?workflowType=machine_learning" if address else "")
     return HTMLResponse(page, headers=HEADERS)
 
 
@@ -86,7 +86,7 @@ async def mlflow_login(request: Request, to: str = "/") -> RedirectResponse:
         await get_user(request, bearer_credentials=None)
     except HTTPException:
         return RedirectResponse(f"/api/v2/auth/login?next={quote(str(request.url), safe='')}")
-    return RedirectResponse(ticket_address(address.rstrip("/"), login[1], to), headers={"Cache-Control": "no-store"})
+    return RedirectResponse(ticket_address(address, login[1], to), headers={"Cache-Control": "no-store"})
 
 
 @app.get("/card.js")
@@ -280,7 +280,7 @@ def _model(run: dict[str, Any], charts: bool) -> dict[str, Any]:
         "rate": run["metrics"].get("images_per_second"),
         "remaining": remaining,
         "error": run["tags"].get("error", ""),
-        "url": f"{address.rstrip('/')}/#/{where}" if address else "",
+        "url": f"{address}/#/{where}" if address else "",
         "charts": [
             Markup(line_chart(_lines(curves, metric), title=title, unit=unit))  # noqa: S704 - it escapes names
             for title, metric, unit in (("Loss", "loss", ""), ("Accuracy", "accuracy", "%"))

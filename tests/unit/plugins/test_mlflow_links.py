@@ -132,7 +132,8 @@ def test_mlflow_is_where_the_environment_says_and_nothing_large_is_loaded(run_ai
         ({}, None),
         ({"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}, None),
         ({"MLFLOW_TRACKING_URI": "http://someone:secret@mlflow:5000"}, local),
-        ({"MLFLOW_TRACKING_URI": local, "MLPIPE_MLFLOW_UI_URL": public}, public),
+        ({"MLFLOW_TRACKING_URI": local, "MLPIPE_MLFLOW_UI_URL": f"{public}/"}, public),
+        ({"MLPIPE_MLFLOW_UI_URL": "https://someone:se/cret@mlflow.example/ui"}, public),
     ]
     script = f"""
 import json, os, sys
