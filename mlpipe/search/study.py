@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalRedisBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from mlpipe.config import LinearSettings, NetworkSettings
+from mlpipe.config import NetworkSettings
 from mlpipe.errors import UserError
 from mlpipe.models.own_files import code_of
 from mlpipe.search.form import Search
@@ -235,8 +235,3 @@ def best_trial(study: optuna.Study) -> FrozenTrial:
     if not done:
         raise UserError(f"study: {study.study_name} has no trial that was completed; see the logs of its workers")
     return max(done, key=lambda trial: (trial.value, -trial.number))
-
-
-def with_settings(settings: NetworkSettings | LinearSettings, values: dict[str, Any], seed: int) -> Any:
-    """Settings with other values and another seed."""
-    return replace(settings, **values, seed=seed)

@@ -38,7 +38,6 @@ from mlpipe.search.study import (
     suggest,
     trials_asked_for,
     unfinished_trial,
-    with_settings,
 )
 from mlpipe.services import services_named
 from mlpipe.stages.messages import FoundSettings, PublishedData, TrialResult
@@ -49,10 +48,6 @@ from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.protocol import TrainedModel
 
 logger = logging.getLogger(__name__)
-
-
-class _Pruned(optuna.TrialPruned):
-    """A trial was stopped early."""
 
 
 class _TrialLogger:
@@ -67,7 +62,7 @@ class _TrialLogger:
         self._run.log_metrics(metrics, step)
         self._trial.report(metrics["val/accuracy"], step)
         if self._may_prune and self._trial.should_prune():
-            raise _Pruned(f"after epoch {step}: others had a better val/accuracy by then")
+            raise optuna.TrialPruned(f"after epoch {step}: others had a better val/accuracy by then")
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         self._run.log_params(params)
@@ -145,7 +140,7 @@ def _run_trial(
     parent_run_id: str,
 ) -> None:
     values = suggest(trial, config)
-    model = replace(config.model, train=with_settings(config.model.train, values, config.seed))
+    model = replace(config.model, train=replace(config.model.train, **values, seed=config.seed))
     is_default = bool(trial.user_attrs.get(DEFAULT))
     run = runs.open_run(
         experiment(config.run),
@@ -170,7 +165,7 @@ def _run_trial(
         try:
             count_start(trial)
             trained = _fit(model, dataset, told, checkpoints, store)
-        except _Pruned as pruned:
+        except optuna.TrialPruned as pruned:
             study.tell(trial, state=TrialState.PRUNED)
             tracked.set_tags({"state": "pruned", "why": str(pruned)})
             logger.info("trial %d was pruned %s", trial.number, pruned)
@@ -264,7 +259,7 @@ def winners(config: Search, settings: Mapping[str, Any]) -> RunConfig:
         replace(
             config.model,
             name=f"{config.model.name}_seed_{config.seed + number}",
-            train=with_settings(config.model.train, dict(settings), config.seed + number),
+            train=replace(config.model.train, **settings, seed=config.seed + number),
         )
         for number in range(1, config.seeds + 1)
     )
