@@ -459,7 +459,7 @@ def _only_champion() -> str:
     """
     import mlflow
 
-    found = [each.name for each in mlflow.MlflowClient().search_registered_models() if "champion" in each.aliases]
+    found = [each.name for each in mlflow.search_registered_models() if "champion" in each.aliases]
     if len(found) != 1:
         known = f"; there are models:/{'@champion, models:/'.join(found)}@champion" if found else ""
         raise UserError(f"MODEL_URI: {len(found)} registered models have a champion, so name one{known}")

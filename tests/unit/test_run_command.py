@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from click import Command
 from click.testing import CliRunner
@@ -204,3 +205,16 @@ def test_what_workers_may_read_does_not_bind_who_uploads(tmp_path: Path, monkeyp
     monkeypatch.delenv("MLPIPE_SHARED_FILES", raising=False)
     with pytest.raises(UserError, match="no MLflow server is set for the upload"):
         run_command.upload_file(archive, Console())
+
+
+def test_the_only_champion_is_found_in_a_registry_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient()
+    for number in range(101):  # one more than MLflow lists at once
+        client.create_registered_model(f"model-{number:03}")
+    client.create_model_version("model-100", source=str(tmp_path))
+    client.set_registered_model_alias("model-100", "champion", "1")
+
+    result = CliRunner().invoke(run_command.predict, ["image.png"])
+
+    assert str(result.exception).startswith("MODEL_URI: 'models:/model-100@champion' cannot be loaded")
