@@ -174,10 +174,11 @@ class ZipImages(ImageArchive):
 
     def _check_overlaps(self) -> None:
         """Members that share bytes are how small files unpack to petabytes (Fifield 2019, A better zip bomb)."""
-        starts = np.array(self._offsets, np.int64)
-        ends = starts + _LOCAL.size + np.array(self._name_lengths) + np.array(self._packed_sizes, np.int64)
+        starts, packed = np.array(self._offsets, np.int64), np.array(self._packed_sizes, np.int64)
+        ends = starts + _LOCAL.size + np.array(self._name_lengths) + packed
         order = np.argsort(starts, kind="stable")
-        if len(order) and (starts[order[0]] < 0 or ends.max() > self.path.stat().st_size):
+        # Each of them, for the sum of two that are too large is negative.
+        if max(each.max(initial=0) for each in (starts, packed, ends)) > self.path.stat().st_size:
             raise UserError("the archive is damaged (members lie outside of it); copy or pack it again")
         if (starts[order][1:] < ends[order][:-1]).any():
             raise UserError("the archive is damaged (members overlap); pack it again")
@@ -304,7 +305,8 @@ def _large(extra: bytes, unpacked: int, packed: int, offset: int) -> tuple[int, 
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
-            values = iter(struct.unpack_from(f"<{min(length, 24) // 8}Q", extra, at + 4))
+            count = (unpacked, packed, offset).count(0xFFFFFFFF)
+            values = iter(struct.unpack_from(f"<{count}Q", extra[at + 4 : at + 4 + length]))
             large = [next(values) if value == 0xFFFFFFFF else value for value in (unpacked, packed, offset)]
             return large[0], large[1], large[2]
         at += 4 + length

@@ -68,6 +68,24 @@ def test_zip64_and_comment(tmp_path: Path) -> None:
     assert contents(path) == {"a/1.png": PIXEL, "b/2.png": PIXEL}
 
 
+@pytest.mark.parametrize(
+    ("large", "match"),
+    [((), "damaged"), ((len(PIXEL),), "damaged"), ((len(PIXEL), 2**63 - 1), "members lie outside of it")],
+    ids=["no sizes", "one size of two", "more than there is"],
+)
+def test_large_sizes_that_cannot_be(tmp_path: Path, large: tuple[int, ...], match: str) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        member = zipfile.ZipInfo("a/1.png")
+        member.compress_type = zipfile.ZIP_DEFLATED
+        member.extra = struct.pack(f"<2H{len(large)}Q", 1, 8 * len(large), *large)
+        archive.writestr(member, PIXEL)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<2L", content, content.index(b"PK\x01\x02") + 20, 0xFFFFFFFF, 0xFFFFFFFF)
+    path.write_bytes(content)
+    refused(path, match)
+
+
 def test_zip_of_more_than_65535_members(make: SimpleNamespace, tmp_path: Path) -> None:
     path = make.pack_zip(tmp_path / "a.zip", {f"c{i % 2}/{i}.png": b"" for i in range(66_000)})
     with open_archive(path) as archive:
