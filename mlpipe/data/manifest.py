@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from mlpipe.config import DataConfig
+from mlpipe.data.storage.npy import StoredFile
 from mlpipe.data.storage.store import ObjectStore
 
 FORMAT_VERSION = 6
@@ -16,17 +17,6 @@ FORMAT_VERSION = 6
 
 TRAIN_FILES = ("train_images.npy", "train_labels.npy", "train_hashes.npy", "train_indices.npy", "val_indices.npy")
 TEST_FILES = ("test_images.npy", "test_labels.npy", "test_hashes.npy", "test_indices.npy", "test_names.npy")
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One array of a data set."""
-
-    sha256: str
-    """Hexadecimal."""
-    bytes: int
-    etag: str
-    """The object store's entity tag, by which another object under the same key is noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)

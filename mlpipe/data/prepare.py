@@ -11,7 +11,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from mlpipe.data.manifest import (
     TEST_FILES,
     TRAIN_FILES,
     Manifest,
-    StoredFile,
     array_key,
     dataset_digest,
     load_manifest,
@@ -35,8 +33,8 @@ from mlpipe.data.manifest import (
 from mlpipe.data.near_duplicates import SIDE, cell_sums, group_numbers, near_duplicates, thumbnails
 from mlpipe.data.sources.fetch import SourceRef, open_source
 from mlpipe.data.splits import DecodedImages, Labelled, Splits, listed, plan_splits, without_small_classes
-from mlpipe.data.storage.npy import NpyWriter, file_bytes
-from mlpipe.data.storage.store import ObjectStore, Upload
+from mlpipe.data.storage.npy import StoredFile, upload_array
+from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -141,7 +139,7 @@ def _write(
     for name, is_chosen in chosen.items():
         small[f"{name}_indices.npy"] = np.flatnonzero(is_chosen[rows["test" if name == "test" else "train"]])
     for name, values in small.items():
-        with _array(store, array_key(digest, name), values.shape, values.dtype) as array:
+        with upload_array(store, array_key(digest, name), values.shape, values.dtype) as array:
             array.write(values)
             files[name] = array.close()
     counts = {name: np.bincount(splits.labels[is_chosen]) for name, is_chosen in chosen.items()}
@@ -202,27 +200,6 @@ def _split(images: ImageSet, findings: _Findings, data: DataConfig) -> tuple[Spl
         groups=groups,
     )
     return plan_splits(known, data), pairs
-
-
-class _Array:
-    """An array on its way to the store."""
-
-    def __init__(self, upload: Upload, shape: tuple[int, ...], dtype: Any) -> None:
-        self._upload = upload
-        self._writer = NpyWriter(upload, shape, dtype)
-        self._num_bytes = file_bytes(shape, dtype)
-        self.write = self._writer.write
-
-    def close(self) -> StoredFile:
-        """Make the object appear."""
-        return StoredFile(self._writer.sha256(), self._num_bytes, self._upload.close())
-
-
-@contextmanager
-def _array(store: ObjectStore, key: str, shape: tuple[int, ...], dtype: Any) -> Iterator[_Array]:
-    """An array to be written row by row and closed; else nothing of it is left in the store."""
-    with store.upload(key, file_bytes(shape, dtype)) as upload:
-        yield _Array(upload, shape, dtype)
 
 
 @dataclass
@@ -345,7 +322,9 @@ def _write_images(
     sides = {f"{side}_images.npy": is_on for side, is_on in sides.items()}
     with contextlib.ExitStack() as stack:
         arrays = {
-            name: stack.enter_context(_array(store, array_key(digest, name), (int(is_on.sum()), size, size, 3), "u1"))
+            name: stack.enter_context(
+                upload_array(store, array_key(digest, name), (int(is_on.sum()), size, size, 3), "u1")
+            )
             for name, is_on in sides.items()
         }
         for part, images_u8 in parts:

@@ -5,26 +5,39 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-
-class Sink(Protocol):
-    """Takes bytes in order."""
-
-    def write(self, content: bytes | memoryview, /) -> object:
-        """Append them."""
+from mlpipe.data.storage.store import ObjectStore, Upload
 
 
-class NpyWriter:
-    """Writes an array whose shape is known in runs of rows, hashing as it goes."""
+@dataclass(frozen=True)
+class StoredFile:
+    """One array of a data set."""
 
-    def __init__(self, sink: Sink, shape: tuple[int, ...], dtype: Any) -> None:
-        self._sink = sink
-        self._rows_left = shape[0]
+    sha256: str
+    """Hexadecimal."""
+    bytes: int
+    etag: str
+    """The object store's entity tag, by which another object under the same key is noticed."""
+
+
+class ArrayUpload:
+    """An array of a known shape on its way to the store, in runs of rows that are hashed as they go."""
+
+    def __init__(self, upload: Upload, shape: tuple[int, ...], dtype: Any) -> None:
+        """
+        Args:
+            upload: of `file_bytes`; it refuses more rows, and fewer.
+        """
+        self._upload = upload
+        self._num_bytes = file_bytes(shape, dtype)
         self._row_shape = shape[1:]
         self._dtype = np.dtype(dtype)
         self._hasher = hashlib.sha256()
@@ -32,21 +45,25 @@ class NpyWriter:
 
     def write(self, rows: NDArray[Any]) -> None:
         """Append rows."""
-        if rows.dtype != self._dtype or rows.shape[1:] != self._row_shape or len(rows) > self._rows_left:
+        if rows.dtype != self._dtype or rows.shape[1:] != self._row_shape:
             raise ValueError(f"{rows.dtype} {rows.shape} does not fit")
-        self._rows_left -= len(rows)
         if rows.size:
             self._put(np.ascontiguousarray(rows).data.cast("B"))
 
     def _put(self, content: bytes | memoryview) -> None:
         self._hasher.update(content)
-        self._sink.write(content)
+        self._upload.write(content)
 
-    def sha256(self) -> str:
-        """Of the whole file, hexadecimal; all rows must have been written."""
-        if self._rows_left:
-            raise ValueError(f"{self._rows_left} rows are missing")
-        return self._hasher.hexdigest()
+    def close(self) -> StoredFile:
+        """Make the object appear."""
+        return StoredFile(self._hasher.hexdigest(), self._num_bytes, self._upload.close())
+
+
+@contextmanager
+def upload_array(store: ObjectStore, key: str, shape: tuple[int, ...], dtype: Any) -> Iterator[ArrayUpload]:
+    """An array to be written row by row and closed; else nothing of it is left in the store."""
+    with store.upload(key, file_bytes(shape, dtype)) as upload:
+        yield ArrayUpload(upload, shape, dtype)
 
 
 def header(shape: tuple[int, ...], dtype: Any) -> bytes:
