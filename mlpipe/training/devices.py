@@ -67,22 +67,23 @@ def check_devices(num_devices: int, *, batch_size: int, num_training: int, num_v
 
 
 def fit_together(fit: Fit, keeper: CheckpointCallback) -> None:
-    """Train on `fit.num_devices` devices; this process is the first.
+    """Train on the `num_devices` of the settings; this process is the first.
 
     Raises:
         RuntimeError: another process has died. None is left behind, whatever happens.
     """
+    num_devices = fit.module.train_config.num_devices
     with tempfile.TemporaryDirectory(prefix="mlpipe-devices-") as name, _threads(fit.num_threads), _loopback():
         folder = Path(name)
         torch.save(fit, folder / FIT_FILE)
         (folder / CODE_FILE).write_text(fit.code, encoding="utf-8")
         if keeper.resumed is not None:
             torch.save(keeper.resumed, folder / RESUMED_FILE)
-        followers = _Followers(folder, fit.num_devices)
+        followers = _Followers(folder, num_devices)
         try:
-            store = rendezvous(folder, fit.num_devices)
+            store = rendezvous(folder, num_devices)
             followers.wait_until_ready(store)
-            with process_group(store, 0, fit.num_devices), followers.watched():
+            with process_group(store, 0, num_devices), followers.watched():
                 run_trainer(fit, keeper)
             followers.wait_until_ended()
         except (UserError, ConnectionError):

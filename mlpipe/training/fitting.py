@@ -29,18 +29,14 @@ class Fit:
     """A training, as each of its processes is given it."""
 
     module: ClassificationModule
+    """Has the settings, and the epoch to go on from."""
     code: str
     """What builds its network; loaded before this is read, for a user's file is no module that could be imported."""
     training: BatchLoader
     """Of all processes together."""
     validation: BatchLoader
     """Of all processes together."""
-    num_epochs: int
-    epochs_done: int
-    """Epochs of the attempts before this one."""
     precision: Literal["32-true", "bf16-mixed"]
-    seed: int
-    num_devices: int
     num_threads: int
     """Of each process."""
     batch_bytes: float
@@ -48,7 +44,7 @@ class Fit:
 
 
 def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
-    """Train from epoch `epochs_done` on.
+    """Train from the module's `first_epoch` on.
 
     Where there are several devices, each process calls it, in the process group of torch's that it has joined. To
     Lightning each is a training of its own on one device: the module exchanges the gradients, by PyTorch's
@@ -61,9 +57,8 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
     """
     keep_freed_memory()
     on_gpu = torch.cuda.is_available()
-    module = fit.module
-    module.first_epoch = fit.epochs_done
-    if on_gpu and fit.num_devices > 1:  # PyTorch has it for GPUs alone
+    module, config = fit.module, fit.module.train_config
+    if on_gpu and config.num_devices > 1:  # PyTorch has it for GPUs alone
         synchronise(module.network)
     # Deterministic mode would fill every new tensor with NaN: a help to debug, at hundreds of kernels a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -72,7 +67,7 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
             accelerator="gpu" if on_gpu else "cpu",
             devices=[rank] if on_gpu else 1,
             precision=fit.precision,
-            max_epochs=fit.num_epochs - fit.epochs_done,
+            max_epochs=config.num_epochs - module.first_epoch,
             callbacks=[epochs],
             deterministic="warn" if on_gpu else None,
             logger=False,
@@ -81,7 +76,7 @@ def run_trainer(fit: Fit, epochs: EpochCallback, rank: int = 0) -> None:
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        validation = fit.validation.shard(rank, fit.num_devices)
+        validation = fit.validation.shard(rank, config.num_devices)
         if on_gpu:
             for loader in (epochs.loader, validation):
                 loader.keep_on(torch.device("cuda", rank), bytes_for_images(rank, fit.batch_bytes))

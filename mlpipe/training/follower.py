@@ -27,16 +27,16 @@ def follow(folder: Path, rank: int) -> None:
     load_function((folder / CODE_FILE).read_text(encoding="utf-8"))
     # Written by the process that started this one, into a folder of its user alone.
     fit: Fit = torch.load(folder / FIT_FILE, weights_only=False)
-    resumed = folder / RESUMED_FILE
+    config, resumed = fit.module.train_config, folder / RESUMED_FILE
     torch.set_num_threads(fit.num_threads)
     epochs = EpochCallback(
-        fit.training.shard(rank, fit.num_devices),
-        seed=fit.seed,
+        fit.training.shard(rank, config.num_devices),
+        seed=config.seed,
         resumed=torch.load(resumed, map_location="cpu", weights_only=True) if resumed.exists() else None,
     )
-    store = rendezvous(folder, fit.num_devices)
+    store = rendezvous(folder, config.num_devices)
     store.set(ready_key(rank), "1")
-    with process_group(store, rank, fit.num_devices):
+    with process_group(store, rank, config.num_devices):
         run_trainer(fit, epochs, rank)
 
 

@@ -92,7 +92,7 @@ def train_network(
         num_validation=validation.num_images,
     )
     if teacher is not None and config.augmentation == "none":  # then its answers never change
-        training = training.with_answers(teacher.answers(dataset.train_split()))
+        training = training.with_answers(teacher.answers(split))
         teacher = None
     whitened = getattr(network, "whitened", None)
     if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
@@ -130,21 +130,18 @@ def train_network(
         patience=config.early_stopping_patience,
     )
     module = module_for(network, config, config.num_epochs * len(own_shard))
+    module.first_epoch = len(keeper.history)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
     tracking.log_params(
         {"images_per_step": batch_size, "precision": precision, "device": _device_name(), "threads": num_threads}
     )
-    if len(keeper.history) < config.num_epochs and not keeper.finished:
+    if module.first_epoch < config.num_epochs and not keeper.finished:
         fit = Fit(
             module=module,
             code=description.code,
             training=training,
             validation=validation,
-            num_epochs=config.num_epochs,
-            epochs_done=len(keeper.history),
             precision=precision,
-            seed=config.seed,
-            num_devices=config.num_devices,
             num_threads=num_threads,
             batch_bytes=batch_bytes,
         )
