@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.pipeline import Pipeline
 from torch import Tensor
@@ -59,8 +60,8 @@ def train_estimator(
     converged = _fit(estimator, features, labels)
     seconds = time.monotonic() - started
     metrics = {
-        **_measure("train", estimator, features, labels),
-        **_measure("val", estimator, *_features(dataset.val_split(), make_features, image_size)),
+        **measure("train", estimator, features, labels),
+        **measure("val", estimator, *_features(dataset.val_split(), make_features, image_size)),
     }
     iterations = int(np.max(getattr(estimator[-1], "n_iter_", 0)))
     if not converged:
@@ -128,9 +129,10 @@ def _fit(estimator: Pipeline, features: NDArray[np.float32], labels: NDArray[np.
     return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
-def _measure(
-    part: str, estimator: Pipeline, features: NDArray[np.float32], labels: NDArray[np.int64]
+def measure(
+    part: str, estimator: Pipeline | LogisticRegression, features: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> dict[str, float]:
+    """Loss and accuracy of a fitted classifier, named by the part of the data set."""
     probabilities = estimator.predict_proba(features)
     return {
         f"{part}/loss": float(log_loss(labels, probabilities, labels=estimator.classes_)),

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 from torch import nn
 
 from mlpipe.config import LinearSettings, ModelConfig, NetworkSettings
@@ -26,6 +25,7 @@ from mlpipe.models.own_files import code_of
 from mlpipe.models.portable import ModelDescription, enlarge, images_per_pass, normalise
 from mlpipe.models.weights import InitialNetwork
 from mlpipe.training.cpu.processor import cpu_name
+from mlpipe.training.estimator import measure
 from mlpipe.training.precision import choose_precision
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
@@ -72,22 +72,18 @@ def train_head(
     }
     mean, std = features["train"].mean(axis=0), features["train"].std(axis=0) + 1e-6
     fitted = time.monotonic()
-    best = _fit_best(
-        ((features["train"] - mean) / std, training.labels),
-        ((features["val"] - mean) / std, validation.labels),
-        model.train,
-    )
+    features = {part: (values - mean) / std for part, values in features.items()}
+    best = _fit_best((features["train"], training.labels), (features["val"], validation.labels), model.train)
     weight, bias = _rows(best)
     weight /= std
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
         head.bias.copy_(torch.from_numpy(bias - weight @ mean))
     seconds = time.monotonic() - began
-    metrics = {}
-    for part, labels in (("train", training.labels), ("val", validation.labels)):
-        probabilities = best.predict_proba((features[part] - mean) / std)
-        metrics[f"{part}/loss"] = float(log_loss(labels, probabilities, labels=best.classes_))
-        metrics[f"{part}/accuracy"] = float((best.classes_[probabilities.argmax(axis=1)] == labels).mean())
+    metrics = {
+        **measure("train", best, features["train"], training.labels),
+        **measure("val", best, features["val"], validation.labels),
+    }
     rate = (len(training) + len(validation)) / (fitted - began)
     threads = torch.get_num_threads()
     how = {"device": cpu_name(), "threads": threads, "precision": precision, "head_regularization": best.C}
