@@ -131,6 +131,13 @@ def test_verifying_is_done_on_the_cpu(images_u8, expected, monkeypatch) -> None:
         package.verify_packaged_model("models:/any/1", images_u8, expected)
 
 
+def test_verifying_notices_answers_that_are_no_numbers(images_u8, expected, monkeypatch) -> None:
+    script = "import sys, numpy; numpy.save(sys.argv[3], numpy.full((7, 3), numpy.nan))"
+    monkeypatch.setattr(package, "_VERIFY", script)
+    with pytest.raises(RuntimeError, match="probabilities differ by nan"):
+        package.verify_packaged_model("models:/any/1", images_u8, expected)
+
+
 @pytest.mark.slow
 def test_verifying_notices_a_model_that_needs_this_project(logged, images_u8, expected, tmp_path, monkeypatch) -> None:
     needy = tmp_path / "portable.py"
