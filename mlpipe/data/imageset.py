@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.data.archives.archive import ImageArchive, Packed
 from mlpipe.data.archives.decode import BadImageError, decode_image, resize_pixels
 from mlpipe.data.archives.layout import Layout
+from mlpipe.data.archives.listing import ImageArchive, Packed
 
 RUN_IMAGES = 1024
 RUN_PIXEL_BYTES = 4 << 20

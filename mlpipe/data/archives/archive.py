@@ -5,12 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from mlpipe.data.archives.listing import DAMAGED, ArchiveLimits, ImageArchive, Packed, why
+from mlpipe.data.archives.listing import DAMAGED, ArchiveLimits, ImageArchive, why
 from mlpipe.data.archives.tar_images import TarImages
 from mlpipe.data.archives.zip_images import ZipImages
 from mlpipe.errors import UserError
-
-__all__ = ["DAMAGED", "ArchiveLimits", "ImageArchive", "Packed", "open_archive"]
 
 
 def open_archive(path: Path, limits: ArchiveLimits | None = None) -> ImageArchive:
@@ -55,10 +53,8 @@ def _open_one(path: Path, limits: ArchiveLimits) -> ImageArchive:
             return TarImages(path, limits)
     except UserError:
         raise
-    except DAMAGED as error:
-        raise UserError(f"the archive is damaged ({why(error)}); copy or pack it again") from error
-    except OSError as error:
-        if error.errno is not None:  # the disk's, not the archive's
+    except (OSError, *DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the archive's
             raise
         raise UserError(f"the archive is damaged ({why(error)}); copy or pack it again") from error
     raise UserError(f"{_what_it_is(head)}; give a zip, tar, tar.gz, tar.bz2 or tar.xz of image folders")

@@ -14,8 +14,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from mlpipe.data.archives.archive import ImageArchive
-from mlpipe.data.archives.listing import why
+from mlpipe.data.archives.listing import ImageArchive, why
 from mlpipe.errors import UserError
 
 LAYOUTS = (

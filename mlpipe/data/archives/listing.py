@@ -141,7 +141,7 @@ class Listing:
         if len(self.folder_ids) >= self.limits.max_images:
             raise UserError(f"the archive has more than {self.limits.max_images:,} images; split it")
         self._total += size
-        self.folder_ids.append(self._folder_id(parts))
+        self.folder_ids.append(self.folders.setdefault(parts, len(self.folders)))
         self.sizes.append(size)
         self._name_hashes.append(hash(name))
         return True
@@ -155,9 +155,6 @@ class Listing:
         self._num_members += 1
         if self._num_members > self.limits.max_members:
             raise UserError(f"the archive has more than {self.limits.max_members:,} members; split it")
-
-    def _folder_id(self, parts: tuple[str, ...]) -> int:
-        return self.folders.setdefault(parts, len(self.folders))
 
     def check(self, packed_bytes: int) -> None:
         """Checks of the whole."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mlpipe.addresses import redact_uri
 from mlpipe.config import DataConfig
-from mlpipe.data.archives.archive import DAMAGED, ArchiveLimits
+from mlpipe.data.archives.listing import DAMAGED, ArchiveLimits
 from mlpipe.data.archives.tar_images import open_tar
 from mlpipe.data.imageset import ArrayImages, ImageSet
 from mlpipe.data.sources import images

@@ -13,8 +13,9 @@ import inflate64
 import numpy as np
 import pytest
 
-from mlpipe.data.archives.archive import ArchiveLimits, open_archive
+from mlpipe.data.archives.archive import open_archive
 from mlpipe.data.archives.layout import resolve_layout
+from mlpipe.data.archives.listing import ArchiveLimits
 from mlpipe.errors import UserError
 
 PIXEL = b"not really pixels"  # the archive's reader does not decode
