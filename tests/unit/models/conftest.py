@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +14,9 @@ import torch
 
 from mlpipe.models import registry
 from mlpipe.models.portable import ModelDescription
+from tests.unit.training.conftest import FolderStore
 
 CLASSES = ("cat", "dog", "größe 3")
-
-
-class FolderStore:
-    """As `mlpipe.data.storage.store.ObjectStore`, in a folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def exists(self, key: str) -> bool:
-        return (self.root / key).exists()
-
-    def put_file(self, key: str, path: Path, sha256: str | None = None) -> None:  # noqa: ARG002
-        (self.root / key).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, self.root / key)
-
-    def get_file(self, key: str, path: Path) -> None:
-        shutil.copy(self.root / key, path)
 
 
 @pytest.fixture

@@ -81,6 +81,13 @@ class FolderStore:
     def get_file(self, key: str, path: Path) -> None:
         shutil.copy(self.path(key), path)
 
+    def put_bytes(self, key: str, content: bytes) -> None:
+        self.path(key).parent.mkdir(parents=True, exist_ok=True)
+        self.path(key).write_bytes(content)
+
+    def get_bytes(self, key: str) -> bytes:
+        return self.path(key).read_bytes()
+
     def delete(self, key: str) -> None:
         self.path(key).unlink()
 

@@ -19,22 +19,6 @@ from mlpipe.training.head import train_head
 from .conftest import RecordingLogger, tiny_dataset
 
 
-class Objects:
-    """An object store in memory."""
-
-    def __init__(self) -> None:
-        self.content: dict[str, bytes] = {}
-
-    def exists(self, key: str) -> bool:
-        return key in self.content
-
-    def get_bytes(self, key: str) -> bytes:
-        return self.content[key]
-
-    def put_bytes(self, key: str, content: bytes) -> None:
-        self.content[key] = content
-
-
 class Pretrained(nn.Module):
     """Sees stripes and dots, by differences of neighbours."""
 
@@ -56,13 +40,13 @@ def start_of(network: nn.Module) -> tuple[ModelConfig, InitialNetwork]:
     return model, InitialNetwork(network=network, description=description, sha256="abc")
 
 
-def test_the_head_learns_and_all_else_stays() -> None:
+def test_the_head_learns_and_all_else_stays(store) -> None:
     torch.manual_seed(0)
     network = Pretrained(3)
     before = network.body.weight.clone()
     model, start = start_of(network)
     data = tiny_dataset()
-    trained = train_head(model, data, RecordingLogger(), start=start, store=Objects())
+    trained = train_head(model, data, RecordingLogger(), start=start, store=store)
     assert torch.equal(network.body.weight, before)
     assert trained.metrics["val/accuracy"] > 0.9
     validation = data.val_split()
@@ -70,9 +54,9 @@ def test_the_head_learns_and_all_else_stays() -> None:
     assert right == pytest.approx(trained.metrics["val/accuracy"])
 
 
-def test_features_are_computed_once_for_the_same_network(tmp_path: Path) -> None:
+def test_features_are_computed_once_for_the_same_network(store, tmp_path: Path) -> None:
     model, start = start_of(Pretrained(3))
-    store, passes = Objects(), 0
+    passes = 0
 
     def count(*_: object) -> None:
         nonlocal passes
@@ -99,7 +83,7 @@ def test_features_are_computed_once_for_the_same_network(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("network", [Pretrained(3, bias=False), Pretrained(3, divisor=8.0), nn.Conv2d(3, 3, 1)])
-def test_networks_without_such_a_layer_are_refused(network: nn.Module) -> None:
+def test_networks_without_such_a_layer_are_refused(network: nn.Module, store) -> None:
     model, start = start_of(network)
     with pytest.raises(UserError, match="^fine_tuning: head is not allowed"):
-        train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=Objects())
+        train_head(model, tiny_dataset(), RecordingLogger(), start=start, store=store)
