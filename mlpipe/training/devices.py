@@ -191,7 +191,7 @@ class _Followers:
 
         def watch() -> None:
             while not over.wait(1.0):
-                if any(process.poll() for process in self._processes.values()):
+                if self._dead():
                     group.abort()
                     return
 

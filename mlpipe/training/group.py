@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 
 def rank() -> int:
@@ -14,13 +14,6 @@ def rank() -> int:
 def size() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def total(values: Tensor) -> Tensor:
-    """The sum of the tensors of all processes, in each of them; all must call it."""
-    if size() > 1:
-        distributed.all_reduce(values)
-    return values
 
 
 def as_the_first(decision: bool, device: torch.device) -> bool:

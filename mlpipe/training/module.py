@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -72,7 +72,7 @@ class EpochTotals:
         if group.size() == 1:
             return
         sums = torch.stack([self._loss.double(), self._hits.double(), self._loss.new_tensor(self.num_images).double()])
-        sums = group.total(sums)
+        distributed.all_reduce(sums)
         self._loss, self._hits = sums[0], sums[1]
         self.num_images = int(sums[2])
 
@@ -125,13 +125,12 @@ class ClassificationModule(LightningModule):
         self.num_classes = num_classes
         self.total_steps = total_steps
         self.input_size = input_size
-        self.teacher: tuple[Teacher, ...] = (
-            () if teacher is None else (teacher,)
-        )  # in a tuple: not a part of the module
         self.loss_weight = 1.0
         self.first_epoch = 0
         self.totals_before: Mapping[str, Any] | None = None
-        self._parallel: tuple[DistributedDataParallel, ...] = ()  # in a tuple: not a part of the module
+        # In tuples: not parts of the module.
+        self.teacher: tuple[Teacher, ...] = () if teacher is None else (teacher,)
+        self._parallel: tuple[DistributedDataParallel, ...] = ()
         self.register_buffer("mean", torch.tensor(channel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.register_buffer("std", torch.tensor(channel_std).view(3, 1, 1), persistent=False)
