@@ -40,9 +40,6 @@ DESCRIPTION_FILE = "config.json"
 FORMAT = 2
 """Of `DESCRIPTION_FILE`; 1 named no code."""
 
-TRUSTED_TYPES: tuple[str, ...] = ()
-"""Types beyond skops' own list that an estimator file may hold: none."""
-
 DARK = "no pixel is above 1 of 255; if the image was divided by 255, give its raw pixels"
 
 SMALLEST = 1e-12
@@ -303,7 +300,7 @@ class ImageClassifier(PythonModel):
         function = load_function(self.description.code, code.parent if code else None)
         if self.description.kind == "estimator":
             self.features = function
-            self.predictor = import_skops().load(parameters, trusted=list(TRUSTED_TYPES))
+            self.predictor = import_skops().load(parameters)  # no types beyond skops' own list
             return
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.predictor = self._network(function, OrderedDict(safetensors.torch.load_file(parameters)))

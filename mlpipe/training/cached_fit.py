@@ -16,7 +16,7 @@ import torch
 
 from mlpipe.config import ModelConfig
 from mlpipe.data.dataset import Dataset
-from mlpipe.models.portable import TRUSTED_TYPES, ModelDescription, import_skops
+from mlpipe.models.portable import ModelDescription, import_skops
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.estimator import train_estimator
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
@@ -83,6 +83,6 @@ def _packed(trained: TrainedModel, held: _HeldBack) -> dict[str, Any]:
 def _unpacked(kept: Mapping[str, Any], description: ModelDescription) -> TrainedModel:
     return TrainedModel(
         description=description,
-        predictor=import_skops().loads(kept["predictor"].numpy().tobytes(), trusted=list(TRUSTED_TYPES)),
+        predictor=import_skops().loads(kept["predictor"].numpy().tobytes()),
         **kept["trained"],
     )
