@@ -56,8 +56,6 @@ class InitialNetwork:
     """Its form and its normalisation: those that the weights were trained with, or the data set's."""
     source: str = "random"
     """What its weights are, in words, with the replacement of a head."""
-    replaced_head: bool = False
-    """Whether the last layer is new, the weights' own being for other classes."""
     sha256: str | None = None
     """Of the weights' file; `None` for random weights."""
 
@@ -108,7 +106,6 @@ def initial_network(model: ModelConfig, description: ModelDescription, store: Ob
         network=network,
         description=found.description,
         source=source,
-        replaced_head=bool(replaced),
         sha256=found.sha256,
     )
 

@@ -24,9 +24,8 @@ from mlpipe.models.features.last_layer import inputs_of
 from mlpipe.models.own_files import code_of
 from mlpipe.models.portable import ModelDescription, enlarge, images_per_pass, normalise
 from mlpipe.models.weights import InitialNetwork
-from mlpipe.training.cpu.processor import cpu_name
 from mlpipe.training.estimator import measure
-from mlpipe.training.precision import choose_precision
+from mlpipe.training.precision import choose_precision, device_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def train_head(
     }
     rate = (len(training) + len(validation)) / (fitted - began)
     threads = torch.get_num_threads()
-    how = {"device": cpu_name(), "threads": threads, "precision": precision, "head_regularization": best.C}
+    how = {"device": device_name(), "threads": threads, "precision": precision, "head_regularization": best.C}
     tracking.log_params(how)
     tracking.log_metrics({**metrics, "images_per_second": rate}, step=1)
     logger.info("fitted the head in %.1f s: val/accuracy %.4f", time.monotonic() - fitted, metrics["val/accuracy"])

@@ -22,14 +22,13 @@ from mlpipe.models.registry import check_smaller_images
 from mlpipe.models.weights import Channels, InitialNetwork
 from mlpipe.training.checkpoints import CheckpointStore
 from mlpipe.training.cpu.dead_taps import TrimmedKernels
-from mlpipe.training.cpu.processor import cpu_name
 from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.learning_rate import NUM_STEPS, find_learning_rate
 from mlpipe.training.memory import check_memory, largest_batch, memories
 from mlpipe.training.module import ClassificationModule, shown_size
-from mlpipe.training.precision import choose_precision
+from mlpipe.training.precision import choose_precision, device_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
 from mlpipe.training.teacher import Teacher
 from mlpipe.training.whitening import MAX_IMAGES, whiten
@@ -133,7 +132,7 @@ def train_network(
     module.first_epoch = len(keeper.history)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
     tracking.log_params(
-        {"images_per_step": batch_size, "precision": precision, "device": _device_name(), "threads": num_threads}
+        {"images_per_step": batch_size, "precision": precision, "device": device_name(), "threads": num_threads}
     )
     if module.first_epoch < config.num_epochs and not keeper.finished:
         fit = Fit(
@@ -190,9 +189,3 @@ def _fingerprint(model: ModelConfig, dataset: Dataset, start: InitialNetwork) ->
 def _threads_of_each(num_devices: int) -> int:
     """Processes on the CPU share the threads that one would have."""
     return max(1, torch.get_num_threads() // num_devices)
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return cpu_name()

@@ -1,4 +1,4 @@
-"""The arithmetic of a training."""
+"""The device of a training and its arithmetic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from typing import Literal
 
 import torch
 
-from mlpipe.training.cpu.processor import cpu_computes_bfloat16
+from mlpipe.training.cpu.processor import cpu_computes_bfloat16, cpu_name
+
+
+def device_name() -> str:
+    """Of the GPU where there is one, else of the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
 
 
 def choose_precision(wanted: Literal["auto", "32-true", "bf16-mixed"]) -> Literal["32-true", "bf16-mixed"]:

@@ -214,7 +214,7 @@ def start_from(
 
 def test_a_logged_model_can_be_started_from(logged, network, description) -> None:
     fresh, initial = start_from(logged.model_uri, description.classes)
-    assert not initial.replaced_head
+    assert "; head (" not in initial.source
     assert initial.description.channel_mean == description.channel_mean
     assert all(
         torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), network.state_dict().values(), strict=True)
@@ -226,7 +226,7 @@ def test_classes_of_other_names_get_a_new_head_though_they_are_as_many(logged, n
         "classifier.4.weight"
     ]
     fresh, initial = start_from(logged.model_uri, ("x", "y", "z"))
-    assert initial.replaced_head
+    assert "; head (" in initial.source
     assert torch.equal(fresh.state_dict()["classifier.4.weight"], head)
     assert torch.equal(fresh.state_dict()["features.0.weight"], network.state_dict()["features.0.weight"])
 

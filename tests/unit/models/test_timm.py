@@ -35,7 +35,7 @@ def test_weights_from_a_file_fit_and_bring_their_normalisation(weights: Path) ->
     data = Dataset.in_memory(CLASSES, draw(6, 32, 0), draw(6, 32, 1))
     start = initial_network(model, describe(model, data.manifest), store=None)  # type: ignore[arg-type]
     assert model.name == f"timm_{NAME}"
-    assert start.replaced_head
+    assert "; head (" in start.source
     config = timm.get_pretrained_cfg(NAME)
     assert config is not None
     assert start.description.channel_mean == tuple(config.mean)
@@ -66,7 +66,7 @@ def start_at_64(name: str, tmp_path: Path) -> InitialNetwork:
 
 def test_weights_of_attention_are_fitted_to_another_size(tmp_path: Path) -> None:
     start = start_at_64("test_vit", tmp_path)
-    assert start.replaced_head
+    assert "; head (" in start.source
     assert start.network(torch.zeros(2, 3, 64, 64)).shape == (2, len(CLASSES))
 
 
