@@ -21,7 +21,7 @@ def main(run_id: str) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for scheme in ("light", "dark"):
-            page = browser.new_page(viewport={"width": 1300, "height": 900}, color_scheme=scheme)
+            page = browser.new_page(viewport={"width": 1300, "height": 1320}, color_scheme=scheme)
             page.goto(url)
             page.fill("input[name=username]", user)
             page.fill("input[name=password]", password)

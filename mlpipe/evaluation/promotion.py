@@ -109,7 +109,8 @@ def _above_chance(predictions: Predictions, rules: PromotionConfig) -> tuple[boo
             f"Its {named} of {found:.4f} may be chance, for {least:.4f} is {what} ({test} test: p = {p_value:.3g}, "
             f"{rules.significance:g} is the limit). More test images would tell."
         )
-    return True, f"Its {named} of {found:.4f} reaches {needed:.4f}, which is {what} and a margin."
+    margin = rules.min_accuracy_over_chance
+    return True, f"Its {named} of {found:.4f} reaches {needed:.4f}: {what} plus {margin:g}."
 
 
 def chance_p_value(metric: PromotionMetric, confusion: NDArray[np.int64]) -> float:
