@@ -22,7 +22,7 @@ STATES = 3
 """A parameter's gradient and its two averages, which an optimizer keeps."""
 
 
-def memories(num_devices: int) -> int:
+def _memories(num_devices: int) -> int:
     """How many memories share a batch: one of each GPU; processes without GPUs have that of the machine in common."""
     return num_devices if torch.cuda.is_available() else 1
 
@@ -42,7 +42,7 @@ def check_memory(
         UserError: a batch needs more than is free.
     """
     free = free_bytes()
-    shares = memories(num_devices)
+    shares = _memories(num_devices)
     images = math.ceil(batch_size / shares)
     most = images * 3 * side**2 * 4 * MOST_OF_AN_INPUT
     if most < free / 2:  # half, for the images may have a part of what is left
@@ -57,13 +57,13 @@ def check_memory(
     return needed
 
 
-def largest_batch(network: nn.Module, *, side: int, bfloat16: bool) -> int:
-    """The largest power of two of images, from 2 to 4096, that takes half of the device's memory to train on.
+def largest_batch(network: nn.Module, *, side: int, bfloat16: bool, num_devices: int = 1) -> int:
+    """The largest batch that takes half of the memory to train on: for each GPU a power of two from 2 to 4096.
 
     Half of all memory, not of what is free now: a training that is resumed finds the same.
     """
     images = (all_bytes() / 2 - _bytes_of_states(network)) / bytes_of_an_image(network, side, bfloat16=bfloat16)
-    return 1 << int(min(max(images, 2), LARGEST_BATCH)).bit_length() - 1
+    return _memories(num_devices) << int(min(max(images, 2), LARGEST_BATCH)).bit_length() - 1
 
 
 def _bytes_of_states(network: nn.Module) -> int:

@@ -26,7 +26,7 @@ from mlpipe.training.devices import check_devices, fit_together
 from mlpipe.training.epochs import CheckpointCallback
 from mlpipe.training.fitting import Fit, run_trainer
 from mlpipe.training.learning_rate import NUM_STEPS, find_learning_rate
-from mlpipe.training.memory import check_memory, largest_batch, memories
+from mlpipe.training.memory import check_memory, largest_batch
 from mlpipe.training.module import ClassificationModule, shown_size
 from mlpipe.training.precision import choose_precision, device_name
 from mlpipe.training.protocol import TrainedModel, TrainingLogger
@@ -76,7 +76,7 @@ def train_network(
         check_smaller_images(model.architecture, side, smallest, description.variant)
     if config.find_batch_size:
         bfloat16 = choose_precision(config.precision) == "bf16-mixed"
-        largest = memories(config.num_devices) * largest_batch(network, side=side, bfloat16=bfloat16)
+        largest = largest_batch(network, side=side, bfloat16=bfloat16, num_devices=config.num_devices)
         config = replace(config, batch_size=largest, min_steps=max(config.min_steps, MIN_STEPS_OF_FOUND_BATCH))
         logger.info("the largest batch that takes half of the memory has %d images", largest)
     batch_size = min(config.batch_size, max(2 * config.num_devices, len(split) // config.min_steps))
