@@ -5,17 +5,15 @@ The report behind this project asks what matters most: a better recipe, a search
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import models_of, table
+from results import load, models_of, table
 from statsmodels.stats.proportion import proportion_confint
 
 DOCS = Path(__file__).parent
-RUNS = DOCS / "runs"
 
 
 PRETRAINED = (
@@ -64,30 +62,22 @@ mlpipe tune $data --model custom_cnn --trials 12 --workers 2 --epochs 3 --no-pru
 
 def pretrained_row(run: tuple[str, str, str]) -> list[str] | None:
     name, title, side = run
-    if not (RUNS / f"{name}.json").exists():
+    if not (models := models_of(name)):
         return None
-    (model,) = models_of(name)
+    (model,) = models
     metrics = model["metrics"]
     low, high = (100 * metrics[f"test/accuracy_ci_{end}"] for end in ("low", "high"))
     accuracy = f"{100 * metrics['test/accuracy']:.2f} ({low:.2f}–{high:.2f})"
     return [title, side, accuracy, f"{model['train_seconds'] / 60:.0f}"]
 
 
-def load(name: str) -> dict[str, Any] | None:
-    """The JSON of a run; `None`: it was not made."""
-    path = RUNS / f"{name}.json"
-    return dict(json.loads(path.read_text())) if path.exists() else None
-
-
 def accuracies(names: Sequence[str], model: str = "custom_cnn") -> list[float]:
     """Test accuracies, %, of one model in the runs that were made."""
-    found = [models_of(name) for name in names if (RUNS / f"{name}.json").exists()]
-    return [100 * each["metrics"]["test/accuracy"] for models in found for each in models if each["name"] == model]
+    return [100 * each["metrics"]["test/accuracy"] for each in models_of(*names) if each["name"] == model]
 
 
 def minutes(names: Sequence[str], model: str = "custom_cnn") -> float:
-    found = [models_of(name) for name in names if (RUNS / f"{name}.json").exists()]
-    return statistics.mean(each["train_seconds"] / 60 for models in found for each in models if each["name"] == model)
+    return statistics.mean(each["train_seconds"] / 60 for each in models_of(*names) if each["name"] == model)
 
 
 def mean_row(title: str, names: Sequence[str], baseline: Sequence[float]) -> list[str]:
@@ -143,7 +133,7 @@ def main() -> None:
 
 
 def _answer(report: Sequence[float], strong: Sequence[float], teacher: Sequence[float]) -> str | None:
-    lite = {name: models_of(name)[0] for name, _, _ in PRETRAINED if (RUNS / f"{name}.json").exists()}
+    lite = {name: models[0] for name, _, _ in PRETRAINED if (models := models_of(name))}
     tune = load("tune_cifar10")
     if len(lite) < len(PRETRAINED) or tune is None:
         return None

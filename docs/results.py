@@ -41,9 +41,15 @@ TRAININGS = (
 HEAD = ("Model", "Started from", "Accuracy, % (95 % interval)", *(column[0] for column in COLUMNS), "Training, s")
 
 
-def models_of(*names: str) -> list[dict[str, Any]]:
-    """The models of runs, by falling accuracy."""
-    found = [model for name in names for model in json.loads((DOCS / "runs" / f"{name}.json").read_text())["models"]]
+def load(run: str) -> dict[str, Any] | None:
+    """The JSON of a run; `None`: it was not made."""
+    path = DOCS / "runs" / f"{run}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else None
+
+
+def models_of(*runs: str) -> list[dict[str, Any]]:
+    """The models of those runs that were made, by falling accuracy."""
+    found = [model for name in runs if (run := load(name)) for model in run["models"]]
     return sorted(found, key=lambda model: -model["metrics"]["test/accuracy"])
 
 
@@ -67,8 +73,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def seeds(name: str) -> str:
     """Mean and standard deviation of custom_cnn over the runs <name>0, <name>1, … that were made."""
-    made = [f"{name}{seed}" for seed in range(3) if (DOCS / "runs" / f"{name}{seed}.json").exists()]
-    reached = [100 * model["metrics"]["test/accuracy"] for model in models_of(*made) if model["name"] == "custom_cnn"]
+    models = models_of(*(f"{name}{seed}" for seed in range(3)))
+    reached = [100 * model["metrics"]["test/accuracy"] for model in models if model["name"] == "custom_cnn"]
     each = ", ".join(f"{value:.2f}" for value in reached)
     return (
         f"{statistics.mean(reached):.2f} ± {statistics.stdev(reached):.2f} % over {len(reached)} seeds "
@@ -88,7 +94,6 @@ class Point(NamedTuple):
 
 def points_of(run: str, how: str) -> list[Point]:
     """Of the models of a run, if it was made."""
-    models = models_of(run) if (DOCS / "runs" / f"{run}.json").exists() else []
     return [
         Point(
             LITE if "lite" in each["name"] else each["name"],
@@ -96,14 +101,13 @@ def points_of(run: str, how: str) -> list[Point]:
             each["train_seconds"] / 60,
             each["metrics"]["test/accuracy"],
         )
-        for each in models
+        for each in models_of(run)
     ]
 
 
 def points_of_benchmark() -> list[Point]:
     """The published recipe and the usual loop, by `benchmarks/frontier.py`, if that was done."""
-    path = DOCS / "runs" / "frontier.json"
-    points = json.loads(path.read_text())["points"] if path.exists() else []
+    points = (load("frontier") or {"points": []})["points"]
     return [Point("custom_cnn", each["name"], each["minutes"], each["accuracy"]) for each in points]
 
 
