@@ -53,19 +53,10 @@ def fresh_page(browser: Browser, environment: dict[str, str]) -> Iterator[Callab
         context.close()
 
 
-@pytest.fixture(scope="session")
-def page_of_session(browser: Browser, environment: dict[str, str]) -> Page:
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(30_000)
-    _log_in(page, environment)
-    return page
-
-
 @pytest.fixture
-def logged_in(page_of_session: Page) -> Iterator[Page]:
-    """A page with Airflow's session cookie."""
-    yield page_of_session
-    page_of_session.goto("about:blank")  # Airflow's pages ask it again every few seconds
+def logged_in(fresh_page: Callable[..., Page]) -> Page:
+    """A page with Airflow's session cookie; closed after the test, for Airflow's pages ask it every few seconds."""
+    return fresh_page(log_in=True)
 
 
 def _log_in(page: Page, environment: dict[str, str]) -> None:
