@@ -21,7 +21,7 @@ RecipeName = Literal["quick", "report", "strong"]
 PromotionMode = Literal["disabled", "dry_run", "enabled"]
 PromotionMetric = Literal["accuracy", "balanced_accuracy"]
 FineTuning = Literal["all", "head"]
-Augmentation = Literal["none", "crop", "flip", "flip_crop", "trivial"]
+Augmentation = Literal["none", "crop", "flip", "flip_crop", "flip_crop_color", "trivial"]
 Mixing = Literal["none", "mixup", "cutmix"]
 SmallClasses = Literal["refuse", "leave_out"]
 Variant = Literal["standard", "small_images"]
@@ -420,8 +420,9 @@ class NetworkSettings:
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes, 0 to 1."""
     augmentation: Augmentation = "none"
-    """Changes of the training images: shifted crop, horizontal flip, or both; trivial: both, and one random change of
-    color or geometry, torchvision's TrivialAugmentWide."""
+    """Changes of the training images: shifted crop, horizontal flip, or both; flip_crop_color: both, and a little
+    brightness and contrast; trivial: both, and one random change of color or geometry, torchvision's
+    TrivialAugmentWide."""
     mixing: Mixing = "none"
     """Whether training images are blended with others of their batch, labels alike: whole (mixup) or a rectangle
     (cutmix), as torchvision does it."""
@@ -440,6 +441,9 @@ class NetworkSettings:
     """`models:/…` address of a network whose answers are learned beside the labels; `None`: none."""
     width: float = 1.0
     """Multiple of the network's numbers of channels; for custom_cnn, and for networks whose builder takes `width`."""
+    depth: int = 1
+    """Multiple of the number of convolutions in each stage; for custom_cnn, and for networks whose builder takes
+    `depth`."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Arithmetic; auto: bfloat16 if the processor has it in hardware."""
     num_devices: int = 1

@@ -25,7 +25,7 @@ from mlpipe.config import (
 )
 from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
-from mlpipe.models.architectures import OWN_FILE, RESNETS, TIMM, Architecture, find
+from mlpipe.models.architectures import OWN_FILE, RESNETS, SCALES, TIMM, Architecture, find
 from mlpipe.training.optimizers import check_optimizer
 
 Settings = TypeVar("Settings", NetworkSettings, LinearSettings)
@@ -191,6 +191,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "num_epochs": (1, 10_000),
     "batch_size": (1, 65_536),
     "min_steps": (1, 1_000_000),
+    "depth": (1, 100),
     "weight_decay": (0, 100),
     "label_smoothing": (0, 0.99),
     "num_components": (1, 100_000),
@@ -276,11 +277,12 @@ def _settings(
     own = recipe.pretrained if pretrained else recipe.overrides.get(architecture.name, {})
     settings = _checked(recipe.network, {**own, **_of(NetworkSettings, more), **chosen}, architecture.name)
     check_optimizer(settings.optimizer)
-    if settings.width != 1 and architecture.has_one_width:
-        raise UserError(
-            f"width: {settings.width:g} is not allowed for {architecture.name}, which has one width; it is for "
-            "custom_cnn and for networks of your own whose builder takes `width`"
-        )
+    for scale in SCALES:
+        if (value := getattr(settings, scale)) != 1 and architecture.surely_lacks(scale):
+            raise UserError(
+                f"{scale}: {value:g} is not allowed for {architecture.name}, which has one {scale}; it is for "
+                f"custom_cnn and for networks of your own whose builder takes `{scale}`"
+            )
     for finder, value in (("find_batch_size", params.batch_size), ("find_learning_rate", params.learning_rate)):
         if getattr(settings, finder) and value:
             raise UserError(f"{finder}: {finder[5:]} is {value:g}, so nothing is to be found; leave one of them out")
@@ -373,7 +375,7 @@ def _check_devices(num_devices: int, models: Sequence[ModelConfig]) -> None:
 
 def _without_flips(recipe: Recipe) -> Recipe:
     """The recipe for images whose mirror images mean something else, as those of characters do."""
-    shifted = recipe.network.augmentation in ("crop", "flip_crop")
+    shifted = "crop" in recipe.network.augmentation
     network = replace(recipe.network, augmentation="crop" if shifted else "none", test_time_averaging="none")
     flips = ("augmentation", "test_time_averaging")
     overrides = {

@@ -23,6 +23,9 @@ from mlpipe.errors import UserError
 SMALLEST_OF_VARIANTS = 16
 """Height and width from which the variants for small images take any size, pixels."""
 
+SCALES = ("width", "depth")
+"""Settings that multiply a network's channels and layers."""
+
 OWN_FILE = re.compile(r"(?P<path>[^=]*\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
 """A file and the class or function in it that builds a network."""
 
@@ -44,8 +47,8 @@ class Architecture:
     builder: str
     """`module:function`, `module:Class` or `/path/file.py:Class` that makes it.
 
-    A network's is called with those of `num_classes`, `image_size`, `variant`, `width` and `architecture` that it
-    takes, and returns a module that maps (B, 3, H, W) to (B, num_classes) logits. Its file travels with the logged
+    A network's is called with those of `num_classes`, `image_size`, `variant`, `width`, `depth` and `architecture` that
+    it takes, and returns a module that maps (B, 3, H, W) to (B, num_classes) logits. Its file travels with the logged
     model, so it imports nothing of mlpipe. An estimator's is called with its `LinearSettings`, `num_images` and
     `num_features`, and returns a scikit-learn Pipeline.
     """
@@ -57,8 +60,8 @@ class Architecture:
     """Whether torchvision or timm has weights for it that were trained on ImageNet."""
     variants: tuple[Variant, ...] = ("standard",)
     """Forms that it has."""
-    has_width: bool = False
-    """Whether its numbers of channels can be multiplied; of networks of others, their builders tell."""
+    scales: tuple[str, ...] = ()
+    """Of `SCALES`, those that can be other than 1; of networks of others, their builders tell."""
     takes_any_image_size: bool = False
     """Whether all sizes that the form allows are fine. Otherwise it is built and asked, which loads torch."""
     outline: Literal["meta", "cpu"] = "cpu"
@@ -73,10 +76,9 @@ class Architecture:
         path = self.builder.rpartition(":")[0]
         return Path(path) if path.endswith(".py") else None
 
-    @property
-    def has_one_width(self) -> bool:
-        """Whether its numbers of channels are known to be fixed without building the model."""
-        return self.is_of_project and not self.has_width
+    def surely_lacks(self, scale: str) -> bool:
+        """Whether it is known, without building the model, to have one width or one depth alone."""
+        return self.is_of_project and scale not in self.scales
 
     @property
     def is_of_project(self) -> bool:
@@ -133,7 +135,7 @@ KNOWN: tuple[Architecture, ...] = (
         kind="network",
         builder="mlpipe.models.networks.custom_cnn:build",
         variants=("standard", "small_images"),
-        has_width=True,
+        scales=SCALES,
         takes_any_image_size=True,
         outline="meta",
     ),

@@ -78,6 +78,8 @@ class ModelDescription:
     """Form of the network, as its builder takes it."""
     width: float = 1.0
     """Multiple of the network's numbers of channels, as its builder takes it."""
+    depth: int = 1
+    """Multiple of the number of convolutions in each of the network's stages, as its builder takes it."""
     input_size: int | None = None
     """Height and width to which a network enlarges its input, pixels; `None`: not at all."""
     test_time_averaging: str = "none"
@@ -142,7 +144,7 @@ def load_function(code: str, folder: Path | None = None) -> Any:
 
 
 def build_network(builder: Any, **values: Any) -> nn.Module:
-    """Call a builder with those of `num_classes`, `image_size`, `variant`, `width`, `architecture` that it takes."""
+    """Call a builder with those of the values that it takes."""
     taken = inspect.signature(builder).parameters
     return builder(**{name: value for name, value in values.items() if name in taken})
 
@@ -317,6 +319,7 @@ class ImageClassifier(PythonModel):
                 image_size=described.input_size or described.image_size,
                 variant=described.variant,
                 width=described.width,
+                depth=described.depth,
             )
         # The versions of the layers' formats, which mnasnet insists on and safetensors does not hold.
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]

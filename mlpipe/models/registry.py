@@ -37,6 +37,7 @@ def describe(model: ModelConfig, manifest: Manifest) -> ModelDescription:
         channel_std=manifest.channel_std,
         variant=model.variant,
         width=model.train.width if isinstance(model.train, NetworkSettings) else 1.0,
+        depth=model.train.depth if isinstance(model.train, NetworkSettings) else 1,
         input_size=model.input_size,
         test_time_averaging=model.train.test_time_averaging if isinstance(model.train, NetworkSettings) else "none",
         code=entry.code,
@@ -143,18 +144,25 @@ def build_network(
     seed: int,
     variant: Variant = "standard",
     width: float = 1.0,
+    depth: int = 1,
 ) -> nn.Module:
     """A network with random weights that depend on the seed alone.
 
     Raises:
-        UserError: no such architecture, or one that cannot take images of that size, or has no other width.
+        UserError: no such architecture, or one that cannot take images of that size, or has no other width
+            or depth.
     """
     check_architecture(architecture, image_size, variant)
     entry = architectures.find(architecture)
-    if width != 1 and "width" not in inspect.signature(portable.load_function(entry.builder)).parameters:
-        raise UserError(f"width: {entry.name} has one width alone, for what builds it takes no `width`; leave it at 1")
+    wanted = [scale for scale, value in (("width", width), ("depth", depth)) if value != 1]
+    taken = inspect.signature(portable.load_function(entry.builder)).parameters if wanted else ()
+    if lacking := [scale for scale in wanted if scale not in taken]:
+        raise UserError(
+            f"{lacking[0]}: {entry.name} has one {lacking[0]} alone, for what builds it takes no `{lacking[0]}`; "
+            "leave it at 1"
+        )
     torch.manual_seed(seed)
-    return _build(entry, num_classes, image_size, variant, width)
+    return _build(entry, num_classes, image_size, variant, width, depth)
 
 
 def outline_network(architecture: str, num_classes: int, image_size: int, variant: Variant = "standard") -> nn.Module:
@@ -164,7 +172,9 @@ def outline_network(architecture: str, num_classes: int, image_size: int, varian
         return _build(entry, num_classes, image_size, variant)
 
 
-def _build(entry: Architecture, num_classes: int, image_size: int, variant: Variant, width: float = 1.0) -> nn.Module:
+def _build(
+    entry: Architecture, num_classes: int, image_size: int, variant: Variant, width: float = 1.0, depth: int = 1
+) -> nn.Module:
     return portable.build_network(
         portable.load_function(entry.builder),
         architecture=entry.name,
@@ -172,4 +182,5 @@ def _build(entry: Architecture, num_classes: int, image_size: int, variant: Vari
         image_size=image_size,
         variant=variant,
         width=width,
+        depth=depth,
     )

@@ -118,6 +118,7 @@ def _build(model: ModelConfig, description: ModelDescription) -> nn.Module:
         seed=model.train.seed,
         variant=description.variant,
         width=description.width,
+        depth=description.depth,
     )
 
 
@@ -226,6 +227,7 @@ def _registered(model: ModelConfig, description: ModelDescription, folder: Path)
             channel_std=logged.channel_std,
             variant=logged.variant,
             width=logged.width,
+            depth=logged.depth,
             input_size=logged.input_size,
         ),
         other_classes=logged.classes != description.classes,

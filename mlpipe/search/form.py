@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from mlpipe.config import Form, ModelConfig, NetworkSettings, RecipeName, RunConfig, RunParams, SmallClasses, describe
 from mlpipe.errors import UserError
-from mlpipe.models.architectures import find
+from mlpipe.models.architectures import SCALES, find
 from mlpipe.recipes import resolve
 
 NETWORK_SETTINGS = (
@@ -21,7 +21,7 @@ NETWORK_SETTINGS = (
     "augmentation",
     "mixing",
     "optimizer",
-    "width",
+    *SCALES,
 )
 LINEAR_SETTINGS = ("inverse_regularization", "num_components")
 
@@ -147,8 +147,10 @@ def resolve_search(params: TuneParams, dag_run_id: str) -> Search:
     vary = tuple(part.strip() for part in params.vary.split(",") if part.strip()) if params.vary else default
     if wrong := [name for name in vary if name not in known]:
         raise UserError(f"vary: {', '.join(wrong)} is not allowed for {model.name}; give some of {', '.join(known)}")
-    if "width" in vary and find(model.architecture).has_one_width:
-        raise UserError(f"vary: width is not allowed for {model.name}, which has one width; vary other settings")
+    if lacking := [scale for scale in SCALES if scale in vary and find(model.architecture).surely_lacks(scale)]:
+        raise UserError(
+            f"vary: {lacking[0]} is not allowed for {model.name}, which has one {lacking[0]}; vary other settings"
+        )
     named = re.sub(r"[^a-z0-9_.-]+", "-", f"{run.data.name}-{model.name}".lower())[:70]
     named += f"-{hashlib.sha256(dag_run_id.encode()).hexdigest()[:8]}"
     return Search(

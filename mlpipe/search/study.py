@@ -209,6 +209,8 @@ def _suggest(trial: optuna.Trial, name: str, default: Any) -> Any:
         return trial.suggest_int(name, 16, max(1024, default), log=True)
     if name == "width":
         return trial.suggest_categorical(name, sorted({0.5, 0.75, 1.0, 1.5, 2.0, default}))
+    if name == "depth":
+        return trial.suggest_categorical(name, sorted({1, 2, 3, default}))
     if name in ("augmentation", "mixing"):
         return trial.suggest_categorical(name, get_args(get_type_hints(NetworkSettings)[name]))
     return trial.suggest_categorical(name, tuple(OPTIMIZERS))

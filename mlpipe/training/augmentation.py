@@ -12,6 +12,8 @@ KNUTH = 2654435761
 """Multiplier of D. Knuth's hash (The Art of Computer Programming, 6.4)."""
 
 
+BRIGHTNESS, CONTRAST = 9.0, 0.14
+"""Of `flip_crop_color`: largest change of all pixels, of 255, and largest share by which they move from or to 128."""
 GROUPS = 32
 """Parts of a batch that are each given a change of their own by `trivial`."""
 MIXUP_ALPHA, CUTMIX_ALPHA = 0.2, 1.0
@@ -24,8 +26,9 @@ def augment(images_u8: Tensor, kind: Augmentation, epoch: int) -> Tensor:
     `flip` mirrors half of them horizontally, and in the next epoch the other half: so each image is seen both ways in
     any two epochs (K. Jordan, arXiv:2404.00498, section 3.6). `crop` shifts each by up to a sixteenth of its size or
     one pixel, both ways, drawn from the device's default generator, the gap being filled by reflection; `flip_crop`
-    does both. All are one gather. `trivial` follows both by one change of color or geometry (S. Müller, F. Hutter,
-    arXiv:2103.10158) that every thirty-second part of the batch draws for itself.
+    does both. All are one gather. `flip_crop_color` also changes each image's brightness and contrast a little (after
+    https://github.com/hiverge/cifar10-speedrun, 2025). `trivial` follows `flip_crop` by one change of color or geometry
+    (S. Müller, F. Hutter, arXiv:2103.10158) that every thirty-second part of the batch draws for itself.
 
     Args:
         images_u8: (B, H, W, C) uint8.
@@ -40,10 +43,10 @@ def augment(images_u8: Tensor, kind: Augmentation, epoch: int) -> Tensor:
     device = images_u8.device
     rows = torch.arange(height, device=device).expand(batch, height)
     columns = torch.arange(width, device=device).expand(batch, width)
-    if kind in ("crop", "flip_crop", "trivial"):
+    if kind != "flip":
         rows = _shifted(rows, height)
         columns = _shifted(columns, width)
-    if kind in ("flip", "flip_crop", "trivial"):
+    if kind != "crop":
         # Whether an image begins mirrored depends on its own bytes, so nothing has to be kept for it.
         drawn = images_u8.flatten(1).sum(dim=1, dtype=torch.int64) * KNUTH >> 16
         mirrored = ((drawn + epoch) % 2 == 1)[:, None]
@@ -52,7 +55,15 @@ def augment(images_u8: Tensor, kind: Augmentation, epoch: int) -> Tensor:
     pixels = ((first_row + rows) * width)[:, :, None] + columns[:, None, :]  # (B, H, W) index of the source pixel
     gathered = images_u8.reshape(-1, channels).index_select(0, pixels.reshape(-1))
     changed = gathered.view(batch, height, width, channels)
+    if kind == "flip_crop_color":
+        return _recolored(changed)
     return _trivial(changed) if kind == "trivial" else changed
+
+
+def _recolored(images_u8: Tensor) -> Tensor:
+    brightness, contrast = (torch.rand(2, len(images_u8), 1, 1, 1, device=images_u8.device) * 2 - 1).unbind()
+    pixels = (images_u8.float() - 128).mul_(1 + CONTRAST * contrast).add_(128.5 + BRIGHTNESS * brightness)
+    return pixels.clamp_(0, 255).to(torch.uint8)  # rounded, by the half that was added
 
 
 def _trivial(images_u8: Tensor) -> Tensor:

@@ -191,6 +191,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     [
         ({"models": "resnet18", "settings": '{"width": 2}'}, "width: 2 is not allowed for resnet18"),
         ({"models": "custom_cnn", "settings": '{"width": -1}'}, "settings: width: -1 is not allowed"),
+        ({"models": "resnet18", "settings": '{"depth": 2}'}, "depth: 2 is not allowed for resnet18"),
+        ({"models": "custom_cnn", "settings": '{"depth": 0}'}, "settings: depth: 0 is not allowed"),
         ({"models": "custom_cnn", "settings": '{"num_epochs": 0}'}, "settings: num_epochs: 0 is not allowed"),
         ({"models": "custom_cnn", "settings": '{"label_smoothing": 2}'}, "settings: label_smoothing: 2 is not"),
         ({"models": "logistic_regression", "settings": '{"inverse_regularization": -1}'}, "settings: inverse_reg"),

@@ -13,9 +13,14 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 
-def build(num_classes: int, variant: str = "standard", width: float = 1.0) -> nn.Module:
-    """The network of that variant (`standard` or `small_images`) and multiple of its channels, with random weights."""
-    return (SmallImageCNN if variant == "small_images" else CustomCNN)(num_classes, width)
+def build(num_classes: int, variant: str = "standard", width: float = 1.0, depth: int = 1) -> nn.Module:
+    """The network of that variant (`standard` or `small_images`), with random weights.
+
+    Args:
+        width: multiple of its channels.
+        depth: multiple of its convolutions of each size of features.
+    """
+    return (SmallImageCNN if variant == "small_images" else CustomCNN)(num_classes, width, depth)
 
 
 def _times(channels: int, width: float) -> int:
@@ -55,17 +60,16 @@ class CustomCNN(nn.Module):
     Images of any size are pooled to 8×8 features, which for 32×32 images they already are.
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0, depth: int = 1) -> None:
         super().__init__()
         first, second, hidden = (_times(channels, width) for channels in (32, 64, 256))
-        self.features = nn.Sequential(
-            nn.Conv2d(3, first, kernel_size=3, padding=1),
-            nn.MaxPool2d(2),
-            nn.ReLU(inplace=True),  # after pooling, with which it commutes: a quarter of the work
-            nn.Conv2d(first, second, kernel_size=3, padding=1),
-            nn.MaxPool2d(2),
-            nn.ReLU(inplace=True),
-        )
+        layers: list[nn.Module] = []
+        for num_inputs, num_outputs in ((3, first), (first, second)):
+            # ReLU after pooling, with which it commutes: a quarter of the work
+            layers += [nn.Conv2d(num_inputs, num_outputs, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
+            for _ in range(depth - 1):
+                layers += [nn.Conv2d(num_outputs, num_outputs, 3, padding=1), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
             ByteDropout(0.5),
             nn.Linear(second * 8 * 8, hidden),
@@ -140,20 +144,24 @@ class Shift(nn.BatchNorm2d):
 
 
 class Block(nn.Module):
-    """Convolution, pooling to half the size, and a second convolution, each normalized."""
+    """Convolution, pooling to half the size, and a second convolution (with `depth` d: 2·d - 1), each normalized."""
 
-    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+    def __init__(self, num_inputs: int, num_outputs: int, depth: int = 1) -> None:
         super().__init__()
         self.first = _convolution(num_inputs, num_outputs)
         self.pool = nn.MaxPool2d(2)
         self.norm1 = Shift(num_outputs)
         self.second = _convolution(num_outputs, num_outputs)
         self.norm2 = Shift(num_outputs)
+        layers: list[nn.Module] = []
+        for _ in range(2 * (depth - 1)):
+            layers += [_convolution(num_outputs, num_outputs), Shift(num_outputs), nn.GELU()]
+        self.more = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, num_inputs, H, W) to (B, num_outputs, H // 2, W // 2)."""
         features = F.gelu(self.norm1(self.pool(self.first(images))))
-        return F.gelu(self.norm2(self.second(features)))
+        return self.more(F.gelu(self.norm2(self.second(features))))
 
 
 def _convolution(num_inputs: int, num_outputs: int) -> nn.Conv2d:
@@ -175,11 +183,11 @@ class SmallImageCNN(nn.Module):
     HEAD_STD, HEAD_DIVISOR = 0.02, 5.0
     """Of the last layer's initial weights and of its outputs; so scaled, it learns as fast as the convolutions."""
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0, depth: int = 1) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, self.STEM_CHANNELS, kernel_size=2).requires_grad_(False)
         widths = (self.STEM_CHANNELS, *(_times(channels, width) for channels in self.WIDTHS))
-        self.blocks = nn.Sequential(*(Block(*pair) for pair in pairwise(widths)))
+        self.blocks = nn.Sequential(*(Block(*pair, depth) for pair in pairwise(widths)))
         self.classifier = nn.Linear(widths[-1], num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=self.HEAD_STD)
 

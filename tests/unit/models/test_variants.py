@@ -148,6 +148,24 @@ def test_a_wider_network_is_found_again_by_its_description(
     assert 3 * sizes[0.5] < 1.2 * sizes[1.0] < 0.5 * sizes[2.0]
 
 
+@pytest.mark.parametrize("variant", ["standard", "small_images"])
+def test_a_deeper_network_is_found_again_by_its_description(
+    description: ModelDescription, tmp_path: Path, variant: Literal["standard", "small_images"]
+) -> None:
+    kernels = {}
+    for depth in (1, 2, 3):
+        network = registry.build_network(
+            "custom_cnn", num_classes=3, image_size=32, seed=0, variant=variant, depth=depth
+        ).eval()
+        kernels[depth] = sum(each.dim() == 4 for each in network.parameters())
+        described = replace(description, variant=variant, depth=depth, image_size=32)
+        loaded = ImageClassifier()
+        loaded.load(*package.write_files(described, network, tmp_path))
+        assert loaded.probabilities(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 3)
+    per_depth = 2 if variant == "standard" else 6
+    assert kernels[2] - kernels[1] == kernels[3] - kernels[2] == per_depth
+
+
 def test_a_network_of_one_width_says_so(tmp_path: Path) -> None:
     own = tmp_path / "mynets.py"
     own.write_text(
@@ -162,6 +180,8 @@ def test_a_network_of_one_width_says_so(tmp_path: Path) -> None:
     assert len(network[0].weight) == 16  # type: ignore[index]
     with pytest.raises(UserError, match="width: narrow has one width alone"):
         registry.build_network(f"{own}:narrow", num_classes=3, image_size=32, seed=0, width=2.0)
+    with pytest.raises(UserError, match="depth: wide has one depth alone"):
+        registry.build_network(f"{own}:wide", num_classes=3, image_size=32, seed=0, depth=2)
 
 
 def test_registered_weights_bring_their_form(

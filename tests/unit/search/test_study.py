@@ -284,7 +284,7 @@ def test_the_best_trial_is_never_worse_than_the_recipe(study: optuna.Study) -> N
 
 
 def test_any_setting_of_any_model_can_be_varied(study: optuna.Study) -> None:
-    names = "learning_rate,weight_decay,label_smoothing,batch_size,augmentation,optimizer,width"
+    names = "learning_rate,weight_decay,label_smoothing,batch_size,augmentation,optimizer,width,depth"
     for form in ({"vary": names}, {"model": "logistic_regression"}):
         search = search_of(**form)
         trial = study.ask()
@@ -306,6 +306,7 @@ def test_the_largest_seed_of_the_form_is_allowed(tmp_path: Path) -> None:
         ({"vary": "num_components"}, "vary"),
         ({"model": "logistic_regression", "vary": "learning_rate"}, "vary"),
         ({"model": "resnet18=random", "vary": "width"}, "vary"),
+        ({"model": "resnet18=random", "vary": "depth"}, "vary"),
         ({"trials": 1}, "trials"),
         ({"study": "No Name"}, "study"),
     ],

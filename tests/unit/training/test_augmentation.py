@@ -66,6 +66,20 @@ def test_trivial_changes_parts_of_a_batch_each_in_its_own_way() -> None:
     assert len({float(image.float().mean()) for image in changed}) > 32
 
 
+def test_color_changes_brightness_and_contrast_of_each_image_a_little() -> None:
+    torch.manual_seed(0)
+    images = torch.randint(64, 192, (200, 32, 32, 3), dtype=torch.uint8)
+    before = images.float().flatten(1)
+    after = augment(images, "flip_crop_color", 0).float().flatten(1)
+    brightness = after.mean(dim=1) - before.mean(dim=1)
+    contrast = after.std(dim=1) / before.std(dim=1)
+    assert 5 < brightness.abs().max() < 11
+    assert 0.8 < contrast.min() < 0.9
+    assert 1.1 < contrast.max() < 1.2
+    white = torch.full((50, 8, 8, 3), 255, dtype=torch.uint8)
+    assert augment(white, "flip_crop_color", 0).min() > 220, "no pixel may overflow"
+
+
 def test_mixing_blends_images_and_labels_alike() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([0, 1, 2, 3])
