@@ -150,6 +150,7 @@ def _pretrained_of_timm(description: ModelDescription, store: ObjectStore, folde
     path, key = folder / f"{name}.safetensors", f"weights/{config.hf_hub_id}/model.safetensors"
     if store.exists(key):
         store.get_file(key, path)
+        digest = file_sha256(path)
     else:
         logger.info("downloading %s from Hugging Face", config.hf_hub_id)
         try:
@@ -158,11 +159,12 @@ def _pretrained_of_timm(description: ModelDescription, store: ObjectStore, folde
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"models: 'timm/{name}=imagenet' cannot be downloaded: {reason}; {WAYS_OUT}") from error
         path = Path(fetched)
-        store.put_file(key, path, sha256=file_sha256(path))
+        digest = file_sha256(path)
+        store.put_file(key, path, sha256=digest)
     return _Found(
         state=_read(path),
         source=f"timm's weights {config.hf_hub_id}",
-        sha256=file_sha256(path),
+        sha256=digest,
         description=replace(description, channel_mean=_channels(config.mean), channel_std=_channels(config.std)),
     )
 
@@ -179,21 +181,21 @@ def _imagenet(description: ModelDescription, store: ObjectStore, folder: Path) -
     path, key = folder / name, f"weights/{name}"
     if store.exists(key):
         store.get_file(key, path)
-        _check_prefix(path, weights.url)
+        digest = _checked_by_name(file_sha256(path), weights.url)
     else:
         logger.info("downloading %s", weights.url)
         try:
-            fetch_uri(weights.url, path, field="models")
+            fetched = fetch_uri(weights.url, path, field="models")
         except (UserError, ConnectionError) as error:
             reason = str(error).removeprefix("models: ").split("; ")[0]
             raise UserError(f"models: '{architecture}=imagenet' cannot be downloaded: {reason}; {WAYS_OUT}") from error
-        _check_prefix(path, weights.url)
-        store.put_file(key, path, sha256=file_sha256(path))
+        digest = _checked_by_name(fetched.sha256, weights.url)
+        store.put_file(key, path, sha256=digest)
     transform = weights.transforms()
     return _Found(
         state=_read(path),
         source=f"ImageNet weights {name}",
-        sha256=file_sha256(path),
+        sha256=digest,
         description=replace(description, channel_mean=_channels(transform.mean), channel_std=_channels(transform.std)),
     )
 
@@ -203,11 +205,12 @@ def _channels(values: Any) -> Channels:
     return red, green, blue
 
 
-def _check_prefix(path: Path, url: str) -> None:
-    """Compare with the start of the sha256 that torchvision's file names carry, as its own download does."""
-    expected = path.stem.rsplit("-", 1)[-1]
-    if not file_sha256(path).startswith(expected):
+def _checked_by_name(sha256: str, url: str) -> str:
+    """The digest, which must begin as torchvision's file name ends, as its own download demands."""
+    expected = PurePosixPath(url).stem.rsplit("-", 1)[-1]
+    if not sha256.startswith(expected):
         raise UserError(f"models: the file from {url} does not have the sha256 of its name ({expected}…); {WAYS_OUT}")
+    return sha256
 
 
 def _registered(model: ModelConfig, description: ModelDescription, folder: Path) -> _Found:

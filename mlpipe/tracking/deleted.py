@@ -1,4 +1,4 @@
-"""Models of deleted runs: `mlflow gc` alone keeps their files for ever (mlflow issue 19467)."""
+"""What deleted runs leave behind: `mlflow gc` keeps their models' files for ever (mlflow issue 19467)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import mlflow
 from mlflow.entities import LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+from mlpipe.data.storage.store import ObjectStore
 
 
 def delete_models_of_deleted_runs() -> int:
@@ -25,6 +27,15 @@ def delete_models_of_deleted_runs() -> int:
     ]
     for model_id in deleted:
         client.delete_logged_model(model_id)
+    return len(deleted)
+
+
+def delete_checkpoints_of_deleted_runs(store: ObjectStore) -> int:
+    """Remove the checkpoints of deleted runs whose training never ended; their number."""
+    client = mlflow.MlflowClient()
+    deleted = [key for key in store.list("checkpoints") if _is_deleted(client, key.split("/")[1])]
+    for key in deleted:
+        store.delete(key)
     return len(deleted)
 
 

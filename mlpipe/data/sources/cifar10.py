@@ -6,7 +6,6 @@ names, after the archive's checksum has been compared. https://www.cs.toronto.ed
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import pickle
@@ -28,7 +27,7 @@ from mlpipe.data.archives.tar_images import open_tar
 from mlpipe.data.imageset import ArrayImages, ImageSet
 from mlpipe.data.sources import images
 from mlpipe.data.sources.fetch import SourceRef, fetch_at_uri
-from mlpipe.data.storage.store import ObjectStore
+from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import fetch_uri
 from mlpipe.errors import UserError
 
@@ -49,14 +48,11 @@ class OfficialArchive:
     """Where the archive is and what it hashes to."""
 
     url: str
-    md5: str
-    """As torchvision has it."""
     sha256: str
 
 
 OFFICIAL = OfficialArchive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    md5="c58f30108f718f92721af3b95e74349a",
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 )
 
@@ -99,14 +95,13 @@ def _download(store: ObjectStore, official: OfficialArchive, max_bytes: int) -> 
     with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
         path = Path(folder) / "source"
         try:
-            fetch_uri(official.url, path, field="data_uri", max_bytes=max_bytes)
+            found = fetch_uri(official.url, path, field="data_uri", max_bytes=max_bytes).sha256
         except UserError as error:
             raise UserError(
                 f"{error}; or give the address of a copy, or of the images packed in class folders"
             ) from error
-        found = file_md5(path)
-        if found != official.md5:
-            raise ConnectionError(f"{official.url} came with MD5 {found} instead of {official.md5}")
+        if found != official.sha256:
+            raise ConnectionError(f"{official.url} came with sha256 {found} instead of {official.sha256}")
         store.put_file(source.key, path, official.sha256)
     return source
 
@@ -115,18 +110,12 @@ def _identify(path: Path, data: DataConfig, official: OfficialArchive) -> str:
     if not is_python_archive(path):
         with open_images(path, data, "images"):
             return "images"
-    if (found := file_md5(path)) != official.md5:
+    if (found := file_sha256(path)) != official.sha256:
         raise UserError(
-            f"data_uri: {redact_uri(str(data.uri))} has MD5 {found}, but CIFAR-10's archive has {official.md5}; "
+            f"data_uri: {redact_uri(str(data.uri))} has sha256 {found}, but CIFAR-10's archive has {official.sha256}; "
             "download it again"
         )
     return "cifar10"
-
-
-def file_md5(path: Path) -> str:
-    """Hexadecimal MD5: a checksum here, not a protection."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def is_python_archive(path: Path) -> bool:

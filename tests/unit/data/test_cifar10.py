@@ -12,7 +12,7 @@ from mlpipe.config import DataConfig
 from mlpipe.data.dataset import open_dataset
 from mlpipe.data.prepare import prepare_dataset
 from mlpipe.data.sources import cifar10
-from mlpipe.data.sources.cifar10 import OfficialArchive, file_md5, is_python_archive, read_python_archive
+from mlpipe.data.sources.cifar10 import OfficialArchive, is_python_archive, read_python_archive
 from mlpipe.data.sources.fetch import fetch_source
 from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import MAX_BYTES
@@ -41,7 +41,7 @@ def archive(make: SimpleNamespace, tmp_path: Path) -> Path:
 
 
 def official_of(path: Path, url: str = "http://127.0.0.1:9/unused") -> OfficialArchive:
-    return OfficialArchive(url=url, md5=file_md5(path), sha256=file_sha256(path))
+    return OfficialArchive(url=url, sha256=file_sha256(path))
 
 
 def test_reads_the_official_layout(archive: Path) -> None:
@@ -90,8 +90,8 @@ def test_own_source_out_of_reach(archive: Path, store: ObjectStore, monkeypatch:
 
 
 def test_another_checksum_is_refused(archive: Path, store: ObjectStore) -> None:
-    official = OfficialArchive(url="", md5="0" * 32, sha256="0" * 64)
-    with pytest.raises(UserError, match="data_uri: .* has MD5 .*, but CIFAR-10's archive has 0000.*download it again"):
+    official = OfficialArchive(url="", sha256="0" * 64)
+    with pytest.raises(UserError, match="data_uri: .* has sha256 .*'s archive has 0000.*download it again"):
         cifar10.fetch(DataConfig(dataset="cifar10", uri=str(archive)), store, max_bytes=MAX_BYTES, official=official)
     assert store.list("sources") == []
 

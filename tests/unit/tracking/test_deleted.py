@@ -8,7 +8,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from mlpipe.tracking.deleted import delete_models_of_deleted_runs
+from mlpipe.data.storage.store import ObjectStore
+from mlpipe.tracking.deleted import delete_checkpoints_of_deleted_runs, delete_models_of_deleted_runs
 
 
 @pytest.fixture
@@ -34,3 +35,13 @@ def test_models_of_deleted_runs_go_but_for_registered_ones(client: mlflow.Mlflow
 
     left = {model.model_id for model in client.search_logged_models([experiment])}
     assert left == {models["kept"].model_id, registered, alone.model_id}
+
+
+def test_checkpoints_of_deleted_runs_go(client: mlflow.MlflowClient, store: ObjectStore) -> None:
+    experiment = client.create_experiment("pets")
+    kept, deleted = (client.create_run(experiment).info.run_id for _ in range(2))
+    for run_id in (kept, deleted, "0" * 32):
+        store.put_bytes(f"checkpoints/{run_id}/last.pt", b"state")
+    client.delete_run(deleted)
+    assert delete_checkpoints_of_deleted_runs(store) == 2
+    assert store.list("checkpoints") == [f"checkpoints/{kept}/last.pt"]
