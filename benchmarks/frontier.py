@@ -30,7 +30,7 @@ from common import conditions, paired, read_images, spread, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from training import EpochTimer, PerImage, Reference, trainer, usual_network
+from training import PerImage, Reference, trainer, usual_network
 
 from mlpipe.data.batches import BatchLoader
 from mlpipe.data.dataset import Dataset
@@ -188,7 +188,7 @@ def usual_loop(data: Dataset, test: list[Tensor]) -> tuple[float, float]:
     loader = DataLoader(PerImage(np.asarray(split.images_u8), np.asarray(split.labels)), 64, shuffle=True)
     module = Reference(usual_network("custom_cnn"))
     began = time.process_time()
-    trainer(EpochTimer(), "32-true", USUAL_EPOCHS).fit(module, loader)
+    trainer(num_epochs=USUAL_EPOCHS).fit(module, loader)
     seconds = time.process_time() - began
     module.eval()
     hits = 0

@@ -78,7 +78,7 @@ def train(folder: Path, *, in_memory: bool) -> dict[str, Any]:
         total_steps=2 * NUM_BATCHES,
     )
     timer = EpochTimer()
-    fitting = trainer(timer, choose_precision("auto"))
+    fitting = trainer(timer, precision=choose_precision("auto"))
     fitting.limit_train_batches = NUM_BATCHES
     fitting.fit(module, loader)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

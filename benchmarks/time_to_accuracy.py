@@ -76,7 +76,7 @@ def reference(
         num_workers=num_workers, persistent_workers=num_workers > 0,
     )  # fmt: skip
     measuring = Measuring(DataLoader(PerImage(*read_images(path, "test")), 1000), target)
-    trainer(measuring, "32-true", num_epochs).fit(Reference(network), loader)
+    trainer(measuring, num_epochs=num_epochs).fit(Reference(network), loader)
     return measuring.epochs
 
 

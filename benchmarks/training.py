@@ -112,9 +112,9 @@ class EpochTimer(pl.Callback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def trainer(callback: pl.Callback, precision: Any, num_epochs: int = 2) -> pl.Trainer:
+def trainer(*callbacks: pl.Callback, precision: Any = "32-true", num_epochs: int = 2) -> pl.Trainer:
     return pl.Trainer(
-        accelerator="cpu", max_epochs=num_epochs, precision=precision, callbacks=[callback], logger=False,
+        accelerator="cpu", max_epochs=num_epochs, precision=precision, callbacks=list(callbacks), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
@@ -127,7 +127,7 @@ def reference(setting: Setting, path: Path, num_workers: int) -> float:
         num_workers=num_workers, persistent_workers=num_workers > 0,
     )  # fmt: skip
     timer = EpochTimer()
-    trainer(timer, "32-true").fit(Reference(usual_network(setting.architecture)), loader)
+    trainer(timer).fit(Reference(usual_network(setting.architecture)), loader)
     return len(labels) / timer.seconds[-1]
 
 
@@ -149,7 +149,7 @@ def ours(setting: Setting, path: Path) -> float:
     timer = EpochTimer()
     precision = choose_precision("auto")
     with winograd_convolutions(network) if precision == "32-true" else nullcontext():
-        trainer(timer, precision).fit(module, loader)
+        trainer(timer, precision=precision).fit(module, loader)
     return len(labels) / timer.seconds[-1]
 
 

@@ -44,10 +44,11 @@ def check_memory(
     free = free_bytes()
     shares = _memories(num_devices)
     images = math.ceil(batch_size / shares)
-    most = images * 3 * side**2 * 4 * MOST_OF_AN_INPUT
+    states = _bytes_of_states(network, num_devices)
+    most = images * 3 * side**2 * 4 * MOST_OF_AN_INPUT + states
     if most < free / 2:  # half, for the images may have a part of what is left
         return most
-    needed = images * bytes_of_an_image(network, side, bfloat16=bfloat16) + _bytes_of_states(network)
+    needed = images * bytes_of_an_image(network, side, bfloat16=bfloat16) + states
     if needed > free:
         raise UserError(
             f"batch_size: {batch_size} images of {side}×{side} pixels need about {needed / 2**30:.1f} GiB "
@@ -62,12 +63,15 @@ def largest_batch(network: nn.Module, *, side: int, bfloat16: bool, num_devices:
 
     Half of all memory, not of what is free now: a training that is resumed finds the same.
     """
-    images = (all_bytes() / 2 - _bytes_of_states(network)) / bytes_of_an_image(network, side, bfloat16=bfloat16)
+    free = all_bytes() / 2 - _bytes_of_states(network, num_devices)
+    images = free / bytes_of_an_image(network, side, bfloat16=bfloat16)
     return _memories(num_devices) << int(min(max(images, 2), LARGEST_BATCH)).bit_length() - 1
 
 
-def _bytes_of_states(network: nn.Module) -> int:
-    return STATES * sum(each.numel() * each.element_size() for each in network.parameters())
+def _bytes_of_states(network: nn.Module, num_devices: int) -> int:
+    """In one memory, of all devices that share it."""
+    in_memory = num_devices // _memories(num_devices)
+    return in_memory * STATES * sum(each.numel() * each.element_size() for each in network.parameters())
 
 
 def bytes_of_an_image(network: nn.Module, side: int, *, bfloat16: bool) -> float:

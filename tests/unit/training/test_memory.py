@@ -60,6 +60,16 @@ def test_devices_share_a_batch_where_each_has_a_memory_of_its_own(monkeypatch: p
         memory.check_memory(network, "mine", batch_size=160, side=64, bfloat16=False, num_devices=2)
 
 
+def test_processes_that_share_a_memory_have_an_optimizer_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 4096))
+    weights = sum(4 * each.numel() for each in network.parameters())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2 * memory.STATES * weights)
+    memory.check_memory(network, "mine", batch_size=16, side=32, bfloat16=False)
+    with pytest.raises(UserError, match="GiB to train mine"):
+        memory.check_memory(network, "mine", batch_size=16, side=32, bfloat16=False, num_devices=3)
+
+
 def test_images_are_kept_on_a_gpu_in_what_a_batch_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Conv2d(3, 24, 3, padding=1)  # keeps the image
     image_bytes = 3 * 64 * 64 * 4
