@@ -272,7 +272,7 @@ def _cross_validate(
 ) -> dict[str, float]:
     def train_part(part: Dataset, silent: TrainingLogger, number: int) -> TrainedModel:
         start = initial_network(model, description, store) if description.kind == "network" else None
-        checkpoints = CheckpointStore(store, f"{tracked.run_id}-{number}")
+        checkpoints = CheckpointStore(store, f"{tracked.run_id}/{number}")
         trained = _fit(model, description, part, silent, start, teacher, checkpoints, store)
         checkpoints.delete()
         return trained

@@ -40,8 +40,8 @@ def test_models_of_deleted_runs_go_but_for_registered_ones(client: mlflow.Mlflow
 def test_checkpoints_of_deleted_runs_go(client: mlflow.MlflowClient, store: ObjectStore) -> None:
     experiment = client.create_experiment("pets")
     kept, deleted = (client.create_run(experiment).info.run_id for _ in range(2))
-    for run_id in (kept, deleted, "0" * 32):
-        store.put_bytes(f"checkpoints/{run_id}/last.pt", b"state")
+    for place in (kept, f"{kept}/2", deleted, f"{deleted}/2", "0" * 32):  # of a cross-validation's second training
+        store.put_bytes(f"checkpoints/{place}/last.pt", b"state")
     client.delete_run(deleted)
-    assert delete_checkpoints_of_deleted_runs(store) == 2
-    assert store.list("checkpoints") == [f"checkpoints/{kept}/last.pt"]
+    assert delete_checkpoints_of_deleted_runs(store) == 3
+    assert store.list("checkpoints") == [f"checkpoints/{kept}/2/last.pt", f"checkpoints/{kept}/last.pt"]
