@@ -105,14 +105,14 @@ RECIPES: dict[RecipeName, Recipe] = {
                 for resnet in RESNETS
             },
             "custom_cnn": {
-                "num_epochs": 9,
+                "num_epochs": 8,
                 "batch_size": 512,
                 "min_steps": 10,
                 "optimizer": "normalized_muon",
                 "learning_rate": 0.16,
                 "weight_decay": 0.006,
                 "schedule": "linear",
-                "label_smoothing": 0.2,
+                "augmentation": "flip_crop_color",
                 "test_time_averaging": "flip_shift",
             },
         },
