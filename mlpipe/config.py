@@ -167,7 +167,7 @@ class RunParams(Form):
     epochs: int | None = describe(
         None,
         "Epochs",
-        "Passes over the training images. Empty: 5 (quick), 10 (report), 10 (strong; custom_cnn 9).",
+        "Passes over the training images. Empty: 5 (quick), 10 (report), 10 (strong; custom_cnn 8).",
         minimum=1,
         maximum=1000,
     )
