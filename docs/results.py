@@ -174,8 +174,7 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
 def main() -> None:
     parts = {
         "report": table(HEAD, map(row, models_of("report"))),
-        "strong": table(HEAD, map(row, models_of("strong0", "strong_resnet")))
-        + f"\n\ncustom_cnn: {seeds('strong')}.",
+        "strong": table(HEAD, map(row, models_of("strong0", "strong_resnet"))) + f"\n\ncustom_cnn: {seeds('strong')}.",
     }
     readme = DOCS.parent / "README.md"
     text = readme.read_text()
