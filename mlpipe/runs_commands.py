@@ -16,7 +16,6 @@ from rich.table import Column, Table
 from mlpipe import run_command, tune_command
 from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi, RefusedError
-from mlpipe.environment import Environment
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import KNOWN, TORCHVISION
 from mlpipe.recipes import RECIPES
@@ -147,9 +146,8 @@ def open_page(page: str) -> None:
 def gc() -> None:
     """Remove for good what was deleted in MLflow: runs, experiments, models without a registered version, their files.
 
-    Checkpoints of deleted runs are removed, too.
-
-    On several machines, run `mlflow gc` beside the server afterwards.
+    Checkpoints of deleted runs are removed, too, where MLPIPE_S3_BUCKET names their bucket. On several machines, run
+    `mlflow gc` beside the server afterwards.
     """
     settings = StackSettings.load()
     run_command.use_local_stack("MLFLOW_TRACKING_URI")
@@ -157,13 +155,12 @@ def gc() -> None:
     from mlpipe.tracking.deleted import delete_checkpoints_of_deleted_runs, delete_models_of_deleted_runs
 
     click.echo(f"models of deleted runs: {delete_models_of_deleted_runs()}")
-    try:
-        number = delete_checkpoints_of_deleted_runs(ObjectStore.from_environment(Environment.from_env()))
-        click.echo(f"checkpoints of deleted runs: {number}")
-    except UserError as error:  # a machine that may reach MLflow alone
-        click.echo(f"checkpoints of deleted runs: not removed ({error})")
+    if bucket := os.environ.get("MLPIPE_S3_BUCKET"):
+        click.echo(f"checkpoints of deleted runs: {delete_checkpoints_of_deleted_runs(ObjectStore(bucket))}")
+    else:  # a machine that reaches MLflow alone
+        click.echo("checkpoints of deleted runs: not removed, for MLPIPE_S3_BUCKET is not set")
     if os.environ["MLFLOW_TRACKING_URI"] != settings.mlflow_url:
-        click.echo("they go with the next `mlflow gc` of the server")
+        click.echo("deleted runs and models go with the next `mlflow gc` of the server")
         return
     command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", f"sqlite:///{settings.mlflow_database}"]
     with tempfile.TemporaryDirectory() as folder:  # MLflow makes a database where it runs
