@@ -87,7 +87,7 @@ def ablations(recipe: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
         yield "SGD at 0.1, batches of 128, in place of Muon", sgd
         yield "the published form of the network", replace(recipe, variant="standard")
         yield "images of half the height and width in the first half", changed(progressive_resizing=True)
-    if train.augmentation == "flip_crop_color":
+    else:
         yield "no change of brightness and contrast", changed(augmentation="flip_crop")
         yield "label smoothing 0.2", changed(label_smoothing=0.2)
         yield "Muon without a fixed norm", changed(optimizer="muon")
@@ -112,7 +112,7 @@ def seeds_table(data: Any, path: Path, architecture: str, num_seeds: int) -> str
         rows.append([str(seed), f"{plain:.4f}", f"{reached[-1]:.4f}", f"{seconds:.0f}"])
     deviation = f" ± {statistics.stdev(reached):.4f}" if num_seeds > 1 else ""
     rows.append(["mean, standard deviation", "", f"{statistics.mean(reached):.4f}{deviation}", ""])
-    return table(["seed", "test accuracy, plain images", "with mirror images", "training and validation, s"], rows)
+    return table(["seed", "test accuracy, plain images", "averaged over views", "training and validation, s"], rows)
 
 
 def print_ablation(data: Dataset, recipe: ModelConfig, num_seeds: int) -> None:

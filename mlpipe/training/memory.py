@@ -63,8 +63,8 @@ def largest_batch(network: nn.Module, *, side: int, bfloat16: bool, num_devices:
 
     Half of all memory, not of what is free now: a training that is resumed finds the same.
     """
-    free = all_bytes() / 2 - _bytes_of_states(network, num_devices)
-    images = free / bytes_of_an_image(network, side, bfloat16=bfloat16)
+    for_images = all_bytes() / 2 - _bytes_of_states(network, num_devices)
+    images = for_images / bytes_of_an_image(network, side, bfloat16=bfloat16)
     return _memories(num_devices) << int(min(max(images, 2), LARGEST_BATCH)).bit_length() - 1
 
 

@@ -91,7 +91,8 @@ def test_own_source_out_of_reach(archive: Path, store: ObjectStore, monkeypatch:
 
 def test_another_checksum_is_refused(archive: Path, store: ObjectStore) -> None:
     official = OfficialArchive(url="", sha256="0" * 64)
-    with pytest.raises(UserError, match="data_uri: .* has sha256 .*'s archive has 0000.*download it again"):
+    message = "data_uri: .* has sha256 .*, but CIFAR-10's archive has 0000.*download it again"
+    with pytest.raises(UserError, match=message):
         cifar10.fetch(DataConfig(dataset="cifar10", uri=str(archive)), store, max_bytes=MAX_BYTES, official=official)
     assert store.list("sources") == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -131,38 +131,35 @@ def test_a_network_for_small_images_is_found_again_by_its_description(
     assert seen == [torch.Size([2, 3, 40, 40])]
 
 
+def found_again(description: ModelDescription, folder: Path, **form: Any) -> nn.Module:
+    """A custom_cnn of that form, which loads by its description and answers."""
+    network = registry.build_network("custom_cnn", num_classes=3, image_size=32, seed=0, **form).eval()
+    described = replace(description, image_size=32, **form)
+    loaded = ImageClassifier()
+    loaded.load(*package.write_files(described, network, folder))
+    assert loaded.probabilities(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 3)
+    return network
+
+
 @pytest.mark.parametrize("variant", ["standard", "small_images"])
 def test_a_wider_network_is_found_again_by_its_description(
     description: ModelDescription, tmp_path: Path, variant: Literal["standard", "small_images"]
 ) -> None:
     sizes = {}
     for width in (0.5, 1.0, 2.0):
-        network = registry.build_network(
-            "custom_cnn", num_classes=3, image_size=32, seed=0, variant=variant, width=width
-        ).eval()
+        network = found_again(description, tmp_path, variant=variant, width=width)
         sizes[width] = sum(each.numel() for each in network.parameters())
-        described = replace(description, variant=variant, width=width, image_size=32)
-        loaded = ImageClassifier()
-        loaded.load(*package.write_files(described, network, tmp_path))
-        assert loaded.probabilities(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 3)
     assert 3 * sizes[0.5] < 1.2 * sizes[1.0] < 0.5 * sizes[2.0]
 
 
-@pytest.mark.parametrize("variant", ["standard", "small_images"])
+@pytest.mark.parametrize(("variant", "per_depth"), [("standard", 2), ("small_images", 6)])
 def test_a_deeper_network_is_found_again_by_its_description(
-    description: ModelDescription, tmp_path: Path, variant: Literal["standard", "small_images"]
+    description: ModelDescription, tmp_path: Path, variant: str, per_depth: int
 ) -> None:
     kernels = {}
     for depth in (1, 2, 3):
-        network = registry.build_network(
-            "custom_cnn", num_classes=3, image_size=32, seed=0, variant=variant, depth=depth
-        ).eval()
+        network = found_again(description, tmp_path, variant=variant, depth=depth)
         kernels[depth] = sum(each.dim() == 4 for each in network.parameters())
-        described = replace(description, variant=variant, depth=depth, image_size=32)
-        loaded = ImageClassifier()
-        loaded.load(*package.write_files(described, network, tmp_path))
-        assert loaded.probabilities(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 3)
-    per_depth = 2 if variant == "standard" else 6
     assert kernels[2] - kernels[1] == kernels[3] - kernels[2] == per_depth
 
 
