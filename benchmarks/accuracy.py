@@ -82,16 +82,14 @@ def ablations(recipe: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
         return replace(recipe, train=replace(train, **values))
 
     yield "the recipe", recipe
+    sgd = changed(optimizer="sgd", learning_rate=0.1, weight_decay=5e-4, batch_size=128)
+    yield "SGD at 0.1, batches of 128, in place of Muon", sgd
     if train.optimizer == "muon":
-        sgd = changed(optimizer="sgd", learning_rate=0.1, weight_decay=5e-4, batch_size=128)
-        yield "SGD at 0.1, batches of 128, in place of Muon", sgd
         yield "the published form of the network", replace(recipe, variant="standard")
-        yield "images of half the height and width in the first half", changed(progressive_resizing=True)
+        yield "whole images in all epochs", changed(progressive_resizing=False)
     else:
         yield "no change of brightness and contrast", changed(augmentation="flip_crop")
-        yield "label smoothing 0.2", changed(label_smoothing=0.2)
         yield "Muon without a fixed norm", changed(optimizer="muon")
-    yield "no augmentation", changed(augmentation="none")
     yield "flips only, no crops", changed(augmentation="flip")
     yield "crops only, no flips", changed(augmentation="crop")
     yield "no weight decay", changed(weight_decay=0.0)

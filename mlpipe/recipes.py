@@ -100,6 +100,7 @@ RECIPES: dict[RecipeName, Recipe] = {
                     "optimizer": "muon",
                     "learning_rate": 0.07,
                     "weight_decay": 0.1,
+                    "progressive_resizing": True,
                     "test_time_averaging": "flip_shift",
                 }
                 for resnet in RESNETS

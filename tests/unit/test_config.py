@@ -153,7 +153,7 @@ def test_the_strong_recipe_takes_networks_for_small_images_only_for_small_images
         recipe="strong", dataset="cifar10", models="resnet18,custom_cnn,resnet18=imagenet"
     ).models)  # fmt: skip
     assert (pretrained.optimizer, pretrained.learning_rate) == ("sgd", 0.01)
-    assert (random.optimizer, random.learning_rate) == ("muon", 0.07)
+    assert (random.optimizer, random.learning_rate, random.progressive_resizing) == ("muon", 0.07, True)
 
 
 def test_the_quick_recipe_tunes_pretrained_networks_by_adam_on_whole_images() -> None:
