@@ -178,7 +178,7 @@ def _cover(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]
     chosen: list[str] = []
     while missing:
         # max() keeps the first of equals, so sans-serif comes before serif and the choice does not depend on the disk.
-        name, glyphs = max(_other_fonts(), key=lambda item: len(missing & item[1]), default=("", frozenset()))
+        name, glyphs = max(other_fonts(), key=lambda item: len(missing & item[1]), default=("", frozenset()))
         if not missing & glyphs:
             break
         chosen.append(name)
@@ -192,7 +192,7 @@ def _glyphs_of_base() -> frozenset[int]:
 
 
 @functools.lru_cache(maxsize=1)
-def _other_fonts() -> tuple[tuple[str, frozenset[int]], ...]:
+def other_fonts() -> tuple[tuple[str, frozenset[int]], ...]:
     """Upright, regular fonts on this machine by preference: family and code points. Read only when they are needed."""
 
     def preference(entry: FontEntry) -> tuple[bool, bool, bool, str]:

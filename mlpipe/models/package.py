@@ -87,7 +87,7 @@ def log_packaged_model(
                 artifacts=dict(zip(ARTIFACTS, map(str, paths), strict=False)),
                 signature=signature(description.classes),
                 input_example=np.ascontiguousarray(example_images_u8[:2]),
-                pip_requirements=_requirements(description),
+                pip_requirements=requirements(description),
                 tags=dict(tags or {}),
             )
     return PackagedModel(model_uri=info.model_uri, model_id=info.model_id)
@@ -125,7 +125,7 @@ def _travelling_file(source: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def _requirements(description: ModelDescription) -> list[str]:
+def requirements(description: ModelDescription) -> list[str]:
     """What the model needs to load, with the versions that are installed here."""
     wanted = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIREMENTS]
     if not TIMM.fullmatch(description.architecture) and (

@@ -74,7 +74,7 @@ def diagnose(settings: StackSettings, environ: Mapping[str, str] = os.environ) -
     yield _finding("GPU", gpus, "mend the driver, or install the torch that fits it: both must list the same devices")
     yield _finding("executor", executors, "run `make install`, or install mlpipe[airflow] beside this Python")
     if Supervisor(settings).states():
-        yield from _local_stack(settings)
+        yield from local_stack(settings)
     else:
         yield Finding(name="stack", ok=False, detail="is not running", remedy="run `mlpipe up`")
 
@@ -103,7 +103,8 @@ def _temporary_space() -> Finding:
     )
 
 
-def _local_stack(settings: StackSettings) -> Iterator[Finding]:
+def local_stack(settings: StackSettings) -> Iterator[Finding]:
+    """Each component, each connection and the secrets of the stack that runs here."""
     health = Health(settings, Credentials.load(settings.credentials_path))
     for name in NAMES:
         remedy = f"see `mlpipe logs {name}`; `mlpipe up` starts missing components"

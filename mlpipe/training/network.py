@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -69,7 +70,6 @@ def train_network(
         raise UserError(f"models: {model.architecture!r} is not a network; scikit-learn fits it")
     network, description = start.network, start.description
     mean, std = description.channel_mean, description.channel_std
-    split = dataset.train_split()
     side = description.input_size or description.image_size
     smallest = shown_size(config, side, 0)
     if smallest < side:
@@ -79,19 +79,9 @@ def train_network(
         largest = largest_batch(network, side=side, bfloat16=bfloat16, num_devices=config.num_devices)
         config = replace(config, batch_size=largest, min_steps=max(config.min_steps, MIN_STEPS_OF_FOUND_BATCH))
         logger.info("the largest batch that takes half of the memory has %d images", largest)
-    batch_size = min(config.batch_size, max(2 * config.num_devices, len(split) // config.min_steps))
-    training = BatchLoader(split, batch_size, seed=config.seed, shuffle=True)
-    # What fits when it is trained on fits when it is not.
-    validation_batch_size = max(batch_size, PIXELS_PER_BATCH // side**2)
-    validation = BatchLoader(dataset.val_split(), validation_batch_size, seed=config.seed, shuffle=False)
-    check_devices(
-        config.num_devices,
-        batch_size=batch_size,
-        num_training=training.num_images,
-        num_validation=validation.num_images,
-    )
+    training, validation = _loaders(dataset, config, side)
     if teacher is not None and config.augmentation == "none":  # then its answers never change
-        training = training.with_answers(teacher.answers(split))
+        training = training.with_answers(teacher.answers(dataset.train_split()))
         teacher = None
     whitened = getattr(network, "whitened", None)
     if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
@@ -99,7 +89,12 @@ def train_network(
     precision = choose_precision(config.precision)  # after the devices are known to be there
     bfloat16 = precision == "bf16-mixed"
     batch_bytes = check_memory(
-        network, model.name, batch_size=batch_size, side=side, bfloat16=bfloat16, num_devices=config.num_devices
+        network,
+        model.name,
+        batch_size=training.batch_size,
+        side=side,
+        bfloat16=bfloat16,
+        num_devices=config.num_devices,
     )
 
     def module_for(network: nn.Module, settings: NetworkSettings, total_steps: int) -> ClassificationModule:
@@ -132,7 +127,12 @@ def train_network(
     module.first_epoch = len(keeper.history)
     num_threads = torch.get_num_threads() if torch.cuda.is_available() else _threads_of_each(config.num_devices)
     tracking.log_params(
-        {"images_per_step": batch_size, "precision": precision, "device": device_name(), "threads": num_threads}
+        {
+            "images_per_step": training.batch_size,
+            "precision": precision,
+            "device": device_name(),
+            "threads": num_threads,
+        }
     )
     if module.first_epoch < config.num_epochs and not keeper.finished:
         fit = Fit(
@@ -145,11 +145,7 @@ def train_network(
             batch_bytes=batch_bytes,
         )
         (run_trainer if config.num_devices == 1 else fit_together)(fit, keeper)
-    network = network.cpu()
-    best_weights = OrderedDict(keeper.best_weights)
-    # The versions of the layers' formats, which mnasnet insists on.
-    best_weights._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
-    network.load_state_dict(best_weights)
+    _load(network.cpu(), keeper.best_weights)
     if trimmed is not None:
         trimmed.restore()
     best = keeper.history[keeper.best_epoch - 1]
@@ -163,6 +159,37 @@ def train_network(
         epochs_run=len(keeper.history),
         best_epoch=keeper.best_epoch,
     )
+
+
+def _loaders(dataset: Dataset, config: NetworkSettings, side: int) -> tuple[BatchLoader, BatchLoader]:
+    """Batches of the training and of the validation split.
+
+    Args:
+        side: height and width of the network's input, pixels.
+
+    Raises:
+        UserError: there are not enough images, or devices.
+    """
+    split = dataset.train_split()
+    batch_size = min(config.batch_size, max(2 * config.num_devices, len(split) // config.min_steps))
+    training = BatchLoader(split, batch_size, seed=config.seed, shuffle=True)
+    # What fits when it is trained on fits when it is not.
+    validation_batch_size = max(batch_size, PIXELS_PER_BATCH // side**2)
+    validation = BatchLoader(dataset.val_split(), validation_batch_size, seed=config.seed, shuffle=False)
+    check_devices(
+        config.num_devices,
+        batch_size=batch_size,
+        num_training=training.num_images,
+        num_validation=validation.num_images,
+    )
+    return training, validation
+
+
+def _load(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Weights of a checkpoint, with the versions of the layers' formats, which mnasnet insists on."""
+    state = OrderedDict(weights)
+    state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(state)
 
 
 def _balanced(dataset: Dataset) -> Tensor:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_published_data_is_left_alone(make: SimpleNamespace, store: ObjectStore,
     data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
     source = fetch_source(data, store)
     first = prepare_dataset(data, source, store)
-    monkeypatch.setattr(prepare, "_write", None)
+    monkeypatch.setattr(store, "upload", None)
     assert prepare_dataset(replace(data, uri="elsewhere"), source, store) == first
     assert load_manifest(first.digest, store) == first == Manifest.from_json(first.to_json())
 
@@ -225,13 +226,14 @@ def test_two_at_once(make: SimpleNamespace, store: ObjectStore, tmp_path: Path, 
     data = config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))
     source = fetch_source(data, store)
     meet = threading.Barrier(2)
-    publish = prepare._publish
+    put = store.put_bytes
 
-    def together(*args):
-        meet.wait(30)
-        return publish(*args)
+    def together(key: str, *args: Any, **options: Any) -> bool:
+        if key.endswith("manifest.json"):
+            meet.wait(30)
+        return put(key, *args, **options)
 
-    monkeypatch.setattr(prepare, "_publish", together)
+    monkeypatch.setattr(store, "put_bytes", together)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: prepare_dataset(data, source, store), range(2))
     assert first == second == load_manifest(first.digest, store)

@@ -42,7 +42,7 @@ def test_weights_from_a_file_fit_and_bring_their_normalisation(weights: Path) ->
     assert start.network(torch.zeros(2, 3, 32, 32)).shape == (2, len(CLASSES))
     stem = safetensors.torch.load_file(weights)["conv_stem.weight"]
     assert torch.equal(start.network.get_parameter("conv_stem.weight"), stem)
-    assert any(each.startswith("timm==") for each in package._requirements(start.description))
+    assert any(each.startswith("timm==") for each in package.requirements(start.description))
 
 
 def test_a_network_whose_size_is_fixed_is_built_for_the_images() -> None:

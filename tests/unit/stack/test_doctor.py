@@ -223,7 +223,7 @@ def test_a_client_is_asked_for_no_package_of_the_stack(monkeypatch: pytest.Monke
 def test_the_address_of_the_stack_that_runs_here_is_no_other_stack(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"MLPIPE_AIRFLOW_URL": f"{settings.airflow_url}/"}
     monkeypatch.setattr(doctor, "executors", lambda: "resolved")
-    monkeypatch.setattr(doctor, "_local_stack", lambda _: iter([Finding(name="local", ok=True, detail="")]))
+    monkeypatch.setattr(doctor, "local_stack", lambda _: iter([Finding(name="local", ok=True, detail="")]))
     monkeypatch.setattr(doctor.Supervisor, "states", lambda _: ["one"])
     settings.create_folders()
     settings.remember()

@@ -58,7 +58,7 @@ class Workers:
             self.architectures.append(model.architecture)
             return SimpleNamespace(metrics={"val/accuracy": train(told)}, best_epoch=1)
 
-        self._monkeypatch.setattr(stage, "_fit", fit)
+        self._monkeypatch.setattr(stage, "train_trial", fit)
         return stage.search(self.config(**form), self._origin(worker), worker, DATA, on_run=lambda _: None)
 
     def conclude(self, **form: object) -> FoundSettings:
