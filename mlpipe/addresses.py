@@ -53,10 +53,15 @@ def redact_models(text: str) -> str:
     entries = [entry.strip() for entry in text.split(",")]
     if not all(map(_ENTRY.fullmatch, entries)):  # a comma within an address, perhaps
         return redact_text(text)
-    return ",".join(map(_redact_weights, entries))
+    return ",".join(map(_redact_entry, entries))
 
 
-def _redact_weights(entry: str) -> str:
+def redact_weights(uri: str) -> str:
+    """The address of initial weights, redacted but for its checksum."""
+    checksum = _CHECKSUM.search(uri)
+    return redact_uri(uri) + (checksum[0] if checksum else "")
+
+
+def _redact_entry(entry: str) -> str:
     name, equals, weights = entry.partition("=")
-    checksum = _CHECKSUM.search(weights)
-    return name + equals + redact_uri(weights) + (checksum[0] if checksum else "")
+    return name + equals + redact_weights(weights)

@@ -79,7 +79,7 @@ class AirflowApi:
         self._session.mount(self.url, HTTPAdapter(max_retries=retry))
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
+    def from_env(cls, environ: Mapping[str, str] = os.environ, *, retries: int = 6) -> Self:
         """The server named by MLPIPE_AIRFLOW_URL, _USER and _PASSWORD.
 
         Raises:
@@ -89,7 +89,7 @@ class AirflowApi:
         for name, value in zip(cls.VARIABLES, values, strict=True):
             if not value:
                 raise UserError(f"{name}: not set, and no local stack is up; run `mlpipe up`, or set it")
-        return cls(*(value or "" for value in values))
+        return cls(*(value or "" for value in values), retries=retries)
 
     def check_dag(self, dag_id: str) -> None:
         """
@@ -99,7 +99,7 @@ class AirflowApi:
         """
         try:
             dag = self._call("GET", f"/api/v2/dags/{quote(dag_id)}")
-        except UserError as error:
+        except RefusedError as error:
             for failed in self._call("GET", "/api/v2/importErrors")["import_errors"]:
                 last = failed["stack_trace"].strip().splitlines()[-1]
                 raise UserError(f"{failed['filename']} cannot be imported: {last}") from error
@@ -139,7 +139,13 @@ class AirflowApi:
         return list(self._call("GET", path)["dag_runs"])
 
     def stop(self, dag_id: str, run_id: str) -> None:
-        """Set a DAG run to failed, which stops its tasks."""
+        """Set a DAG run to failed, which stops its tasks.
+
+        Raises:
+            UserError: it has ended.
+        """
+        if (state := self.dag_run_state(dag_id, run_id)) in ("success", "failed"):
+            raise UserError(f"RUN_ID: the DAG run {run_id} has ended ({state}), so there is nothing to stop")
         self._call("PATCH", _run_path(dag_id, run_id), {"state": "failed"})
 
     def dag_run_state(self, dag_id: str, run_id: str) -> str:
@@ -240,8 +246,11 @@ class AirflowApi:
         return answer
 
     def _log_in(self) -> None:
-        if not log_in(self._session, self.url, *self._login).ok:
+        answer = log_in(self._session, self.url, *self._login)
+        if answer.status_code in (requests.codes.unauthorized, requests.codes.forbidden):
             raise UserError(f"MLPIPE_AIRFLOW_PASSWORD: Airflow at {self.url} refuses the login of this user")
+        if not answer.ok:
+            raise RefusedError(f"Airflow at {self.url} answers {answer.status_code} {answer.reason} to a login")
 
 
 def log_in(session: requests.Session, url: str, user: str, password: str) -> requests.Response:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlpipe import run_command, runs_commands, tune_command
+from mlpipe.addresses import without_login
 from mlpipe.errors import UserError
 from mlpipe.stack import commands
 
@@ -27,7 +28,8 @@ class _Group(click.Group):
 
             if not is_unreachable(error):
                 raise
-            told = f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI')} does not answer; is it up? See `mlpipe status`"
+            address = without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
+            told = f"MLflow at {address} does not answer; is it up? See `mlpipe status`"
         click.secho(told, fg="red", err=True)
         sys.exit(2)
 

@@ -82,8 +82,9 @@ class Form:
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a form's values those that are not empty, to be shown: addresses are without login and query."""
+    redacted = {"models": redact_models, "model": redact_models}
     return {
-        name: (redact_models if name == "models" else redact_text)(value) if isinstance(value, str) else value
+        name: redacted.get(name, redact_text)(value) if isinstance(value, str) else value
         for name, value in values.items()
         if value is not None
     }

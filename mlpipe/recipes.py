@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from mlpipe.addresses import redact_text, redact_uri
+from mlpipe.addresses import redact_text, redact_uri, redact_weights
 from mlpipe.config import (
     MAX_MODELS,
     MODEL_NAME,
@@ -197,6 +198,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.99),
     "num_components": (1, 100_000),
     "max_iterations": (1, 1_000_000),
+    "early_stopping_patience": (1, 10_000),
 }
 """Least and largest values of settings."""
 ABOVE_ZERO = ("learning_rate", "inverse_regularization", "width")
@@ -302,7 +304,7 @@ def parse_settings(text: str | None) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'settings: {text[:80]!r} is not JSON ({error}); write {{"weight_decay": 0.001}}') from None
     known = {each.name for kind in (NetworkSettings, LinearSettings) for each in fields(kind)} - OF_THE_FORM.keys()
     if isinstance(values, dict) and (own := sorted(OF_THE_FORM.keys() & set(values))):
@@ -316,11 +318,11 @@ def parse_settings(text: str | None) -> dict[str, Any]:
 def _check_ranges(settings: NetworkSettings | LinearSettings) -> None:
     values = asdict(settings)
     for name in values.keys() & ABOVE_ZERO:
-        if not values[name] > 0:
-            raise UserError(f"settings: {name}: {values[name]:g} is not allowed; give more than 0")
+        if not 0 < values[name] < math.inf:
+            raise UserError(f"settings: {name}: {values[name]:g} is not allowed; give a number above 0")
     for name in values.keys() & RANGES.keys():
         least, most = RANGES[name]
-        if not least <= values[name] <= most:
+        if values[name] is not None and not least <= values[name] <= most:
             raise UserError(f"settings: {name}: {values[name]:g} is not allowed; give {least:g} to {most:g}")
 
 
@@ -424,7 +426,7 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, Architectur
 
 def write_model(architecture: str, weights: str) -> str:
     """An entry of `models`, with its weights whatever the recipe, and without secrets of an address."""
-    return architecture if weights == "none" else f"{architecture}={redact_uri(weights)}"
+    return architecture if weights == "none" else f"{architecture}={redact_weights(weights)}"
 
 
 def weights_slug(weights: str) -> str:

@@ -25,7 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Column, Table
 
-from mlpipe.addresses import redact_uri, without_login
+from mlpipe.addresses import redact_text, redact_weights, without_login
 from mlpipe.airflow_api import AirflowApi, NoAnswerError, PausedError, TaskInstance
 from mlpipe.config import Form, RunParams, given
 from mlpipe.errors import UserError
@@ -69,9 +69,23 @@ def _scalar(hint: Any) -> type:
     return next(member for member in (get_args(hint) or (hint,)) if member is not type(None))
 
 
+class NewFile(click.Path):
+    """An option's file to be written, in a folder that exists."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Its path."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"the folder {str(path.parent)!r} does not exist; create it first", param, ctx)
+        return path
+
+
 @partial(form_options, RunParams)
 @click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
+@click.option("--json", "json_path", type=NewFile(), help="Write the result to this file.")
 @click.option("--unpause", is_flag=True, help="Unpause the DAG if it is paused.")
 @click.option(
     "--tuned",
@@ -84,8 +98,6 @@ def run(json_path: Path | None, unpause: bool, tuned: str | None, **values: Any)
     if tuned:
         values |= settings_found_by(tuned, values)
     resolve(RunParams.from_mapping(values))
-    if json_path is not None and not json_path.parent.is_dir():
-        raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; create it first")
     console = new_console()
     api = ready_api(DAG_ID, unpause)
     values["data_uri"] = uploaded(values["data_uri"], console)
@@ -109,7 +121,7 @@ def ready_api(dag_id: str, unpause: bool) -> AirflowApi:
     use_local_stack("MLPIPE_AIRFLOW_URL")
     api = AirflowApi.from_env()
     try:
-        api.check_dag(dag_id)
+        AirflowApi.from_env(retries=1).check_dag(dag_id)  # whoever forgot `mlpipe up` is told at once
     except PausedError:
         if not unpause:
             raise
@@ -131,7 +143,7 @@ def settings_found_by(study: str, values: dict[str, Any]) -> dict[str, str]:
     default = RECIPES[values["recipe"]].default_weights
     ((_, searched, weights),) = parse_models(model, default)
     for written, architecture, start in parse_models(models, default):
-        if (architecture, redact_uri(start)) != (searched, weights):
+        if (architecture, redact_weights(start)) != (searched, weights):
             raise UserError(
                 f"models: {write_model(written, start)} is not the model of the search {study}, whose settings are for "
                 f"{model}; leave models out, or give that one alone"
@@ -150,11 +162,11 @@ def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | Non
     began = time.monotonic()
     state, tasks = follow_tasks(api, run_id, console)
     result = _result(api, run_id, state, tasks, time.monotonic() - began)
-    if json_path is not None:
-        write_json(json_path, result)
     print_failures(api, DAG_ID, run_id, tasks, console)
     if result["models"]:
         print_comparison(result, console)
+    if json_path is not None:
+        write_json(json_path, result)
     if state != "success":
         raise SystemExit(1)
 
@@ -176,13 +188,13 @@ def new_console() -> Console:
 
 
 def use_local_stack(variable: str) -> None:
-    """If the environment names no server, use the addresses and login of this folder's stack."""
+    """If the environment names no server, use this folder's stack, and none of its services from elsewhere."""
     if os.environ.get(variable):
         return
     for name, value in StackSettings.load().client_environment().items():
-        if name.upper() == "NO_PROXY":  # the user's own hosts and this machine
+        # Who looks for MLflow alone may have named another Airflow.
+        if name not in AirflowApi.VARIABLES or variable in AirflowApi.VARIABLES or not os.environ.get(name):
             os.environ[name] = value
-        os.environ.setdefault(name, value)
 
 
 def with_local_files(data_uri: str | None, models: str | None) -> tuple[str | None, str | None]:
@@ -246,7 +258,7 @@ def upload_file(path: Path, console: Console) -> str:
         try:
             return upload(path, file_sha256(path), lambda done: progress.update(bar, completed=done))
         except (MlflowException, requests.RequestException) as error:
-            reason = str(error).splitlines()[0][:300]
+            reason = redact_text(str(error).splitlines()[0])[:300]
             raise UserError(
                 f"data_uri: {path.name} could not be uploaded to MLflow ({reason}); see its log, then {again}"
             ) from error
@@ -358,7 +370,7 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write a result; the file appears when it is whole."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -432,7 +444,7 @@ def predict(given: tuple[str, ...], top_k: int, form: str | None) -> None:
     try:
         model = mlflow.pyfunc.load_model(model_uri).unwrap_python_model()
     except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = redact_text(str(error).splitlines()[0])
         raise UserError(
             f"MODEL_URI: {model_uri!r} cannot be loaded ({reason}); see the Models page of MLflow"
         ) from None
@@ -445,7 +457,8 @@ def predict(given: tuple[str, ...], top_k: int, form: str | None) -> None:
     for start in range(0, len(paths), FILES_PER_CALL):
         part = paths[start : start + FILES_PER_CALL]
         for path, row in zip(part, model.predict_files(part).to_dict("records"), strict=True):
-            rows.append({"image": str(path), "error": row["error"], "labels": _best(row, top_k)})
+            shown = os.fsencode(path).decode(errors="replace")
+            rows.append({"image": shown, "error": row["error"], "labels": _best(row, top_k)})
     _print_predictions(rows, form, top_k)
     if num_bad := sum(bool(row["error"]) for row in rows):
         raise UserError(f"IMAGE: {num_bad} of {len(paths)} files could not be read; the table says why")

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from mlpipe import run_command, tune_command
 from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi, RefusedError
+from mlpipe.config import given
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import KNOWN, TORCHVISION
 from mlpipe.recipes import RECIPES
@@ -82,7 +83,7 @@ def runs(number: int) -> None:
     api = _api()
     found_runs = [found for dag_id in (DAG_ID, tune_command.DAG_ID) for found in api.dag_runs(dag_id, number)]
     for found in sorted(found_runs, key=lambda found: str(found["run_after"]), reverse=True)[:number]:
-        form = found["conf"] or {}
+        form = given(found["conf"] or {})
         data = form.get("name") or form.get("dataset")
         chosen = form.get("model") or form.get("models") or form.get("recipe")
         table.add_row(escape(found["dag_run_id"]), found["state"], escape(data or ""), escape(chosen or ""))
@@ -109,11 +110,9 @@ def stop(run_id: str) -> None:
 
 @click.command()
 @click.argument("run_id")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
+@click.option("-o", "--output", required=True, type=run_command.NewFile(), help="File to write.")
 def report(run_id: str, output: Path) -> None:
     """Write the report of a DAG run as one HTML file."""
-    if not output.parent.is_dir():
-        raise UserError(f"--output: the folder {str(output.parent)!r} does not exist; create it first")
     api = _api()
     page = api.report(_dag_of(api, run_id), run_id)
     output.write_text(page, encoding="utf-8")

@@ -17,7 +17,6 @@ from rich.table import Column, Table
 from mlpipe import run_command
 from mlpipe.airflow_api import AirflowApi
 from mlpipe.config import given
-from mlpipe.errors import UserError
 from mlpipe.search.form import TuneParams, resolve_search
 
 DAG_ID = "tune"
@@ -25,15 +24,13 @@ DAG_ID = "tune"
 
 @partial(run_command.form_options, TuneParams)
 @click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file.")
+@click.option("--json", "json_path", type=run_command.NewFile(), help="Write the result to this file.")
 @click.option("--unpause", is_flag=True, help="Unpause the DAG if it is paused.")
 def tune(json_path: Path | None, unpause: bool, **values: Any) -> None:
     """Search for the settings with the best validation accuracy, train the model with them, test and register it."""
     values["data_uri"], values["model"] = run_command.with_local_files(values["data_uri"], values["model"])
     params = TuneParams.from_mapping(values)
     resolve_search(params, "")
-    if json_path is not None and not json_path.parent.is_dir():
-        raise UserError(f"--json: the folder {str(json_path.parent)!r} does not exist; create it first")
     console = run_command.new_console()
     api = run_command.ready_api(DAG_ID, unpause)
     params = TuneParams.from_mapping(values | {"data_uri": run_command.uploaded(values["data_uri"], console)})
@@ -48,30 +45,35 @@ def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | Non
     state, tasks = run_command.follow_tasks(api, run_id, console, DAG_ID)
     found = api.xcom(DAG_ID, run_id, "conclude", key="search")
     run_command.print_failures(api, DAG_ID, run_id, tasks, console)
-    if found is None:
-        raise SystemExit(1)
     compared = api.xcom(DAG_ID, run_id, "evaluate") or {"dataset": None, "models": [], "summary": None}
     result = {
         "dag_run_id": run_id,
         "form": given(api.dag_run(DAG_ID, run_id)["conf"]),
         **_result(found, compared, state, time.monotonic() - began),
     }
+    if found:
+        _print(result, compared, console, api, run_id)
     if json_path is not None:
         run_command.write_json(json_path, result)
-    _print(result, compared, console, api, run_id)
     if state != "success":
         raise SystemExit(1)
 
 
-def _result(found: dict[str, Any], compared: dict[str, Any], state: str, seconds: float) -> dict[str, Any]:
+def _result(found: dict[str, Any] | None, compared: dict[str, Any], state: str, seconds: float) -> dict[str, Any]:
+    """
+    Args:
+        found: by the search; `None`: it ended before.
+    """
     final = compared["models"][0] if compared["models"] else {}
+    default = found and found["default"]
     return {
-        "study": found["study"],
+        "study": found and found["study"],
         "state": state,
         "wall_seconds": round(seconds, 3),
-        "trials": found["trials"],
-        "default": {name: found["default"][name] for name in ("value", "params")} if found["default"] else None,
-        "best": {
+        "trials": found["trials"] if found else [],
+        "default": {name: default[name] for name in ("value", "params")} if default else None,
+        "best": found
+        and {
             "number": found["best"]["number"],
             "value": found["best"]["value"],
             "params": found["settings"],

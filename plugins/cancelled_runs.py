@@ -52,7 +52,8 @@ def _note_verdict(dag_run: DagRun) -> None:
     from sqlalchemy.orm import object_session
 
     session = object_session(dag_run)
-    if session is None or dag_run.note:
+    note = dag_run.dag_run_note
+    if session is None or (note and note.user_id):  # a person wrote it
         return
     wanted = (XComModel.dag_id == dag_run.dag_id, XComModel.run_id == dag_run.run_id, XComModel.key == VERDICT)
     found = session.scalar(select(XComModel).where(*wanted))

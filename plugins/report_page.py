@@ -56,6 +56,7 @@ TO_MLFLOW = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 </script>{% else %}<p>No address of MLflow is set (MLPIPE_MLFLOW_UI_URL).</p>{% endif %}</html>""")
 
 MODEL_STAGES = ("train", "reused")
+CURVES = tuple(f"{part}/{metric}" for metric in ("loss", "accuracy") for part in ("train", "val"))
 STATES = {"RUNNING": "training", "FINISHED": "trained", "FAILED": "failed", "KILLED": "killed"}
 
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -110,7 +111,8 @@ def _also_without_mlflow(page: Callable[..., HTMLResponse]) -> Callable[..., HTM
         try:
             return page(**given)
         except requests.RequestException as error:
-            text = f"MLflow does not answer ({type(error).__name__}); this page asks again."
+            told = f"answers {error.response.status_code}" if error.response is not None else "does not answer"
+            text = f"MLflow {told} ({type(error).__name__}); this page asks again."
             values = {"text": text, "is_error": True, "models": [], "open": True}
             dag_id = "" if "task_id" in given else given["dag_id"]
             return _progress_page(values, given["part"], title=given["run_id"], dag_id=dag_id, run_id=given["run_id"])
@@ -129,7 +131,8 @@ def report(dag_id: DagId, run_id: RunId, part: bool = False) -> HTMLResponse:
     state = _state_of_dag_run(dag_id, run_id)
     runs = _of_dag_run(dag_id, run_id)
     parent = _parent(runs)
-    if parent and (page := _artifact(parent["run_id"], "report.html")):
+    # A parent run that goes on again may have the report of what was cleared.
+    if parent and parent["status"] == "FINISHED" and (page := _artifact(parent["run_id"], "report.html")):
         return HTMLResponse("" if part else page, headers=HEADERS | {"X-Report": "ready"})
     return _progress_page(_progress(state, runs), part, title=run_id, dag_id=dag_id, run_id=run_id)
 
@@ -138,8 +141,8 @@ def report(dag_id: DagId, run_id: RunId, part: bool = False) -> HTMLResponse:
 def progress(dag_id: DagId, run_id: RunId) -> JSONResponse:
     """What each model has reached, for the command line."""
     state = _state_of_dag_run(dag_id, run_id)
-    models = _progress(state, _of_dag_run(dag_id, run_id), charts=False)["models"]
-    return JSONResponse([{name: value for name, value in model.items() if name != "charts"} for model in models])
+    models = _progress(state, _of_dag_run(dag_id, run_id), ("val/accuracy",))["models"]
+    return JSONResponse([{name: value for name, value in model.items() if name != "curves"} for model in models])
 
 
 @app.get("/{dag_id}/{run_id}/report.html", dependencies=READER)
@@ -207,6 +210,7 @@ def model(dag_id: DagId, run_id: RunId, task_id: str, map_index: int, part: bool
 
 def _progress_page(values: dict[str, Any], part: bool, **more: str) -> HTMLResponse:
     template = "progress_part.html.jinja" if part else "progress.html.jinja"
+    values = values | {"models": [{**model, "charts": _charts(model["curves"])} for model in values["models"]]}
     headers = HEADERS | ({} if values["open"] else {"X-Report": "ended"})
     return HTMLResponse(pages.render(template, **values, **more), headers=headers)
 
@@ -221,7 +225,7 @@ def _state_of_dag_run(dag_id: str, run_id: str) -> str | None:
         return session.scalar(select(DagRun.state).where(DagRun.dag_id == dag_id, DagRun.run_id == run_id))
 
 
-def _progress(state: str | None, runs: list[dict[str, Any]], *, charts: bool = True) -> dict[str, Any]:
+def _progress(state: str | None, runs: list[dict[str, Any]], wanted_curves: tuple[str, ...] = CURVES) -> dict[str, Any]:
     """What the page of the progress shows.
 
     The DAG run's state says whether the work goes on, since MLflow's runs end with each attempt. Of one that was
@@ -244,7 +248,7 @@ def _progress(state: str | None, runs: list[dict[str, Any]], *, charts: bool = T
     has_data = any(run["tags"].get("stage") == "data" and run["status"] == "FINISHED" for run in runs)
     waiting_for = "a free slot of the executor gpu" if has_data else "the data set"
     models = [
-        _model(trained[name], charts)
+        _model(trained[name], wanted_curves)
         if name in trained
         else _not_started(name, waiting_for if is_open else "nothing more", tags.get(f"error/train/{number}", ""))
         for number, name in enumerate(dict.fromkeys([*filter(None, names), *trained]))
@@ -256,13 +260,12 @@ def _not_started(name: str, waits_for: str, error: str) -> dict[str, Any]:
     """Of a model without an MLflow run: it waits, or it failed before it had one."""
     nothing = dict.fromkeys(("epoch", "epochs", "rate", "remaining", "url"))
     state = "failed" if error else f"waits for {waits_for}"
-    return {**nothing, "name": name, "state": state, "error": error, "charts": []}
+    return {**nothing, "name": name, "state": state, "error": error, "curves": {}}
 
 
-def _model(run: dict[str, Any], charts: bool) -> dict[str, Any]:
+def _model(run: dict[str, Any], wanted_curves: tuple[str, ...]) -> dict[str, Any]:
     wanted = run["params"].get("num_epochs", "")
     epochs = int(wanted) if wanted.isdigit() else None
-    wanted_curves = CURVES if charts else ("val/accuracy",)
     known = [name for name in wanted_curves if epochs and name in run["metrics"]]
     curves = {name: _history(run["run_id"], name) for name in known}
     done = curves.get("val/accuracy", [])
@@ -281,21 +284,22 @@ def _model(run: dict[str, Any], charts: bool) -> dict[str, Any]:
         "remaining": remaining,
         "error": run["tags"].get("error", ""),
         "url": f"{address}/#/{where}" if address else "",
-        "charts": [
-            Markup(line_chart(_lines(curves, metric), title=title, unit=unit))  # noqa: S704 - it escapes names
-            for title, metric, unit in (("Loss", "loss", ""), ("Accuracy", "accuracy", "%"))
-            if curves
-        ],
+        "curves": curves,
     }
+
+
+def _charts(curves: dict[str, list[dict[str, Any]]]) -> list[Markup]:
+    return [
+        Markup(line_chart(_lines(curves, metric), title=title, unit=unit))  # noqa: S704 - it escapes names
+        for title, metric, unit in (("Loss", "loss", ""), ("Accuracy", "accuracy", "%"))
+        if curves
+    ]
 
 
 def _state(run: dict[str, Any]) -> str:
     if run["tags"].get("stage") == "reused":
         return f"trained before: {run['tags'].get('model_version', '')}"
     return STATES.get(run["status"], run["status"].lower())
-
-
-CURVES = tuple(f"{part}/{metric}" for metric in ("loss", "accuracy") for part in ("train", "val"))
 
 
 def _lines(curves: dict[str, list[dict[str, Any]]], metric: str) -> dict[str, list[tuple[float, float]]]:
@@ -349,7 +353,8 @@ def _of_dag_run(dag_id: str, run_id: str) -> list[dict[str, Any]]:
 
 def _search(wanted: str, limit: int) -> list[dict[str, Any]]:
     """MLflow runs of all experiments, the newest first: ids, `status`, `tags`, `params`, and `metrics`."""
-    found = _ask("experiments/search", {"max_results": 1000, "view_type": "ACTIVE_ONLY"}).get("experiments", [])
+    wanted_experiments = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
+    found = _api("POST", "experiments/search", json=wanted_experiments).get("experiments", [])
     ids = [experiment["experiment_id"] for experiment in found]
     body = {
         "experiment_ids": ids,
@@ -366,34 +371,30 @@ def _search(wanted: str, limit: int) -> list[dict[str, Any]]:
             "params": {param["key"]: param["value"] for param in run["data"].get("params", [])},
             "metrics": {metric["key"]: metric["value"] for metric in run["data"].get("metrics", [])},
         }
-        for run in _ask("runs/search", body).get("runs", [])
+        for run in _api("POST", "runs/search", json=body).get("runs", [])
     ]
 
 
 def _history(run_id: str, metric: str) -> list[dict[str, Any]]:
     """Entries `step`, `value`, `timestamp` (ms) of a metric, by step."""
-    where = {"run_id": run_id, "metric_key": metric}
-    answer = requests.get(
-        f"{_address()}/api/2.0/mlflow/metrics/get-history", params=where, auth=_login(), timeout=TIMEOUT
-    )
-    answer.raise_for_status()
-    return sorted(answer.json().get("metrics", []), key=lambda entry: int(entry.get("step", 0)))
+    found = _api("GET", "metrics/get-history", params={"run_id": run_id, "metric_key": metric})
+    return sorted(found.get("metrics", []), key=lambda entry: int(entry.get("step", 0)))
 
 
-def _ask(what: str, body: dict[str, Any]) -> dict[str, Any]:
-    answer = requests.post(f"{_address()}/api/2.0/mlflow/{what}", json=body, auth=_login(), timeout=TIMEOUT)
+def _api(method: str, what: str, **body: Any) -> dict[str, Any]:
+    answer = _mlflow(method, f"/api/2.0/mlflow/{what}", **body)
     answer.raise_for_status()
     return dict(answer.json())
 
 
 def _artifact(run_id: str, path: str) -> str | None:
-    where = {"run_uuid": run_id, "path": path}
-    answer = requests.get(f"{_address()}/get-artifact", params=where, auth=_login(), timeout=TIMEOUT)
+    answer = _mlflow("GET", "/get-artifact", params={"run_uuid": run_id, "path": path})
     return answer.content.decode() if answer.ok else None
 
 
-def _address() -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000").rstrip("/")
+def _mlflow(method: str, path: str, **body: Any) -> requests.Response:
+    address = os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000").rstrip("/")
+    return requests.request(method, address + path, auth=_login(), timeout=TIMEOUT, **body)
 
 
 def _login() -> tuple[str, str] | None:

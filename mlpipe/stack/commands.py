@@ -112,7 +112,7 @@ def env() -> None:
 
 @click.command()
 def status() -> None:
-    """Show what runs; exit 1 when something does not, or when the DAG is paused."""
+    """Show what runs. The exit status is 1 if a component does not run, 2 if image_classification is paused."""
     from rich.console import Console
     from rich.table import Table
 

@@ -42,9 +42,13 @@ def preprocess(config: RunConfig, origin: TaskContext, source: SourceRef, *, on_
     version = record_version(dataset, store, environment.cache_dir)
     if version.change:
         logger.info("%s", version.change)
+    # A task that was cleared may find other images: they have a run of their own.
+    experiment_id, run_key = experiment(config), origin.key(f"data {manifest.digest}")
+    if runs.find_run(experiment_id, run_key) is None:
+        runs.set_aside(experiment_id, origin, "tags.stage = 'data'")
     run = runs.open_run(
-        experiment(config),
-        origin.key("data"),
+        experiment_id,
+        run_key,
         name=f"data · {manifest.dataset}",
         tags={
             **origin.tags(),

@@ -45,7 +45,7 @@ from mlpipe.tracking import runs, studies
 from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.runs import TaskContext, TrackedRun
 from mlpipe.training.checkpoints import CheckpointStore
-from mlpipe.training.protocol import TrainedModel
+from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,8 @@ def _run_trial(
     is_default = bool(trial.user_attrs.get(DEFAULT))
     run = runs.open_run(
         experiment(config.run),
-        runs.key_of(config.study, str(trial.number)),
+        # A study whose storage was lost begins again from trial 0, with other values.
+        runs.key_of(config.study, str(trial.number), json.dumps(values, sort_keys=True)),
         name=f"trial {trial.number}{' (the recipe)' if is_default else ''}",
         tags={
             **origin.tags(),
@@ -164,7 +165,7 @@ def _run_trial(
         checkpoints = CheckpointStore(store, tracked.run_id)
         try:
             count_start(trial)
-            trained = _fit(model, dataset, told, checkpoints, store)
+            trained = train_trial(model, dataset, told, checkpoints, store)
         except optuna.TrialPruned as pruned:
             study.tell(trial, state=TrialState.PRUNED)
             tracked.set_tags({"state": "pruned", "why": str(pruned)})
@@ -185,9 +186,14 @@ def _run_trial(
     torch.cuda.empty_cache()
 
 
-def _fit(
-    model: ModelConfig, dataset: Dataset, told: _TrialLogger, checkpoints: CheckpointStore, store: ObjectStore
+def train_trial(
+    model: ModelConfig, dataset: Dataset, told: TrainingLogger, checkpoints: CheckpointStore, store: ObjectStore
 ) -> TrainedModel:
+    """Train a trial's model.
+
+    Raises:
+        optuna.TrialPruned: `told` ended the trial.
+    """
     description = describe(model, dataset.manifest)
     if description.kind == "estimator":
         from mlpipe.training.estimator import train_estimator

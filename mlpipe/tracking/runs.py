@@ -184,14 +184,16 @@ def find_run(experiment: str, key: str) -> Run | None:
     return runs[0] if runs else None
 
 
-def set_aside(experiment: str, origin: TaskContext, model: str) -> None:
-    """Take a model that the DAG run trained before, from other data or settings, out of its results."""
+def set_aside(experiment: str, origin: TaskContext, wanted: str) -> None:
+    """Take runs that the DAG run made before, from other data or settings, out of its results.
+
+    Args:
+        wanted: what they are, as MLflow's filters say it.
+    """
     client = mlflow.MlflowClient()
-    wanted = f"tags.dag_run_key = '{origin.key('all')}' and tags.model = '{model}'"
-    for run in client.search_runs([experiment], wanted):
-        if run.data.tags.get("stage") in ("train", "reused"):
-            client.set_tag(run.info.run_id, "stage", "set aside")
-            client.delete_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID)
+    for run in client.search_runs([experiment], f"tags.dag_run_key = '{origin.key('all')}' and {wanted}"):
+        client.set_tag(run.info.run_id, "stage", "set aside")
+        client.delete_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID)
 
 
 def open_run(

@@ -49,15 +49,19 @@ def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
         num_folds: parts of its cross-validation; 0: none.
 
     Returns:
-        `None` where something is not known to stay the same: changed files of this project, an alias of the registry,
-        an address whose content may change, or a package that is installed from a folder of sources.
+        `None` where something is not known to stay the same: this project's code of no known commit or version, or with
+        changed files; an alias of the registry; an address whose content may change; or a package that is installed
+        from a folder of sources.
     """
     settings = asdict(model)
     del settings["name"]  # of this run's row alone
     addresses = (model.weights, settings["train"].get("teacher") or "none")
     code = git_sha()
     if code == "unknown":
-        code = version("mlpipe")
+        try:
+            code = version("mlpipe")
+        except PackageNotFoundError:  # an image that was built without its commit
+            return None
     if code.endswith("-dirty") or not all(map(_is_fixed, addresses)):
         return None
     package = (find(model.architecture).distribution or "").partition("==")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlpipe.airflow_api import AirflowApi
+from mlpipe.errors import UserError
 from tests.web import web_server
 
 
@@ -12,6 +13,20 @@ def test_a_question_is_asked_again() -> None:
     login, busy, told = (201, {}, b'{"access_token": "t"}'), (503, {}, b""), (200, {}, b'{"state": "running"}')
     with web_server(login, busy, told) as (address, _):
         assert AirflowApi(address, "u", "p").dag_run_state("image_classification", "r") == "running"
+
+
+def test_a_dag_run_that_has_ended_is_not_stopped() -> None:
+    answers = (201, {}, b'{"access_token": "t"}'), (200, {}, b'{"state": "success"}')
+    ended = pytest.raises(UserError, match=r"^RUN_ID: the DAG run r has ended \(success\)")
+    with web_server(*answers) as (address, asked), ended:
+        AirflowApi(address, "u", "p").stop("image_classification", "r")
+    assert [request.partition(" ")[0] for request in asked] == ["POST", "GET"]
+
+
+def test_a_busy_server_does_not_blame_the_password() -> None:
+    with web_server((503, {}, b"")) as (address, _), pytest.raises(UserError, match="answers 503") as told:
+        AirflowApi(address, "u", "p", retries=0).dag_run_state("image_classification", "r")
+    assert "PASSWORD" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,12 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"models": "resnet18", "settings": '{"depth": 2}'}, "depth: 2 is not allowed for resnet18"),
         ({"models": "custom_cnn", "settings": '{"depth": 0}'}, "settings: depth: 0 is not allowed"),
         ({"models": "custom_cnn", "settings": '{"num_epochs": 0}'}, "settings: num_epochs: 0 is not allowed"),
+        (
+            {"models": "custom_cnn", "settings": '{"early_stopping_patience": 0}'},
+            "settings: early_stopping_patience: 0 is not allowed; give 1 to",
+        ),
+        ({"models": "custom_cnn", "settings": '{"learning_rate": Infinity}'}, "settings: learning_rate: inf is not"),
+        ({"models": "custom_cnn", "settings": "[" * 3000}, "settings: '[[["),
         ({"models": "custom_cnn", "settings": '{"label_smoothing": 2}'}, "settings: label_smoothing: 2 is not"),
         ({"models": "logistic_regression", "settings": '{"inverse_regularization": -1}'}, "settings: inverse_reg"),
         (

@@ -34,6 +34,9 @@ SCORES = {
 }
 
 
+CHECKSUM = f"#sha256={'ab' * 32}"
+
+
 def result() -> dict[str, Any]:
     model = {
         "name": "resnet18_cifar10_classifier_champion",
@@ -79,10 +82,22 @@ def test_every_field_of_a_search_is_an_option() -> None:
 
 def test_the_printed_command_prepares_the_same_images() -> None:
     choices = {"dataset": "digits", "image_size": 16, "validation_fraction": 0.2, "small_classes": "leave_out"}
-    form = given(TuneParams.from_mapping(choices).to_mapping())
+    weights = f"resnet18=https://joe:pw@host/w.pth{CHECKSUM}"
+    form = given(TuneParams.from_mapping({**choices, "model": weights}).to_mapping())
     command = run_command.run.make_context("run", shlex.split(tune_command.command_to_use(form, "pets"))[2:])
     assert {name: command.params[name] for name in choices} == choices
-    assert (command.params["models"], command.params["tuned"]) == ("custom_cnn", "pets")
+    assert command.params["models"] == f"resnet18=https://host/w.pth{CHECKSUM}"
+    assert command.params["tuned"] == "pets"
+
+
+@pytest.mark.parametrize("command", [run_command.run, tune_command.tune])
+@pytest.mark.parametrize(("path", "why"), [("", "is a directory"), ("none/a.json", "does not exist; create it first")])
+def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(
+    command: Command, path: str, why: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(command, ["--json", str(tmp_path / path)])
+    assert result.exit_code == 2
+    assert why in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -92,6 +107,7 @@ def test_the_printed_command_prepares_the_same_images() -> None:
         ("custom_cnn=random", "custom_cnn", "quick", "custom_cnn"),
         ("logistic_regression", None, "quick", "logistic_regression"),
         ("resnet18=random", None, "report", "resnet18=random"),  # whose weights are others
+        (f"resnet18=https://b/w.pth{CHECKSUM}", None, "quick", f"resnet18=https://b/w.pth{CHECKSUM}"),
         ("resnet18=s3://b/w.pth?…", "resnet18=s3://b/w.pth?key=1", "quick", "resnet18=s3://b/w.pth?key=1"),
         ("/nets/mine.py:Net=random", None, "quick", "/nets/mine.py:Net=random"),
         ("custom_cnn=random", "custom_cnn,resnet18", "quick", "models: resnet18=random is not the model of the search"),
@@ -155,7 +171,7 @@ def test_a_file_that_the_workers_cannot_read_needs_a_server_to_take_it(
     monkeypatch.setenv("MLPIPE_AIRFLOW_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(run_command.AirflowApi, "check_dag", lambda *_: None)  # no server is there
     impatient = run_command.AirflowApi("http://127.0.0.1:9", "admin", "secret", retries=0)
-    monkeypatch.setattr(run_command.AirflowApi, "from_env", lambda: impatient)
+    monkeypatch.setattr(run_command.AirflowApi, "from_env", lambda **_: impatient)
     monkeypatch.delenv(run_command.SHARED_FILES, raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     command = ["--dataset", "images", "--data-uri", str(path)]
@@ -176,12 +192,12 @@ def test_a_file_that_the_workers_cannot_read_needs_a_server_to_take_it(
 def test_the_local_stack_is_reached_without_the_users_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Credentials.load_or_create(StackSettings.load(tmp_path).credentials_path)
     # A copy, as many more variables are set.
-    monkeypatch.setattr(os, "environ", {"MLPIPE_HOME": str(tmp_path), "no_proxy": "a.org", "AWS_DEFAULT_REGION": "x"})
+    monkeypatch.setattr(os, "environ", {"MLPIPE_HOME": str(tmp_path), "no_proxy": "a.org", "AWS_ENDPOINT_URL_S3": "x"})
 
     run_command.use_local_stack("MLPIPE_AIRFLOW_URL")
 
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "a.org,127.0.0.1,localhost"
-    assert os.environ["AWS_DEFAULT_REGION"] == "x"
+    assert os.environ["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:8333", "else `mlpipe gc` deletes in another store"
     assert os.environ["MLPIPE_AIRFLOW_URL"] == "http://127.0.0.1:8080"
 
 

@@ -9,10 +9,12 @@ import pytest
 from .conftest import CREATE_DATABASE, RunAirflow, answer_of
 
 PAGES = """
+import io
 import json
 from datetime import UTC, datetime
 
 import report_page
+import requests
 from airflow.models.dagrun import DagRun
 from airflow.utils.session import create_session
 from fastapi.testclient import TestClient
@@ -38,10 +40,18 @@ def tracked(stage, status, **tags):
         "data": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
     }
 
-def know(*runs):
-    answers = {"experiments/search": {"experiments": [{"experiment_id": "1"}]}, "runs/search": {"runs": list(runs)}}
-    report_page._ask = lambda what, body: answers[what]
-    report_page._artifact = lambda run_id, path: None
+def know(*runs, report=False):
+    # MLflow's answers from now on.
+    answers = {"experiments": {"experiments": [{"experiment_id": "1"}]}, "runs": {"runs": list(runs)}}
+
+    def request(method, url, **_):
+        answer = requests.Response()
+        answer.status_code = 200 if report or "get-artifact" not in url else 404
+        text = "the report" if "get-artifact" in url else json.dumps(answers[url.split("/")[-2]])
+        answer.raw = io.BytesIO(text.encode())
+        return answer
+
+    requests.request = request
 
 def look(page):
     whole, part = client.get(f"/tune/r{page}"), client.get(f"/tune/r{page}?part=1")
@@ -50,6 +60,7 @@ def look(page):
         "goes on": part.headers.get("X-Report") != "ended",
         "stop": 'id="stop"' in whole.text,
         "text": part.text,
+        "report": "the report" in whole.text,
     }
 """
 
@@ -57,7 +68,7 @@ SCENARIO = (
     PAGES
     + """
 seen = {}
-unasked = report_page._ask
+real = requests.request
 two = {"models": "cnn, svm"}
 set_state("running")
 know()
@@ -69,6 +80,10 @@ know(*killed)
 seen["is tried again"] = [look(""), look("/train/model/0")]
 know(tracked("parent", "RUNNING", **two), tracked("train", "FINISHED", model="cnn"))
 seen["one is trained"] = [look(""), look("/train/model/0")]
+know(tracked("parent", "RUNNING", **two), tracked("train", "RUNNING", model="cnn"), report=True)
+seen["is cleared"] = [look(""), look("/train/model/0")]
+know(tracked("parent", "FINISHED", **two), tracked("train", "FINISHED", model="cnn"), report=True)
+seen["compared"] = [look("")]
 set_state("failed")
 know(tracked("parent", "RUNNING", **two), tracked("train", "RUNNING", model="cnn"))
 seen["is stopped"] = [look(""), look("/train/model/0")]
@@ -77,7 +92,7 @@ seen["ended"] = [look(""), look("/train/model/0")]
 set_state(None)
 know(tracked("parent", "RUNNING", **two))
 seen["deleted"] = [look(""), look("/train/model/0")]
-report_page._ask = unasked
+requests.request = real
 seen["mlflow is away"] = [look(""), look("/train/model/0")]
 print("RESULT " + json.dumps(seen))
 """
@@ -91,7 +106,9 @@ def seen(run_airflow: RunAirflow) -> dict[str, list[dict[str, Any]]]:
     return answer_of(run_airflow("-c", SCENARIO, MLFLOW_TRACKING_URI="http://127.0.0.1:9"))
 
 
-@pytest.mark.parametrize("moment", ["not begun", "waits", "is tried again", "is stopped", "mlflow is away"])
+@pytest.mark.parametrize(
+    "moment", ["not begun", "waits", "is tried again", "is cleared", "is stopped", "mlflow is away"]
+)
 def test_the_pages_of_a_dag_run_that_goes_on_ask_again(seen: dict[str, list[dict[str, Any]]], moment: str) -> None:
     for page in seen[moment]:
         assert (page["follows"], page["goes on"]) == (True, True)
@@ -103,6 +120,10 @@ def test_the_pages_of_a_dag_run_that_goes_on_ask_again(seen: dict[str, list[dict
 def test_the_pages_of_a_dag_run_that_has_ended_ask_no_more(seen: dict[str, list[dict[str, Any]]], moment: str) -> None:
     for page in seen[moment]:
         assert (page["follows"], page["goes on"], page["stop"]) == (False, False, False)
+
+
+def test_a_report_is_shown_until_its_models_are_trained_again(seen: dict[str, list[dict[str, Any]]]) -> None:
+    assert [seen[moment][0]["report"] for moment in ("compared", "is cleared")] == [True, False]
 
 
 def test_the_page_of_a_training_that_has_ended_asks_no_more(seen: dict[str, list[dict[str, Any]]]) -> None:

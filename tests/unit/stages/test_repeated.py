@@ -65,6 +65,19 @@ def other_data() -> PublishedData:
     return preprocess(config, origin("other"), download(config, origin("other"), on_run=told), on_run=told)
 
 
+def test_a_cleared_preprocessing_logs_what_it_finds_now(data: PublishedData) -> None:  # noqa: ARG001 - the stores
+    config = config_of("logistic_regression")
+    digests = []
+    for size in (8, 9):
+        config = replace(config, data=replace(config.data, image_size=size))
+        source = download(config, origin("images"), on_run=told)
+        digests.append(preprocess(config, origin("images"), source, on_run=told).digest)
+    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    wanted = "tags.dag_run_id = 'images' and tags.stage = 'data'"
+    [run] = mlflow.MlflowClient().search_runs(experiments, wanted)
+    assert run.data.params["data_digest"] == run.data.tags["data_digest"] == digests[-1] != digests[0]
+
+
 @pytest.mark.slow
 def test_a_cleared_training_takes_its_version_only_for_the_same_data_and_settings(data: PublishedData) -> None:
     def trained(settings: str | None = None, data: PublishedData = data) -> TrainedVersion:

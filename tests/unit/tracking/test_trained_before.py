@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,19 @@ def test_a_fixed_version_never_changes() -> None:
 
 def test_changed_code_is_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained_before, "git_sha", lambda: "1" * 40 + "-dirty")
+    assert training_key(model(), "digest", 0) is None
+
+
+def test_code_of_an_unknown_version_is_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an image that was built without its commit and has the code on its path, not installed."""
+
+    def version(name: str) -> str:
+        if name == "mlpipe":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(trained_before, "git_sha", lambda: "unknown")
+    monkeypatch.setattr(trained_before, "version", version)
     assert training_key(model(), "digest", 0) is None
 
 
