@@ -193,6 +193,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "num_epochs": (1, 10_000),
     "batch_size": (1, 65_536),
     "min_steps": (1, 1_000_000),
+    "width": (0.01, 16),
     "depth": (1, 100),
     "weight_decay": (0, 100),
     "label_smoothing": (0, 0.99),
@@ -201,7 +202,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "early_stopping_patience": (1, 10_000),
 }
 """Least and largest values of settings."""
-ABOVE_ZERO = ("learning_rate", "inverse_regularization", "width")
+ABOVE_ZERO = ("learning_rate", "inverse_regularization")
 
 
 def dataset_name(dataset: str, data_uri: str | None) -> str:

@@ -153,6 +153,7 @@ class Dataset:
         arrays = {
             "train_images.npy": images_u8,
             "train_labels.npy": labels,
+            "train_groups.npy": np.arange(len(labels)),
             "train_indices.npy": np.flatnonzero(is_train),
             "val_indices.npy": np.flatnonzero(~is_train),
         }
@@ -173,20 +174,21 @@ class Dataset:
     def folds(self, num_folds: int, seed: int) -> Iterator[tuple[Dataset, Split]]:
         """For cross-validation: each part of the training and validation images once held out.
 
-        Parts have the same shares of the classes. The data set that comes with each has the other parts' images, a
-        tenth of them for validation, and no test images.
+        Parts have about the same shares of the classes, and images that show the same are in one part. The data set
+        that comes with each has the other parts' images, a tenth of them for validation, and no test images.
 
         Raises:
-            UserError: a class has fewer images than there are parts.
+            UserError: a class has fewer different images than there are parts.
         """
-        from sklearn.model_selection import StratifiedKFold, train_test_split
+        from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
         fewest = self.check_folds(num_folds)
         rows = np.sort(np.concatenate([self._open("train_indices.npy"), self._open("val_indices.npy")]))
         all_labels = self._open("train_labels.npy")
         labels = all_labels[rows]
         images_u8 = self._open("train_images.npy")
-        parts = StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(rows, labels)
+        groups = self._open("train_groups.npy")[rows]
+        parts = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed).split(rows, labels, groups)
         for number, (others, held_out) in enumerate(parts):
             if fewest >= 2 * 10:
                 chosen = train_test_split(others, test_size=0.1, stratify=labels[others], random_state=seed)
@@ -211,15 +213,19 @@ class Dataset:
             yield Dataset(manifest, arrays.__getitem__), Split(ImageRows(images_u8, rows[held_out]), labels[held_out])
 
     def check_folds(self, num_folds: int) -> int:
-        """How many training and validation images the smallest class has.
+        """How many different training and validation images the smallest class has.
 
         Raises:
             UserError: there are fewer of them than parts.
         """
-        counts = self.manifest.class_counts
-        fewest = min(train + val for train, val in zip(counts["train"], counts["val"], strict=True))
+        rows = np.concatenate([self._open("train_indices.npy"), self._open("val_indices.npy")])
+        labels, groups = self._open("train_labels.npy")[rows], self._open("train_groups.npy")[rows]
+        different = np.unique(np.stack([labels, groups]), axis=1)[0]
+        fewest = int(np.bincount(different, minlength=len(self.manifest.classes)).min())
         if fewest < num_folds:
-            raise UserError(f"folds: {num_folds} is not allowed; the smallest class has {fewest} images to train on")
+            raise UserError(
+                f"folds: {num_folds} is not allowed; the smallest class has {fewest} different images to train on"
+            )
         return fewest
 
     def test_hashes(self) -> NDArray[np.uint64]:

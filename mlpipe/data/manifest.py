@@ -12,10 +12,17 @@ from mlpipe.config import DataConfig
 from mlpipe.data.storage.npy import StoredFile
 from mlpipe.data.storage.store import ObjectStore
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Raised whenever the same source and settings would give other arrays or another manifest."""
 
-TRAIN_FILES = ("train_images.npy", "train_labels.npy", "train_hashes.npy", "train_indices.npy", "val_indices.npy")
+TRAIN_FILES = (
+    "train_images.npy",
+    "train_labels.npy",
+    "train_hashes.npy",
+    "train_groups.npy",
+    "train_indices.npy",
+    "val_indices.npy",
+)
 TEST_FILES = ("test_images.npy", "test_labels.npy", "test_hashes.npy", "test_indices.npy", "test_names.npy")
 
 
@@ -52,7 +59,8 @@ class Manifest:
     """Images that could not be used: name and reason."""
     near_duplicates: tuple[tuple[str, str], ...] = ()
     """Names of a test image and of a training or validation image that show the same, in splits that were given."""
-    format_version: int = FORMAT_VERSION
+    num_known_test: int = 0
+    """Test images of which a training or validation image shows the same; `near_duplicates` may list fewer."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -61,10 +69,10 @@ class Manifest:
         if self.left_out:
             total = self.num_train + self.num_val + self.num_test + len(self.left_out)
             found.append(f"{len(self.left_out):,} of {total:,} images could not be used and were left out.")
-        if num_known := len({test for test, _ in self.near_duplicates}):
+        if self.num_known_test:
             found.append(
-                f"{num_known:,} of {self.num_test:,} test images are also among the training or validation images, "
-                "so accuracies are too high."
+                f"{self.num_known_test:,} of {self.num_test:,} test images are also among the training or validation "
+                "images, so accuracies are too high."
             )
         return tuple(found)
 

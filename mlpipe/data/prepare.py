@@ -122,18 +122,19 @@ def _write(
         spool = _spool(folder / "pixels", (len(used), size, size, 3))
         for part, images_u8 in scan:
             spool[part] = images_u8
-        splits, pairs = _split(images, scan.findings, data)
+        splits, pairs, groups = _split(images, scan.findings, data)
         parts = ((part, spool[part]) for part in ImageRows(spool).slices(BYTES_PER_COPY))
         sides = {"train": used & ~splits.is_test, "test": splits.is_test}
         files = _write_images(parts, sides, size, digest, store)
     else:
         sides = {"train": used & ~images.is_test, "test": used & images.is_test}
         files = _write_images(iter(scan), sides, size, digest, store)
-        splits, pairs = _split(images, scan.findings, data)
+        splits, pairs, groups = _split(images, scan.findings, data)
     findings = scan.findings
     rows = {side: np.flatnonzero(is_on) for side, is_on in sides.items()}
     small: dict[str, NDArray[Any]] = {f"{side}_labels.npy": splits.labels[rows[side]] for side in rows}
     small |= {f"{side}_hashes.npy": findings.hashes[rows[side]] for side in rows}
+    small["train_groups.npy"] = groups[rows["train"]]
     small["test_names.npy"] = _names(images, rows["test"])
     chosen = {"train": splits.is_train, "val": splits.is_val, "test": splits.is_test}
     for name, is_chosen in chosen.items():
@@ -144,7 +145,7 @@ def _write(
             files[name] = array.close()
     counts = {name: np.bincount(splits.labels[is_chosen]) for name, is_chosen in chosen.items()}
     mean, std = findings.statistics(splits.is_train, size**2)
-    across = _across_given_splits(pairs, splits, images) if images.is_test is not None else ()
+    across = _across_given_splits(groups, splits, images) if images.is_test is not None else ()
     return Manifest(
         dataset=data.name,
         digest=digest,
@@ -166,6 +167,7 @@ def _write(
         ),
         left_out=scan.left_out(),
         near_duplicates=across[:MAX_LISTED],
+        num_known_test=len(across),
     )
 
 
@@ -184,8 +186,11 @@ def _names(images: ImageSet, rows: NDArray[np.int64]) -> NDArray[np.bytes_]:
     return np.array([images.name(int(row)).encode()[-MAX_NAME_BYTES:] for row in rows], np.bytes_)
 
 
-def _split(images: ImageSet, findings: _Findings, data: DataConfig) -> tuple[Splits, NDArray[np.int64]]:
-    """Plan the splits of the images that can be used; also the pairs of near-duplicates among them."""
+def _split(
+    images: ImageSet, findings: _Findings, data: DataConfig
+) -> tuple[Splits, NDArray[np.int64], NDArray[np.int64]]:
+    """Plan the splits of the images that can be used; also the pairs of near-duplicates among them, and their groups:
+    (N,) the same number for images that show the same."""
     labels = images.labels.copy()
     labels[[index for index, _ in findings.bad]] = -1
     used = np.flatnonzero(labels >= 0)
@@ -199,7 +204,7 @@ def _split(images: ImageSet, findings: _Findings, data: DataConfig) -> tuple[Spl
         hashes=findings.hashes,
         groups=groups,
     )
-    return plan_splits(known, data), pairs
+    return plan_splits(known, data), pairs, groups
 
 
 @dataclass
@@ -369,12 +374,13 @@ def _num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _across_given_splits(pairs: NDArray[np.int64], splits: Splits, images: ImageSet) -> tuple[tuple[str, str], ...]:
-    """Names of test images and of the training or validation images that show the same."""
-    one, other = pairs[splits.is_test[pairs[:, 1]]].T
-    test_first = np.concatenate([pairs[splits.is_test[pairs[:, 0]]], np.stack([other, one], axis=1)])
-    across = test_first[(splits.is_train | splits.is_val)[test_first[:, 1]]]
-    return tuple((images.name(int(test)), images.name(int(seen))) for test, seen in across)
+def _across_given_splits(groups: NDArray[np.int64], splits: Splits, images: ImageSet) -> tuple[tuple[str, str], ...]:
+    """Names of each test image that a training or validation image shows, too, and of the first such image."""
+    seen, test = np.flatnonzero(splits.is_train | splits.is_val), np.flatnonzero(splits.is_test)
+    known, first = np.unique(groups[seen], return_index=True)
+    test = test[np.isin(groups[test], known)]
+    partners = seen[first[np.searchsorted(known, groups[test])]]
+    return tuple((images.name(int(one)), images.name(int(other))) for one, other in zip(test, partners, strict=True))
 
 
 def _notes_of_duplicates(

@@ -50,6 +50,7 @@ def decide(
     champion: ModelResult | Unmeasured | None,
     rules: PromotionConfig,
     overlap: Overlap | None = None,
+    num_models: int = 1,
 ) -> Decision:
     """Judge a candidate against chance and against the current champion on the same images.
 
@@ -58,13 +59,19 @@ def decide(
 
     Args:
         overlap: of the champion's training images and this data set; `None`: it is not known.
+        num_models: of which the candidate is the best on these images (Bonferroni's correction).
     """
     if champion is not None and champion.version == candidate.version:
         return Decision(False, (f"{candidate} is the champion already.",))
     broken = [name for name, value in candidate.evaluation.as_metrics().items() if not math.isfinite(value)]
     if broken:
         return Decision(False, (f"{candidate} was not measured: metrics are not finite: {', '.join(broken)}.",))
-    checks = [_above_chance(candidate.evaluation.predictions, rules), _beats(candidate, champion, rules, overlap)]
+    unseen = candidate.unseen
+    if not unseen.any():
+        return Decision(False, (f"What {candidate} started or learned from was trained on all of these test images.",))
+    predictions = candidate.evaluation.predictions
+    measured = Predictions(predictions.labels[unseen], predictions.probabilities[unseen])
+    checks = [_above_chance(measured, rules), _beats(candidate, champion, rules, overlap, num_models)]
     return Decision(all(passed for passed, _ in checks), tuple(reason for _, reason in checks))
 
 
@@ -74,8 +81,8 @@ def score(metric: PromotionMetric, labels: NDArray[np.int64], correct: NDArray[n
 
 
 def _score_of(result: ModelResult, metric: PromotionMetric) -> float:
-    predictions = result.evaluation.predictions
-    return score(metric, predictions.labels, predictions.correct)
+    predictions, unseen = result.evaluation.predictions, result.unseen
+    return score(metric, predictions.labels[unseen], predictions.correct[unseen]) if unseen.any() else 0.0
 
 
 def _weights(metric: PromotionMetric, labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -141,6 +148,7 @@ def _beats(
     champion: ModelResult | Unmeasured | None,
     rules: PromotionConfig,
     overlap: Overlap | None,
+    num_models: int,
 ) -> tuple[bool, str]:
     if champion is None:
         return True, "It is the first champion."
@@ -152,13 +160,14 @@ def _beats(
             f"The champion, {champion}, was trained on other images: none of them is in this data set, so it may solve "
             f"another problem. Give this data set a name of its own (--name). {BY_HAND}"
         )
-    used = overlap.unseen if overlap else np.ones(len(labels), bool)
+    used = candidate.unseen & overlap.unseen if overlap else candidate.unseen
     if not used.any():
         return False, f"The champion, {champion}, was trained on all of these test images. {BY_HAND}"
     new, old = (each.evaluation.predictions.correct[used] for each in (candidate, champion))
     labels = labels[used]
     scores = [score(rules.metric, labels, each) for each in (new, old)]
-    difference, p_value = scores[0] - scores[1], _p_value(rules.metric, labels, new, old)
+    difference = scores[0] - scores[1]
+    p_value = min(1.0, num_models * _p_value(rules.metric, labels, new, old))
     larger = difference > rules.min_improvement + _ROUNDING
     sure = p_value < rules.significance or rules.significance >= 1
     verdict = f"is {'' if larger else 'not '}above {rules.min_improvement:g}"
@@ -167,11 +176,14 @@ def _beats(
     if overlap is None:
         left_out = " (which of them it was trained on is not known)"
     else:
-        left_out = "" if used.all() else f" ({int((~used).sum()):,} that it was trained on were left out)"
+        who = "it was" if candidate.known is None else "one of both was"
+        left_out = "" if used.all() else f" ({int((~used).sum()):,} that {who} trained on were left out)"
+    test = "exact McNemar" if rules.metric == "accuracy" else "paired permutation"
+    corrected = f", times the {num_models} models that were compared" if num_models > 1 else ""
     return larger and sure, (
         f"On the same {len(labels):,} images{left_out} the champion, {champion}, has {_article(rules.metric)} of "
         f"{scores[1]:.4f}: the difference of {difference:+.4f} {verdict} "
-        f"({'exact McNemar' if rules.metric == 'accuracy' else 'paired permutation'} test: p {_equals(p_value)})."
+        f"({test} test: p {_equals(p_value)}{corrected})."
     )
 
 
@@ -281,18 +293,25 @@ def promote(
     known: dict[str, ModelResult | Unmeasured] = {result.version: result for result in ranked}
     overlaps: dict[str, Overlap | None] = {}
     decisions: dict[str, AliasDecision] = {}
-    for alias, candidate in candidates.items():
-        holder = aliases.holder(alias)
+    left = list(candidates.items())
+    while left:
+        alias, candidate = left[0]
+        now = holder = aliases.holder(alias)
         if holder == candidate.version:  # given by an attempt before, or before this task was cleared
             holder = aliases.predecessor(alias, candidate.version)
         if holder and holder not in known:
             known[holder] = remeasure(holder)
         if holder and holder not in overlaps:
             overlaps[holder] = overlap_with(holder)
-        decision = decide(candidate, known[holder] if holder else None, rules, overlaps[holder] if holder else None)
+        champion, overlap = (known[holder], overlaps[holder]) if holder else (None, None)
+        num_models = len(ranked) if alias == CHAMPION else sum(result.architecture == alias for result in ranked)
+        decision = decide(candidate, champion, rules, overlap, num_models)
         moved = decision.promote and rules.mode == "enabled"
         if moved:
+            if aliases.holder(alias) != now:  # another DAG run has moved it meanwhile
+                continue
             aliases.move(alias, candidate.version)
+        del left[0]
         decisions[alias] = AliasDecision(
             candidate=str(candidate),
             holder=holder,

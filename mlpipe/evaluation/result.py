@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlpipe.evaluation.scoring import Evaluation
 
 
@@ -23,9 +26,15 @@ class ModelResult:
     """Duration of the training."""
     images_per_second: float | None = None
     """Throughput of the training."""
-
+    known: NDArray[np.bool_] | None = None
+    """(N,) the test images that what it started or learned from was trained on; `None`: none of them."""
     cross_validated: tuple[float, float] | None = None
     """Mean accuracy, 0 to 1, and its standard error over the parts of a cross-validation."""
+
+    @property
+    def unseen(self) -> NDArray[np.bool_]:
+        """(N,) the test images that the gate may judge it by."""
+        return np.ones(self.evaluation.num_images, bool) if self.known is None else ~self.known
 
     @property
     def cross_validation_text(self) -> str:

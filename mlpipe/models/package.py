@@ -98,7 +98,9 @@ def write_files(description: ModelDescription, predictor: nn.Module | Pipeline, 
     source, _, name = description.code.rpartition(":")
     code_path = _travelling_file(source)
     if code_path is not None:
-        code_path = Path(shutil.copy(code_path, folder))
+        taken = (Path(decode.__file__).name, Path(portable.__file__).name)
+        is_plain = re.fullmatch(r"\w+\.py", code_path.name, re.ASCII) and code_path.name not in taken
+        code_path = Path(shutil.copy(code_path, folder / (code_path.name if is_plain else "network.py")))
         description = replace(description, code=f"{code_path.name}:{name}")
     description_path = folder / DESCRIPTION_FILE
     description.write(description_path)

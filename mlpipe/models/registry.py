@@ -121,19 +121,21 @@ def _try_out(entry: Architecture, image_size: int, variant: Variant) -> None:
     """See that a user's network can be built and does what a network must; whether its file may be read, stages see."""
     try:
         network = _build(entry, 2, image_size, variant)
-        output = network(torch.zeros(2, 3, image_size, image_size))
-        shape = tuple(output.shape)
+        shape = tuple(network(torch.zeros(2, 3, image_size, image_size)).shape)
+        with torch.inference_mode():
+            single = tuple(network.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
     except Exception as error:
         raise UserError(
             f"models: {entry.builder} does not work ({type(error).__name__}: {str(error)[:300]}); it is called with "
             f"num_classes (and image_size, if it takes that), must return an nn.Module that takes "
             f"(B, 3, {image_size}, {image_size}) float32, and its file must import no file beside it"
         ) from error
-    if shape != (2, 2):
-        raise UserError(
-            f"models: {entry.builder} gives {shape} for 2 images and 2 classes, not (2, 2); "
-            "it must give one logit for each image and class"
-        )
+    for found, number in ((shape, 2), (single, 1)):
+        if found != (number, 2):
+            raise UserError(
+                f"models: {entry.builder} gives {found} for a batch of {number} and 2 classes, not ({number}, 2); "
+                "it must give one logit for each image and class"
+            )
 
 
 def build_network(

@@ -60,17 +60,21 @@ def open_study(name: str, cache_dir: Path, *, seed: int, pruning: bool, worker: 
         UserError: the storage's address is of no known kind.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name=name,
         storage=_storage(cache_dir, name),
-        # NumPy takes no larger seed than 2**32 - 1.
-        sampler=optuna.samplers.TPESampler(seed=(seed * 1000 + worker) % 2**32, constant_liar=True, n_startup_trials=6),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         if pruning
         else optuna.pruners.NopPruner(),
         direction="maximize",
         load_if_exists=True,
     )
+    # A search that goes on must not draw what it has drawn; NumPy takes no larger seed than 2**32 - 1.
+    num_ended = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)))
+    study.sampler = optuna.samplers.TPESampler(
+        seed=(seed * 1000 + worker + 7919 * num_ended) % 2**32, constant_liar=True, n_startup_trials=6
+    )
+    return study
 
 
 def _storage(cache_dir: Path, name: str) -> BaseStorage:

@@ -38,7 +38,7 @@ from mlpipe.tracking.evaluation_run import (
 )
 from mlpipe.tracking.leaderboard import ensure_leaderboard
 from mlpipe.tracking.runs import TaskContext
-from mlpipe.tracking.seen_images import seen_by
+from mlpipe.tracking.seen_images import ancestors_of, images_of, seen_by
 from mlpipe.training.cross_validation import ERROR, MEAN
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def evaluate(
             logger.info("measuring %s on %d test images", model.name, len(test))
             try:
                 result, loaded = _measure(model, test, classes)
+                result = _with_known_images(result, model.model_uri, dataset, store, environment.cache_dir)
             except UserError as error:
                 failed[model.name] = str(error)
                 continue
@@ -215,6 +216,31 @@ def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> t
     return result, loaded
 
 
+def _with_known_images(
+    result: ModelResult, uri: str, dataset: Dataset, store: ObjectStore, cache_dir: Path
+) -> ModelResult:
+    """Say, and let the gate know, which test images those were trained on from which the model started or learned."""
+    digests = ancestors_of(uri)
+    if not digests:
+        return result
+    try:
+        known = np.isin(dataset.test_hashes(), images_of(digests, store, cache_dir))
+    except FileNotFoundError:
+        told = "It is not known which test images what it started or learned from was trained on."
+        return replace(result, evaluation=_noted(result.evaluation, told))
+    if not known.any():
+        return result
+    told = (
+        f"What it started or learned from was trained on {int(known.sum()):,} of these test images, so it is worse "
+        "than it seems here. The gate leaves them out."
+    )
+    return replace(result, known=known, evaluation=_noted(result.evaluation, told))
+
+
+def _noted(evaluation: Evaluation, note: str) -> Evaluation:
+    return replace(evaluation, notes=(*evaluation.notes, note))
+
+
 def _measure_other(uri: str, test: Split, classes: tuple[str, ...], overlap: Overlap | None) -> ModelResult:
     """A registered model that this run did not train.
 
@@ -234,7 +260,7 @@ def _measure_other(uri: str, test: Split, classes: tuple[str, ...], overlap: Ove
         raise UserError(f"compare_with: {uri} cannot be measured ({str(error) or repr(error)})") from error
     if overlap and (known := int((~overlap.unseen).sum())):
         told = f"It was trained on {known:,} of these test images, so it is worse than it seems here."
-        evaluation = replace(evaluation, notes=(*evaluation.notes, told))
+        evaluation = _noted(evaluation, told)
     return ModelResult(name=uri.removeprefix("models:/"), evaluation=evaluation)
 
 

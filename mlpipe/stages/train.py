@@ -30,7 +30,7 @@ from mlpipe.tracking.dag_runs import OnRun, experiment, parent_run
 from mlpipe.tracking.data_input import log_input
 from mlpipe.tracking.registry import RegisteredVersion
 from mlpipe.tracking.runs import TaskContext, TrackedRun
-from mlpipe.tracking.seen_images import seen_by
+from mlpipe.tracking.seen_images import ANCESTORS, data_of, seen_by
 from mlpipe.tracking.trained_before import TAG as TRAINING_KEY
 from mlpipe.tracking.trained_before import copy_history, find_trained, training_key, wanted_training
 from mlpipe.training.calibration import with_calibration
@@ -79,11 +79,13 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     teacher = None
     if start and isinstance(model.train, NetworkSettings) and model.train.teacher:
         teacher = load_teacher(model.train.teacher, dataset.manifest.classes)
+    tags = _model_tags(model, dataset)
+    ancestors = data_of(_addresses(model))
     run = runs.open_run(
         experiment_id,
         run_key,
         name=display_name(model),
-        tags={**origin.tags(), "stage": "train", **_model_tags(model, dataset)},
+        tags={**origin.tags(), "stage": "train", **tags},
         description=f"{origin.link}\n\n{display_name(model)} on {data.name}, recipe {config.recipe}.",
         parent_run_id=parent_run(config, origin).info.run_id,
     )
@@ -109,16 +111,14 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
         version = registry.find(registered, tracked.run_id)
         if version is None:
             registry.discard_logged_models(run)
-            logged = _package(model, dataset, trained)
+            if ancestors:
+                tags[ANCESTORS] = ",".join(sorted(ancestors))
+            logged = _package(model, dataset, trained, tags)
             version = registry.register(
                 registered,
                 model_uri=logged.model_uri,
                 run_id=tracked.run_id,
-                tags={
-                    **_model_tags(model, dataset),
-                    "dag_run_id": origin.dag_run_id,
-                    **({TRAINING_KEY: key} if key else {}),
-                },
+                tags={**tags, "dag_run_id": origin.dag_run_id, **({TRAINING_KEY: key} if key else {})},
                 description=f"{display_name(model)}, trained on {data.name} "
                 f"({len(dataset.manifest.classes)} classes) by recipe {config.recipe}. {origin.link}",
             )
@@ -221,13 +221,18 @@ def _registered(
     )
 
 
+def _addresses(model: ModelConfig) -> list[str]:
+    """Of what a model starts and learns from."""
+    teacher = model.train.teacher if isinstance(model.train, NetworkSettings) else None
+    return [model.weights, *([teacher] if teacher else [])]
+
+
 def _check_unseen(model: ModelConfig, dataset: Dataset, store: ObjectStore, cache_dir: Path) -> None:
     """
     Raises:
         UserError: what the training starts or learns from has seen images that a cross-validation would hold out.
     """
-    teacher = model.train.teacher if isinstance(model.train, NetworkSettings) else None
-    for address in filter(None, (model.weights, teacher)):
+    for address in _addresses(model):
         seen = seen_by(address, store, cache_dir) if address.startswith("models:/") else None
         if seen is not None and np.isin(dataset.trained_on_hashes(), seen).any():
             raise UserError(
@@ -282,7 +287,7 @@ def _cross_validate(
     return cross_validate(dataset, config.folds, model.train.seed, known, tracked, train_part)
 
 
-def _package(model: ModelConfig, dataset: Dataset, trained: TrainedModel) -> PackagedModel:
+def _package(model: ModelConfig, dataset: Dataset, trained: TrainedModel, tags: Mapping[str, str]) -> PackagedModel:
     """Log the model, and see that a process without this project gets the same answers from it."""
     examples_u8 = np.ascontiguousarray(dataset.val_split().images_u8[:NUM_EXAMPLES])
     logged = log_packaged_model(
@@ -290,7 +295,7 @@ def _package(model: ModelConfig, dataset: Dataset, trained: TrainedModel) -> Pac
         trained.predictor,
         name=model.name,
         example_images_u8=examples_u8,
-        tags=_model_tags(model, dataset),
+        tags=tags,
     )
     verify_packaged_model(logged.model_uri, examples_u8, trained.probabilities(examples_u8))
     return logged

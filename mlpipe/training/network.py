@@ -110,11 +110,11 @@ def train_network(
             class_weights=_balanced(dataset) if config.class_weights == "balanced" else None,
         )
 
+    own_shard = training.shard(0, config.num_devices)
     if config.find_learning_rate:
         trial = module_for(copy.deepcopy(network), replace(config, schedule="constant"), NUM_STEPS)
-        config = replace(config, learning_rate=find_learning_rate(trial, training, tracking, bfloat16=bfloat16))
+        config = replace(config, learning_rate=find_learning_rate(trial, own_shard, tracking, bfloat16=bfloat16))
     trimmed = TrimmedKernels(network, side) if smallest == side else None  # a tap is dead at one size alone
-    own_shard = training.shard(0, config.num_devices)
     keeper = CheckpointCallback(
         own_shard,
         tracking,

@@ -272,6 +272,7 @@ BROKEN = {
     "not Python": ("class TinyNet(:", "SyntaxError"),
     "a file beside it": ("from blocks import Block", "ModuleNotFoundError"),
     "no network": ("TinyNet = lambda num_classes: 3", "TypeError"),
+    "no single image": (NETWORK.replace("flatten(1))", "flatten(1)).squeeze()"), "gives"),
     "fixed classes": (NETWORK.replace("image_size * image_size, num_classes", "image_size * image_size, 10"), "gives"),
 }
 

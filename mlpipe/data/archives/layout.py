@@ -31,7 +31,11 @@ SPLIT_FOLDERS = {
 _PREFIXED_SPLIT = re.compile(r"(.+)_(train|test|val)")
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|test|testing|val|valid|validation)(?![a-z])")
 
-IMAGE_COLUMNS = ("image", "filename", "file_name", "file", "path", "image_path", "image_id", "id")
+IMAGE_COLUMNS = (
+    *("image", "filename", "file_name", "file", "path", "filepath", "file_path"),
+    *("image_path", "image_name", "img", "img_name", "img_path", "image_id", "id"),
+)
+_IMAGE_NAME = re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?|heic|avif)\s*$", re.IGNORECASE)
 LABEL_COLUMNS = ("label", "class", "category", "target", "dx")
 SPLIT_COLUMNS = ("split", "set", "subset")
 
@@ -306,7 +310,11 @@ def _rows(table: str, text: str) -> list[tuple[str, Row]] | None:
         image, label, split = (_column(columns, names) for names in (IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS))
         if image is None or label is None:
             return None
-        return [(_key(row[image] or ""), ((row[label] or "").strip(), row[split] if split else None)) for row in rows]
+        read = list(rows)
+        if image == columns.get("id"):  # often the number of the row
+            others = [name for name in columns.values() if name not in (image, label, split)]
+            image = next((name for name in others if all(_IMAGE_NAME.search(row[name] or "") for row in read)), image)
+        return [(_key(row[image] or ""), ((row[label] or "").strip(), row[split] if split else None)) for row in read]
     except csv.Error as error:
         raise UserError(f"{table} cannot be read at line {rows.line_num} ({why(error)}); close its quotes") from error
 

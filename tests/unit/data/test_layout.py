@@ -127,6 +127,11 @@ def test_labels_from_a_csv(table_of) -> None:
     assert layout.notes == ("classes come from labels.csv",)
 
 
+def test_a_csv_may_number_its_rows_in_a_column_id(table_of) -> None:
+    layout = table_of("id,picture,label\n1,2.png,x\n2,1.png,y\n", "1.png", "2.png")
+    assert [layout.classes[label] for label in layout.labels] == ["y", "x"]
+
+
 def test_splits_from_a_csv(table_of) -> None:
     rows = "Filename;Class;Split\na/1.png;x;train\na/2.png;y;valid\na/3.png;x;test\n"
     assert splits_of(table_of(rows, "a/1.png", "a/2.png", "a/3.png")) == "rve"

@@ -346,6 +346,30 @@ def test_near_duplicates_across_given_splits_are_named(make: SimpleNamespace, pu
     assert manifest.near_duplicates == (("test/a/1.jpg", "train/a/3.jpg"),)
 
 
+def test_all_test_images_that_are_known_count_also_beyond_the_list(
+    make: SimpleNamespace, published, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(prepare, "MAX_LISTED", 3)
+    files = make.split_tree({"a": 9, "b": 9}, {"a": 8, "b": 8})
+    files |= {f"test/a/{number}.png": files["train/a/0.png"] for number in range(5)}
+    manifest = published(config(make.pack_zip(tmp_path / "a.zip", files))).manifest
+    assert len(manifest.near_duplicates) == 3
+    assert any(text.startswith("5 of 16 test images are also among") for text in manifest.warnings)
+
+
+def test_images_that_show_the_same_are_in_one_part_of_a_cross_validation(
+    make: SimpleNamespace, published, tmp_path: Path
+) -> None:
+    tree = make.image_tree({"a": 20, "b": 20})
+    copies = {name.replace(".", f"-{number}."): content for name, content in tree.items() for number in range(3)}
+    dataset = published(config(make.pack_zip(tmp_path / "a.zip", tree | copies)))
+    for part, held_out in dataset.folds(3, seed=0):
+        known = {image.tobytes() for split in (part.train_split(), part.val_split()) for image in split.images_u8[:]}
+        assert not known & {image.tobytes() for image in held_out.images_u8[:]}
+    with pytest.raises(UserError, match=r"^folds: 20 is not allowed; the smallest class has \d+ different images"):
+        dataset.check_folds(20)
+
+
 def test_many_bad_images_stop_early(make: SimpleNamespace, store: ObjectStore, tmp_path: Path) -> None:
     files = dict.fromkeys(make.image_tree({"a": 150, "b": 150}), b"text")
     refused(config(make.pack_zip(tmp_path / "a.zip", files)), store, "more than 103 of 300 images cannot be used")

@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from mlpipe.config import PromotionConfig
-from mlpipe.evaluation.promotion import Overlap, chance, chance_p_value, decide, other_classes, score
+from mlpipe.evaluation.promotion import (
+    CHAMPION,
+    Overlap,
+    chance,
+    chance_p_value,
+    decide,
+    other_classes,
+    promote,
+    score,
+)
 from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import evaluate_predictions
 
@@ -124,6 +135,52 @@ def test_the_champion_is_measured_on_images_that_it_was_not_trained_on():
     nothing = decide(candidate, champion, PromotionConfig(), Overlap(unseen=np.zeros(100, bool)))
     assert "was trained on all of these test images" in nothing.reasons[-1]
     assert not nothing.promote
+
+
+def test_a_model_is_measured_on_images_that_what_it_started_from_was_not_trained_on():
+    known = np.arange(100) < 50
+    candidate, champion = replace(measured(0.75), known=known), measured(0.7, version="1")
+    decision = decide(candidate, champion, PromotionConfig(), Overlap(unseen=np.ones(100, bool)))
+    assert "On the same 50 images (50 that one of both was trained on were left out)" in decision.reasons[-1]
+    assert "0.5000" in decision.reasons[0]
+    nothing = decide(replace(candidate, known=np.ones(100, bool)), None, PromotionConfig())
+    assert "trained on all of these test images" in nothing.reasons[-1]
+    assert not nothing.promote
+
+
+def test_the_best_of_many_models_needs_a_clearer_lead():
+    candidate, champion = measured(0.87), measured(0.8, version="1")
+    assert decide(candidate, champion, PromotionConfig()).promote
+    of_four = decide(candidate, champion, PromotionConfig(), num_models=4)
+    assert not of_four.promote
+    assert f"p = {4 * 2 * 0.5**7:.3g}, times the 4 models that were compared" in of_four.reasons[-1]
+
+
+class MovedMeanwhile:
+    """Aliases of a registry in which another DAG run gives version 3 the alias while this one measures version 1."""
+
+    def __init__(self):
+        self.bearer, self.moves = "1", []
+
+    def holder(self, alias):
+        return self.bearer if alias == CHAMPION else None
+
+    def predecessor(self, _, version):
+        return version
+
+    def move(self, alias, version):
+        self.moves.append((alias, version))
+
+    def remeasure(self, version):
+        self.bearer = "3"
+        return measured({"1": 0.5, "3": 0.9}[version], version=version)
+
+
+def test_a_champion_that_was_replaced_meanwhile_is_the_one_to_beat():
+    aliases = MovedMeanwhile()
+    promotion = promote(PromotionConfig(), [measured(0.8)], aliases, aliases.remeasure, lambda _: None)
+    assert promotion.decisions[CHAMPION].holder == "3"
+    assert (CHAMPION, "2") not in aliases.moves
 
 
 def test_scores_are_those_of_scikit_learn():

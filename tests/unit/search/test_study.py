@@ -236,6 +236,16 @@ def test_each_dag_run_has_a_study_of_its_own() -> None:
     assert len({resolve_search(form, f"{'long' * 30}-{number}").study for number in range(2)}) == 2
 
 
+def test_a_search_that_goes_on_draws_other_settings(tmp_path: Path) -> None:
+    drawn: list[dict[str, object]] = []
+    for request in ("run-1", "run-2"):
+        study = open_study("pets", tmp_path, seed=0, pruning=False)
+        request_trials(study, search_of(trials=4), request)
+        run_all(study, search_of(trials=4), "w", request)
+        drawn = [trial.params for trial in study.trials]
+    assert len({str(params) for params in drawn[1:]}) == len(drawn) - 1
+
+
 def test_a_worker_resumes_its_own_trial_alone(study: optuna.Study, tmp_path: Path) -> None:
     search = search_of()
     request_trials(study, search, "run-1")

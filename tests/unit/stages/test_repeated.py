@@ -109,6 +109,18 @@ def test_an_evaluation_is_repeated_and_a_network_that_cannot_be_explained_does_n
 
 
 @pytest.mark.slow
+def test_test_images_that_the_first_network_was_trained_on_are_told(data: PublishedData) -> None:
+    first = train(config_of("custom_cnn"), origin("known"), "custom_cnn", data, on_run=told).model
+    config = config_of(f"custom_cnn={first.model_uri}")
+    config = replace(config, data=replace(config.data, name="more", test_fraction=0.5))
+    more = preprocess(config, origin("more"), download(config, origin("more"), on_run=told), on_run=told)
+    trained = train(config, origin("more"), "custom_cnn", more, on_run=told)
+    compared = evaluate(config, origin("more"), [trained], on_run=told)
+    page = mlflow.artifacts.load_text(f"runs:/{compared.parent_run_id}/comparison.md")
+    assert "What it started or learned from was trained on" in page
+
+
+@pytest.mark.slow
 def test_a_cross_validation_does_not_start_from_weights_that_know_its_images(data: PublishedData) -> None:
     first = train(config_of("custom_cnn"), origin("folds"), "custom_cnn", data, on_run=told).model
     for form in ({"models": f"custom_cnn={first.model_uri}"}, {"models": "custom_cnn", "teacher": first.model_uri}):

@@ -43,7 +43,7 @@ def test_each_image_is_held_out_once_and_unknown_to_its_training(numbered: Datas
 
 
 def test_more_parts_than_images_of_a_class_are_refused(numbered: Dataset) -> None:
-    with pytest.raises(UserError, match="folds: 41 is not allowed; the smallest class has 40 images"):
+    with pytest.raises(UserError, match="folds: 41 is not allowed; the smallest class has 40 different images"):
         next(numbered.folds(41, seed=0))
 
 
