@@ -19,11 +19,11 @@ demo: up ## Start the stack, train three models on real digits, compare them
 down: ## Stop the local stack; its data stays
 	$(BIN)/mlpipe down
 
-test: lint ## Run the linter, the type checker and all tests, the real stack included
+test: lint ## Run the linter, the type checker and the tests, some of them on the real stack
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not integration and not faults and not compose"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m integration
 
-test-faults: install ## Break what the stack is made of while it works; rewrites docs/reliability.md
+test-faults: install ## Kill components and tasks during DAG runs; rewrite docs/reliability.md
 	MLPIPE_RELIABILITY_TABLE=docs/reliability.md $(BIN)/python -m pytest -m faults tests/faults
 
 test-compose: install ## Build the images, start docker-compose.yml, run the demo on it and take it down; needs Docker
@@ -51,7 +51,7 @@ lint: install ## Run the linter, the type checker and the contracts on imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-lock: ## Make requirements.lock anew from pyproject.toml; what it pins stays where it can
+lock: ## Regenerate requirements.lock from pyproject.toml; keep pinned versions where possible
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
 		--no-header --quiet -o requirements.lock
 
@@ -71,7 +71,7 @@ bench: install ## Measure speed into benchmarks/RESULTS.md, hours: make bench DA
 	rm benchmarks/section.partial
 	mv benchmarks/RESULTS.md.partial benchmarks/RESULTS.md
 
-bench-accuracy: install ## Print the tables of benchmarks/ACCURACY.md anew, hours: strong with three seeds and without each part
+bench-accuracy: install ## Print tables like those of benchmarks/ACCURACY.md, hours: strong with three seeds and without each part
 	@test -f "$(DATA)" || { echo 'name the images: make bench-accuracy DATA=cifar10-png.zip' >&2; exit 1; }
 	$(BIN)/python benchmarks/accuracy.py "$(DATA)" --ablation-epochs 3
 	$(BIN)/python benchmarks/accuracy.py "$(DATA)" --model resnet18 --seeds 0 --ablation-seeds 1 --ablation-epochs 2

@@ -36,12 +36,12 @@ Then open the DAG run: its tab *Report* shows the progress, then the verdict, th
 | recipe | what it is for | digits, two cores | CIFAR-10, two cores |
 | --- | --- | --- | --- |
 | `quick` | a first look, offline | about a minute | minutes |
-| `report` | the settings of the report: Adam, 0.001, ten epochs | minutes | half an hour |
+| `report` | the settings of the report: Adam, 0.001, ten epochs | minutes | a quarter of an hour |
 | `strong` | the best accuracy in ten epochs on photographs | minutes | one or two hours with resnet18 |
 
 Your own images: data set `images`, and the path or address of a zip, a tar or a folder with `<class>/…` as *Data URI*.
-Your own network: `/path/mynets.py:TinyNet` under *Models*. If a run fails, its note and the task's log say why. Clear
-the task to resume it after its last epoch.
+Your own network: `/path/mynets.py:TinyNet` under *Models*. If a run fails, its tab *Report* and the task's log say why.
+Clear the task to resume it after its last epoch.
 """
 
 DATASETS = AssetAlias("image_datasets")

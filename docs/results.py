@@ -117,6 +117,7 @@ PLACES = (
     (-6, 0, "right", "center"),
     (0, 6, "center", "bottom"),
     (0, -6, "center", "top"),
+    (0, 10, "center", "bottom"),
     (-4, -5, "right", "top"),
 )
 """Of a label around its point, in the order of preference: offset and alignment."""

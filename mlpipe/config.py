@@ -145,8 +145,8 @@ class RunParams(Form):
     recipe: RecipeName = describe(
         "quick",
         "Recipe",
-        "quick: minutes on a laptop, offline, random weights. report: Adam, 0.001, 10 epochs, the three models "
-        "of the report (resnet18 from ImageNet weights). strong: best accuracy in ten epochs on photographs.",
+        "quick: minutes on a laptop, offline, random weights. report: a plain baseline: Adam, learning rate 0.001, 10 "
+        "epochs, resnet18 from ImageNet weights. strong: best accuracy in ten epochs on photographs.",
     )
     models: str | None = describe(
         None,
@@ -193,13 +193,13 @@ class RunParams(Form):
         False,
         "Find batch size",
         "Each network trains with the largest batch that fits into half of the memory: a power of two, at most 4096 "
-        "(on each GPU), and at most a tenth of the training images.",
+        "(on each GPU), of which an epoch has at least ten.",
     )
     find_learning_rate: bool = describe(
         False,
         "Find learning rate",
-        "Before training, a copy of each network takes 100 steps with growing learning rates. The network then trains "
-        "with the rate at which the loss fell fastest.",
+        "Before training, a copy of each network takes up to 100 steps with growing learning rates. The network then "
+        "trains with the rate at which the loss fell fastest.",
     )
     early_stopping: int | None = describe(
         None,
@@ -226,15 +226,16 @@ class RunParams(Form):
     max_damaged: float = describe(
         0.01,
         "Damaged images",
-        "Largest allowed share of damaged images, from 0 to 1. They are left out and listed. 0 refuses any.",
+        "Largest allowed share of damaged images, from 0 to 1. They are left out and listed. 0: a single damaged image "
+        "fails the run.",
         minimum=0,
         maximum=1,
     )
     small_classes: SmallClasses = describe(
         "refuse",
         "Small classes",
-        "Classes that have too few images, or that only train or only test contains. refuse: an error with the "
-        "numbers. leave_out: the data set excludes these classes.",
+        "What to do with classes that have too few images, or that train/ or test/ lacks. refuse: the run fails and "
+        "names them. leave_out: the data set excludes them.",
     )
     devices: int | None = describe(
         None,
@@ -269,16 +270,17 @@ class RunParams(Form):
     folds: int | None = describe(
         None,
         "Folds",
-        "Number of folds of a cross-validation on the training images, in addition to the usual training: each model "
-        "is also trained once per fold and measured on it. For small data sets. Empty: none.",
+        "k of a k-fold cross-validation in addition to the usual training: each model is trained k more times, each "
+        "time without one fold of the training and validation images, and measured on it. For small data sets. "
+        "Empty: none.",
         minimum=2,
         maximum=20,
     )
     retrain: bool = describe(
         False,
         "Retrain",
-        "Train all models, also those that were trained before with the same data, settings, seed, code and libraries. "
-        "Otherwise the registered versions of these are compared again.",
+        "Train every model, even if a registered version has the same data, settings, seed, code and libraries. If "
+        "off, that version is compared instead.",
     )
     compare_with: str | None = describe(
         None,

@@ -289,7 +289,7 @@ def _settings(
             )
     for finder, value in (("find_batch_size", params.batch_size), ("find_learning_rate", params.learning_rate)):
         if getattr(settings, finder) and value:
-            raise UserError(f"{finder}: {finder[5:]} is {value:g}, so nothing is to be found; leave one of them out")
+            raise UserError(f"{finder}: {finder[5:]} is {value:g} already; leave one of them out")
     if settings.teacher and settings.mixing != "none":
         raise UserError("teacher: it answers unmixed images, so it is not allowed with mixing; leave one of them out")
     return settings

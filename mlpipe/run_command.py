@@ -90,7 +90,7 @@ class NewFile(click.Path):
 @click.option(
     "--tuned",
     metavar="STUDY",
-    help="Train the model of this search (`mlpipe tune`) with the best settings that it found.",
+    help="Train the model of this search with the best settings found. `mlpipe tune` prints the complete command.",
 )
 def run(json_path: Path | None, unpause: bool, tuned: str | None, **values: Any) -> None:
     """Trigger the DAG, show its progress and print the comparison."""

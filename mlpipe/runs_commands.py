@@ -93,7 +93,7 @@ def runs(number: int) -> None:
 @click.command()
 @click.argument("run_id")
 def watch(run_id: str) -> None:
-    """Show a DAG run until it ends, as `mlpipe run` does; Ctrl-C leaves it alone."""
+    """Show a DAG run until it ends, as `mlpipe run` does. Ctrl-C ends the display; the DAG run continues."""
     api = _api()
     command = tune_command if _dag_of(api, run_id) == tune_command.DAG_ID else run_command
     command.follow(api, run_id, run_command.new_console())
@@ -102,7 +102,7 @@ def watch(run_id: str) -> None:
 @click.command()
 @click.argument("run_id")
 def stop(run_id: str) -> None:
-    """Stop a DAG run; its MLflow runs end as KILLED, and what was trained stays."""
+    """Stop a DAG run; its MLflow runs end as KILLED. Models that are already trained stay registered."""
     api = _api()
     api.stop(_dag_of(api, run_id), run_id)
     run_command.new_console().print(f"stopped {run_id}", markup=False, highlight=False)
@@ -143,10 +143,10 @@ def open_page(page: str) -> None:
 
 @click.command()
 def gc() -> None:
-    """Remove for good what was deleted in MLflow: runs, experiments, models without a registered version, their files.
+    """Permanently remove what was deleted in MLflow: runs, experiments, models without a registered version, files.
 
-    Checkpoints of deleted runs are removed, too, where MLPIPE_S3_BUCKET names their bucket. On several machines, run
-    `mlflow gc` beside the server afterwards.
+    Checkpoints of deleted runs are removed, too, if MLPIPE_S3_BUCKET names their bucket. If MLflow is not the local
+    stack's, this only marks the models; then run `mlflow gc` on its server.
     """
     settings = StackSettings.load()
     run_command.use_local_stack("MLFLOW_TRACKING_URI")
@@ -157,9 +157,9 @@ def gc() -> None:
     if bucket := os.environ.get("MLPIPE_S3_BUCKET"):
         click.echo(f"checkpoints of deleted runs: {delete_checkpoints_of_deleted_runs(ObjectStore(bucket))}")
     else:  # a machine that reaches MLflow alone
-        click.echo("checkpoints of deleted runs: not removed, for MLPIPE_S3_BUCKET is not set")
+        click.echo("checkpoints of deleted runs: not removed, because MLPIPE_S3_BUCKET is not set")
     if os.environ["MLFLOW_TRACKING_URI"] != settings.mlflow_url:
-        click.echo("deleted runs and models go with the next `mlflow gc` of the server")
+        click.echo("the next `mlflow gc` on the server removes deleted runs and models")
         return
     command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", f"sqlite:///{settings.mlflow_database}"]
     with tempfile.TemporaryDirectory() as folder:  # MLflow makes a database where it runs

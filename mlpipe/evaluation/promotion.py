@@ -113,7 +113,7 @@ def _above_chance(predictions: Predictions, rules: PromotionConfig) -> tuple[boo
     if rules.significance < 1 and (p_value := chance_p_value(metric, predictions.confusion)) >= rules.significance:
         test = "exact binomial" if metric == "accuracy" else "permutation"
         return False, (
-            f"Its {named} of {found:.4f} may be chance, for {least:.4f} is {what} ({test} test: p = {p_value:.3g}, "
+            f"Its {named} of {found:.4f} may be chance, because {least:.4f} is {what} ({test} test: p = {p_value:.3g}, "
             f"{rules.significance:g} is the limit). More test images would tell."
         )
     margin = rules.min_accuracy_over_chance

@@ -160,7 +160,7 @@ def build_network(
     taken = inspect.signature(portable.load_function(entry.builder)).parameters if wanted else ()
     if lacking := [scale for scale in wanted if scale not in taken]:
         raise UserError(
-            f"{lacking[0]}: {entry.name} has one {lacking[0]} alone, for what builds it takes no `{lacking[0]}`; "
+            f"{lacking[0]}: {entry.name} has a fixed {lacking[0]}, because its builder takes no `{lacking[0]}`; "
             "leave it at 1"
         )
     torch.manual_seed(seed)

@@ -47,7 +47,7 @@ class TuneParams(Form):
         description="Path, file://, http(s):// or s3:// address of a zip, a tar or a folder. Required for images.",
     )
     recipe: RecipeName = describe(
-        "quick", "Recipe", "Its settings are the first trial. Settings that are not varied keep its values."
+        "quick", "Recipe", "The first trial has its settings. Settings that are not varied keep its values."
     )
     model: str = describe(
         "custom_cnn",
@@ -63,7 +63,7 @@ class TuneParams(Form):
         f"models: {', '.join(LINEAR_SETTINGS)}; empty: both.",
         maxLength=512,
     )
-    trials: int = describe(20, "Trials", "Number of trials, pruned ones included.", minimum=2, maximum=1000)
+    trials: int = describe(20, "Trials", "Number of new trials, including pruned ones.", minimum=2, maximum=1000)
     minutes: float | None = describe(
         None,
         "Minutes",
@@ -101,7 +101,8 @@ class TuneParams(Form):
     image_size: int | None = as_of_run("image_size")
     validation_fraction: float = as_of_run("validation_fraction")
     max_damaged: float = as_of_run(
-        "max_damaged", description="Largest allowed share of damaged images, from 0 to 1. 0 refuses any."
+        "max_damaged",
+        description="Largest allowed share of damaged images, from 0 to 1. 0: a single damaged image fails the run.",
     )
     small_classes: SmallClasses = as_of_run("small_classes")
     seed: int = as_of_run("seed", description="Seed of the search and of each trial's training.")

@@ -94,7 +94,9 @@ def down() -> None:
     with console.status("Stopping the local stack"):
         left = lifecycle.down(settings)
     if left:
-        raise UserError(f"processes {', '.join(map(str, left))} could not be stopped; end them as their owner")
+        raise UserError(
+            f"processes {', '.join(map(str, left))} could not be stopped; stop them as the user who owns them"
+        )
     console.print(f"down after {time.monotonic() - began:.0f} s; the data stays in {_shown(settings.home)}")
 
 

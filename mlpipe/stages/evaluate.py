@@ -168,7 +168,8 @@ def _told_of_reused(trained: Sequence[TrainedVersion]) -> list[str]:
     reused = [f"{each.model.name} (version {each.model.version})" for each in trained if each.is_reused]
     if not reused:
         return []
-    return [f"Not trained again, for data, settings, seed and code are those of an earlier run: {', '.join(reused)}."]
+    same = "data, settings, seed, code and libraries equal those of an earlier run"
+    return [f"Not trained again, because {same}: {', '.join(reused)}."]
 
 
 def _gallery(rows: Sequence[ModelResult], dataset: Dataset, best_model: PyFuncModel) -> Gallery:

@@ -151,8 +151,8 @@ def _reuse(
 ) -> TrainedVersion:
     """Take a version that was trained in the same way before; the MLflow run shows how that went."""
     told = (
-        f"{display_name(model)} is not trained again: {earlier.uri} has the same data, settings, seed and code. "
-        "With retrain it is."
+        f"{display_name(model)} is not trained again: {earlier.uri} has the same data, settings, seed, code "
+        "and libraries. Set retrain to train it anyway."
     )
     run = runs.open_run(
         experiment(config),
@@ -183,7 +183,7 @@ def _done(
     tracked = TrackedRun(own)
     on_run(tracked.url)
     logger.info(
-        "%s is not trained again: this task has made %s; trigger a DAG run with retrain", model.name, version.uri
+        "%s is not trained again: this task already made %s; start a DAG run with retrain", model.name, version.uri
     )
     result = _registered(model, tracked, version, **_training(tracked, own.data.metrics))
     return TrainedVersion(model=result, dataset=data)

@@ -61,7 +61,7 @@ def measured(accuracy, *, version="2", classes=TEN, labels=BALANCED):
             "balanced accuracy of 0.5000 is below 0.5500",
             id="always the largest class, balanced",
         ),
-        pytest.param(measured(0.15), None, {}, False, "may be chance, for 0.1000 is the share", id="may be chance"),
+        pytest.param(measured(0.15), None, {}, False, "may be chance, because 0.1000 is the share", id="may be chance"),
         pytest.param(measured(0.2), None, {}, True, "first champion", id="beyond chance"),
         pytest.param(measured(0.2), None, {"significance": 0.001}, False, "0.001 is the limit", id="a stricter limit"),
         pytest.param(
