@@ -16,10 +16,10 @@ from rich.table import Column, Table
 from mlpipe import run_command, tune_command
 from mlpipe.addresses import without_login
 from mlpipe.airflow_api import AirflowApi, RefusedError
-from mlpipe.config import given
+from mlpipe.config import NetworkSettings, RunParams, given
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import KNOWN, TORCHVISION
-from mlpipe.recipes import RECIPES
+from mlpipe.recipes import RECIPES, resolve
 from mlpipe.stack.local import StackSettings
 
 DAG_ID = run_command.DAG_ID
@@ -48,10 +48,15 @@ def models() -> None:
 @click.command()
 def recipes() -> None:
     """List the recipes: named settings of a run."""
-    table = Table("recipe", Column("models", overflow="fold"), "weights", "epochs", "optimizer")
-    for name, recipe in RECIPES.items():
-        network = recipe.network
-        table.add_row(name, recipe.models, recipe.default_weights, str(network.num_epochs), network.optimizer)
+    table = Table("recipe", "model", "weights", "epochs", "batch", "optimizer", "learning rate")
+    for name in RECIPES:
+        for model in resolve(RunParams(recipe=name)).models:
+            train = model.train
+            settings = [""] * 4
+            if isinstance(train, NetworkSettings):
+                settings = [str(train.num_epochs), str(train.batch_size), train.optimizer, f"{train.learning_rate:g}"]
+            table.add_row(name, model.name, model.weights, *settings)
+        table.add_section()
     run_command.new_console().print(table)
 
 

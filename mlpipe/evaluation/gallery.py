@@ -47,6 +47,7 @@ class Gallery:
         self._classes = classes
         self._pictures: dict[str, str] = {}
         self._bytes = 0
+        self._is_full = False
         self._models: list[dict[str, Any]] = []
         self._doubts: list[dict[str, Any]] = []
 
@@ -132,8 +133,11 @@ class Gallery:
     def _keep(self, key: str, image_u8: NDArray[np.uint8]) -> str | None:
         """The key under which the page finds the picture; `None` where there is no room for it."""
         if key not in self._pictures:
+            if self._is_full:
+                return None
             source = _as_source(image_u8)
             if self._bytes + len(source) > MAX_BYTES:
+                self._is_full = True
                 return None
             self._pictures[key] = source
             self._bytes += len(source)

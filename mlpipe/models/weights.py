@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import struct
 import sys
 import tempfile
 from collections import OrderedDict
@@ -33,6 +34,18 @@ from mlpipe.models.weights_address import suffix_of_weights
 logger = logging.getLogger(__name__)
 
 Channels = tuple[float, float, float]
+
+UNREADABLE = (
+    safetensors.SafetensorError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+)
+"""What the readers raise on damaged files."""
 
 WAYS_OUT = (
     "choose random, or put the file where it can be reached and give its address (file:///…, s3://…, "
@@ -267,10 +280,10 @@ def _read(path: Path, uri: str | None = None) -> Mapping[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"models: {name} holds more than tensors and is not loaded, for it could run code "
+            f"models: {name} contains more than tensors and was not loaded, because it could run code "
             f"({str(error).split('. ')[0][:200]}); save network.state_dict() alone, or use .safetensors"
         ) from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(f"models: {name} cannot be read as weights ({str(error)[:200]}); is the file whole?") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
-from mlpipe.config import NetworkSettings, RunConfig, RunParams
+from mlpipe.config import LinearSettings, NetworkSettings, RunConfig, RunParams
 from mlpipe.errors import UserError
-from mlpipe.recipes import RECIPES, parse_models, resolve
+from mlpipe.recipes import OF_THE_FORM, RECIPES, parse_models, resolve
 
 
 def resolved(**values: object) -> RunConfig:
@@ -219,6 +220,12 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 def test_what_cannot_be_found_or_widened_is_refused(form: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         resolved(**form)
+
+
+def test_every_setting_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    known = {each.name for kind in (NetworkSettings, LinearSettings) for each in fields(kind)} - OF_THE_FORM.keys()
+    assert not [name for name in known if f"`{name}`" not in page]
 
 
 def test_the_form_says_what_its_empty_fields_mean() -> None:
