@@ -177,7 +177,7 @@ def test_a_network_of_one_width_says_so(tmp_path: Path) -> None:
     assert len(network[0].weight) == 16  # type: ignore[index]
     with pytest.raises(UserError, match="width: narrow has a fixed width"):
         registry.build_network(f"{own}:narrow", num_classes=3, image_size=32, seed=0, width=2.0)
-    with pytest.raises(UserError, match="depth: wide has one depth alone"):
+    with pytest.raises(UserError, match="depth: wide has a fixed depth"):
         registry.build_network(f"{own}:wide", num_classes=3, image_size=32, seed=0, depth=2)
 
 
