@@ -61,6 +61,7 @@ class Manifest:
     """Names of a test image and of a training or validation image that show the same, in splits that were given."""
     num_known_test: int = 0
     """Test images of which a training or validation image shows the same; `near_duplicates` may list fewer."""
+    format_version: int = FORMAT_VERSION
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import threading
@@ -344,6 +345,14 @@ def test_near_duplicates_across_given_splits_are_named(make: SimpleNamespace, pu
     files["train/a/3.jpg"] = make.encoded(pixels, "JPEG", quality=80)
     manifest = published(config(make.pack_zip(tmp_path / "a.zip", files))).manifest
     assert manifest.near_duplicates == (("test/a/1.jpg", "train/a/3.jpg"),)
+
+
+def test_manifests_of_the_format_before_are_read(make: SimpleNamespace, published, tmp_path: Path) -> None:
+    """Those of the versions before, and of the images that a champion was trained on."""
+    manifest = published(config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))).manifest
+    values = json.loads(manifest.to_json()) | {"format_version": 6}
+    del values["num_known_test"]
+    assert Manifest.from_json(json.dumps(values).encode()) == replace(manifest, format_version=6)
 
 
 def test_all_test_images_that_are_known_count_also_beyond_the_list(
