@@ -293,25 +293,23 @@ def promote(
     known: dict[str, ModelResult | Unmeasured] = {result.version: result for result in ranked}
     overlaps: dict[str, Overlap | None] = {}
     decisions: dict[str, AliasDecision] = {}
-    left = list(candidates.items())
-    while left:
-        alias, candidate = left[0]
-        now = holder = aliases.holder(alias)
-        if holder == candidate.version:  # given by an attempt before, or before this task was cleared
-            holder = aliases.predecessor(alias, candidate.version)
-        if holder and holder not in known:
-            known[holder] = remeasure(holder)
-        if holder and holder not in overlaps:
-            overlaps[holder] = overlap_with(holder)
-        champion, overlap = (known[holder], overlaps[holder]) if holder else (None, None)
+    for alias, candidate in candidates.items():
         num_models = len(ranked) if alias == CHAMPION else sum(result.architecture == alias for result in ranked)
-        decision = decide(candidate, champion, rules, overlap, num_models)
-        moved = decision.promote and rules.mode == "enabled"
+        while True:
+            now = holder = aliases.holder(alias)
+            if holder == candidate.version:  # given by an attempt before, or before this task was cleared
+                holder = aliases.predecessor(alias, candidate.version)
+            if holder and holder not in known:
+                known[holder] = remeasure(holder)
+            if holder and holder not in overlaps:
+                overlaps[holder] = overlap_with(holder)
+            champion, overlap = (known[holder], overlaps[holder]) if holder else (None, None)
+            decision = decide(candidate, champion, rules, overlap, num_models)
+            moved = decision.promote and rules.mode == "enabled"
+            if not moved or aliases.holder(alias) == now:  # another DAG run may have moved it meanwhile
+                break
         if moved:
-            if aliases.holder(alias) != now:  # another DAG run has moved it meanwhile
-                continue
             aliases.move(alias, candidate.version)
-        del left[0]
         decisions[alias] = AliasDecision(
             candidate=str(candidate),
             holder=holder,

@@ -44,8 +44,7 @@ def preprocess(config: RunConfig, origin: TaskContext, source: SourceRef, *, on_
         logger.info("%s", version.change)
     # A task that was cleared may find other images: they have a run of their own.
     experiment_id, run_key = experiment(config), origin.key(f"data {manifest.digest}")
-    if runs.find_run(experiment_id, run_key) is None:
-        runs.set_aside(experiment_id, origin, "tags.stage = 'data'")
+    runs.set_aside(experiment_id, origin, f"tags.stage = 'data' and tags.run_key != '{run_key}'")
     run = runs.open_run(
         experiment_id,
         run_key,

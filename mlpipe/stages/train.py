@@ -63,8 +63,7 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     run_key = origin.key(f"{model.name} {wanted_training(model, data.digest, config.folds)}")
     own = runs.find_run(experiment_id, run_key)
     if own is None:
-        for stage in ("train", "reused"):
-            runs.set_aside(experiment_id, origin, f"tags.stage = '{stage}' and tags.model = '{model.name}'")
+        runs.set_aside(experiment_id, origin, f"tags.model = '{model.name}'")
     if own and own.info.status == "FINISHED" and (done := registry.find(registered, own.info.run_id)):
         return _done(model, own, done, data, on_run=on_run)
     is_begun = own is not None and own.data.tags.get("stage") != "reused"  # by an attempt before

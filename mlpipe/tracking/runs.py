@@ -184,6 +184,10 @@ def find_run(experiment: str, key: str) -> Run | None:
     return runs[0] if runs else None
 
 
+SET_ASIDE = "set aside"
+"""Tag `stage` of a run that is no part of its DAG run's results any more."""
+
+
 def set_aside(experiment: str, origin: TaskContext, wanted: str) -> None:
     """Take runs that the DAG run made before, from other data or settings, out of its results.
 
@@ -191,8 +195,9 @@ def set_aside(experiment: str, origin: TaskContext, wanted: str) -> None:
         wanted: what they are, as MLflow's filters say it.
     """
     client = mlflow.MlflowClient()
-    for run in client.search_runs([experiment], f"tags.dag_run_key = '{origin.key('all')}' and {wanted}"):
-        client.set_tag(run.info.run_id, "stage", "set aside")
+    of_the_dag_run = f"tags.dag_run_key = '{origin.key('all')}' and tags.stage != '{SET_ASIDE}'"
+    for run in client.search_runs([experiment], f"{of_the_dag_run} and {wanted}"):
+        client.set_tag(run.info.run_id, "stage", SET_ASIDE)
         client.delete_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID)
 
 

@@ -46,14 +46,13 @@ def data_of(addresses: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for address in addresses:
         if address.startswith("models:/"):
-            tags = _tags(address.removeprefix("models:/"))
-            found |= {tags.get("data_digest", ""), *tags.get(ANCESTORS, "").split(",")} - {""}
+            found |= _digests(address, "data_digest", ANCESTORS)
     return found
 
 
 def ancestors_of(uri: str) -> set[str]:
     """Digests of the data sets on which those were trained from which a registered model started or learned."""
-    return set(_tags(uri.removeprefix("models:/")).get(ANCESTORS, "").split(",")) - {""}
+    return _digests(uri, ANCESTORS)
 
 
 def images_of(digests: Iterable[str], store: ObjectStore, cache_dir: Path) -> NDArray[np.uint64]:
@@ -64,6 +63,12 @@ def images_of(digests: Iterable[str], store: ObjectStore, cache_dir: Path) -> ND
     """
     hashes = [open_dataset(digest, store, cache_dir).trained_on_hashes() for digest in sorted(digests)]
     return np.unique(np.concatenate([*hashes, np.empty(0, np.uint64)]))
+
+
+def _digests(uri: str, *names: str) -> set[str]:
+    """In these tags of a registered model."""
+    tags = _tags(uri.removeprefix("models:/"))
+    return {digest for name in names for digest in tags.get(name, "").split(",") if digest}
 
 
 def _tags(address: str) -> Mapping[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlpipe.data.archives.listing import ImageArchive, why
+from mlpipe.data.archives.names import role_of
 from mlpipe.errors import UserError
 
 LAYOUTS = (
@@ -35,7 +36,6 @@ IMAGE_COLUMNS = (
     *("image", "filename", "file_name", "file", "path", "filepath", "file_path"),
     *("image_path", "image_name", "img", "img_name", "img_path", "image_id", "id"),
 )
-_IMAGE_NAME = re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?|heic|avif)\s*$", re.IGNORECASE)
 LABEL_COLUMNS = ("label", "class", "category", "target", "dx")
 SPLIT_COLUMNS = ("split", "set", "subset")
 
@@ -313,7 +313,8 @@ def _rows(table: str, text: str) -> list[tuple[str, Row]] | None:
         read = list(rows)
         if image == columns.get("id"):  # often the number of the row
             others = [name for name in columns.values() if name not in (image, label, split)]
-            image = next((name for name in others if all(_IMAGE_NAME.search(row[name] or "") for row in read)), image)
+            named = (name for name in others if all(role_of(_key(row[name] or "")) == "image" for row in read))
+            image = next(named, image)
         return [(_key(row[image] or ""), ((row[label] or "").strip(), row[split] if split else None)) for row in read]
     except csv.Error as error:
         raise UserError(f"{table} cannot be read at line {rows.line_num} ({why(error)}); close its quotes") from error
