@@ -29,7 +29,7 @@ from mlflow_links import mlflow_ui_url
 from sqlalchemy import select
 
 from mlpipe import pages
-from mlpipe.pages.svg import line_chart
+from mlpipe.pages.svg import TRAINING, VALIDATION, line_chart
 from mlpipe.stack.mlflow_login import ticket_address
 
 PREFIX = "/mlpipe-report"
@@ -290,7 +290,7 @@ def _model(run: dict[str, Any], wanted_curves: tuple[str, ...]) -> dict[str, Any
 
 def _charts(curves: dict[str, list[dict[str, Any]]]) -> list[Markup]:
     return [
-        Markup(line_chart(_lines(curves, metric), title=title, unit=unit))  # noqa: S704 - it escapes names
+        Markup(line_chart({"": _lines(curves, metric)}, title=title, unit=unit))  # noqa: S704 - it escapes names
         for title, metric, unit in (("Loss", "loss", ""), ("Accuracy", "accuracy", "%"))
         if curves
     ]
@@ -303,7 +303,7 @@ def _state(run: dict[str, Any]) -> str:
 
 
 def _lines(curves: dict[str, list[dict[str, Any]]], metric: str) -> dict[str, list[tuple[float, float]]]:
-    parts = {"training": f"train/{metric}", "validation": f"val/{metric}"}
+    parts = {TRAINING: f"train/{metric}", VALIDATION: f"val/{metric}"}
     return {
         title: [(float(entry["step"]), float(entry["value"])) for entry in curves.get(name, ())]
         for title, name in parts.items()

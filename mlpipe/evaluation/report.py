@@ -84,10 +84,12 @@ def _chart(curves: Mapping[str, Mapping[str, Curve]], title: str, metric: str) -
     """Training and validation of each network; a model that is fitted at once has one point, and no line."""
     unit = "%" if metric == "accuracy" else ""
     lines = {
-        f"{model}, {part}": points
+        model: {
+            part: points
+            for part, name in ((svg.TRAINING, "train"), (svg.VALIDATION, "val"))
+            if len(points := of_model.get(f"{name}/{metric}", ())) > 1
+        }
         for model, of_model in curves.items()
-        for part, name in (("training", "train"), ("validation", "val"))
-        if len(points := of_model.get(f"{name}/{metric}", ())) > 1
     }
     return Markup(svg.line_chart(lines, title=f"{title} by epoch", unit=unit))  # noqa: S704 - it escapes names
 

@@ -14,16 +14,25 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 26
 NUM_TICKS = 4
 
 
-def line_chart(series: Mapping[str, Points], *, title: str, unit: str = "") -> str:
-    """A chart with one line for each series, and a legend where there are several.
+TRAINING, VALIDATION = "training", "validation"
+"""Parts of a training: the first one's line is dashed, the other one's is solid."""
+
+
+def line_chart(series: Mapping[str, Mapping[str, Points]], *, title: str, unit: str = "") -> str:
+    """A chart of trainings: a color for each, a line for each of its parts, and a legend where there are several.
 
     Args:
-        series: points (x, y) by rising x, by name; those without points are left out.
+        series: points (x, y) by rising x, by name of the training and by part; those without points are left out.
         title: what y is.
         unit: of y; with % the values are drawn times 100.
     """
     factor = 100 if unit == "%" else 1
-    lines = {name: [(x, factor * y) for x, y in points] for name, points in series.items() if points}
+    lines = {
+        (name, part): [(x, factor * y) for x, y in points]
+        for name, parts in series.items()
+        for part, points in parts.items()
+        if points
+    }
     if not lines:
         return ""
     xs = [x for points in lines.values() for x, _ in points]
@@ -45,18 +54,26 @@ def line_chart(series: Mapping[str, Points], *, title: str, unit: str = "") -> s
     for x, anchor in ((first, "start"), (last, "end")):
         across = place(x, low).split(",")[0]
         parts.append(f'<text x="{across}" y="{HEIGHT - 8}" text-anchor="{anchor}">{x:g}</text>')
-    for number, points in enumerate(lines.values()):
-        style = f"s{number % len(_SERIES)}"
+    names = list(dict.fromkeys(name for name, _ in lines))
+    styles = {
+        (name, part): f"s{names.index(name) % len(_SERIES)}{' dashed' if part == TRAINING else ''}"
+        for name, part in lines
+    }
+    for line, points in lines.items():
+        style = styles[line]
         path = " ".join(place(x, y) for x, y in points)
         parts.append(f'<polyline class="line {style}" points="{path}"/>')
+        if line[1] == TRAINING and len(points) > 1:
+            continue  # its line alone is enough, and one point has no line
         parts += [f'<circle class="dot {style}" r="2.5" cx="{at[0]}" cy="{at[1]}"/>' for at in map(_pair, path.split())]
-    names = "".join(
-        f'<span><i class="key s{number % len(_SERIES)}"></i>{escape(name)}</span>' for number, name in enumerate(lines)
+    legend = "".join(
+        f'<span><i class="key {style}"></i>{escape(", ".join(filter(None, line)))}</span>'
+        for line, style in styles.items()
     )
     return (
         f'<figure class="chart"><figcaption>{escape(title)}{f", {unit}" if unit else ""}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-        f"{f'<div class=legend>{names}</div>' if len(lines) > 1 else ''}</figure>"
+        f"{f'<div class=legend>{legend}</div>' if len(lines) > 1 else ''}</figure>"
     )
 
 
@@ -81,9 +98,11 @@ STYLE = """
 .chart figcaption { font-weight: 600; } .chart svg { display: block; height: auto; width: 100%; }
 .chart text { fill: var(--muted); font-size: 11px; } .chart .grid { stroke: var(--line); }
 .chart .line { fill: none; stroke-width: 2; } .legend span { display: inline-block; margin-right: 12px; }
-.key { border-radius: 2px; display: inline-block; height: 10px; margin-right: 4px; width: 10px; }
+.line.dashed { stroke-dasharray: 5 4; }
+.key { border-top: 3px solid; display: inline-block; margin-right: 5px; vertical-align: middle; width: 20px; }
+.key.dashed { border-top-style: dashed; }
 """ + "".join(
-    f".line.s{i} {{ stroke: {color}; }} .dot.s{i} {{ fill: {color}; }} .key.s{i} {{ background: {color}; }}\n"
+    f".line.s{i} {{ stroke: {color}; }} .dot.s{i} {{ fill: {color}; }} .key.s{i} {{ border-color: {color}; }}\n"
     for i, color in enumerate(_SERIES)
 )
 """Rules for the charts; the page defines `--line` and `--muted`."""
