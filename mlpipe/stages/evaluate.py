@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,13 @@ from mlpipe.tracking.data_input import ImageDataset, log_input
 from mlpipe.tracking.evaluation_run import (
     OtherClassesError,
     learning_curves,
+    load_model,
     log_comparison,
     log_evaluation,
     measure,
     remeasure,
 )
+from mlpipe.tracking.kept_predictions import KeptPredictions
 from mlpipe.tracking.leaderboard import ensure_leaderboard
 from mlpipe.tracking.runs import TaskContext
 from mlpipe.tracking.seen_images import ancestors_of, images_of, seen_by
@@ -64,6 +67,7 @@ def evaluate(
     environment = Environment.from_env()
     store = ObjectStore.from_environment(environment)
     dataset = open_dataset(data.digest, store, environment.cache_dir)
+    kept = KeptPredictions(store, data.digest)
     test, classes = dataset.test_split(), dataset.manifest.classes
     models = {each.model.name: each.model for each in trained}
     failed = {model.name: "its training failed" for model in config.models if model.name not in models}
@@ -76,7 +80,7 @@ def evaluate(
         for model in models.values():
             logger.info("measuring %s on %d test images", model.name, len(test))
             try:
-                result, loaded = _measure(model, test, classes)
+                result, loaded = _measure(model, test, classes, kept)
                 result = _with_known_images(result, model.model_uri, dataset, store, environment.cache_dir)
             except UserError as error:
                 failed[model.name] = str(error)
@@ -85,7 +89,7 @@ def evaluate(
             results.append(result)
             if min(results, key=rank) is result:
                 best_model = loaded
-        if best_model is None:
+        if not results:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
         overlap_with = partial(_overlap, dataset, store, environment.cache_dir)
         others = []
@@ -101,7 +105,7 @@ def evaluate(
             config.promotion,
             own,
             registry.RegistryAliases(registered, parent),
-            lambda version: remeasure(registered, version, test, classes),
+            lambda version: remeasure(registered, version, test, classes, kept),
             lambda version: overlap_with(f"models:/{registered}/{version}"),
         )
         for row in own:
@@ -124,7 +128,7 @@ def evaluate(
             verdict=summary,
             notes=data.notes,
             curves={row.name: learning_curves(models[row.name].run_id) for row in own},
-            gallery=_gallery(own, dataset, best_model),
+            gallery=_gallery(own, dataset, best_model or load_model(models[best.name].model_uri)),
             snippet=(
                 "import mlflow  # with its login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n\n"
                 f'mlflow.set_tracking_uri("{runs.ui_url()}")\n'
@@ -196,14 +200,17 @@ def _add_best(gallery: Gallery, best: ModelResult, model: PyFuncModel) -> None:
     return gallery.add_model(best)
 
 
-def _measure(model: RegisteredModel, test: Split, classes: tuple[str, ...]) -> tuple[ModelResult, PyFuncModel]:
-    """The scores, and the loaded model.
+def _measure(
+    model: RegisteredModel, test: Split, classes: tuple[str, ...], kept: KeptPredictions
+) -> tuple[ModelResult, PyFuncModel | None]:
+    """The scores, and the loaded model, unless its predictions were kept.
 
     Raises:
         UserError: the model cannot be loaded, or has other classes.
     """
     way_out = f"; was it deleted, or its registered model renamed? Clear train [{model.name}] to register it again"
-    evaluation, loaded = _evaluation(model.model_uri, test, classes, subject=model.model_uri, way_out=way_out)
+    with _told(model.model_uri, way_out):
+        evaluation, loaded = measure(model.model_uri, test, classes, kept, model.model_id)
     result = ModelResult(
         name=model.name,
         evaluation=evaluation,
@@ -252,7 +259,8 @@ def _measure_other(uri: str, test: Split, classes: tuple[str, ...], overlap: Ove
         UserError: it cannot be loaded, or has other classes.
     """
     try:
-        evaluation, _ = _evaluation(uri, test, classes, subject=f"compare_with: {uri}")
+        with _told(f"compare_with: {uri}"):
+            evaluation, _ = measure(uri, test, classes)
     except UserError:
         raise
     except Exception as error:  # anybody may have written it
@@ -265,11 +273,11 @@ def _measure_other(uri: str, test: Split, classes: tuple[str, ...], overlap: Ove
     return ModelResult(name=uri.removeprefix("models:/"), evaluation=evaluation)
 
 
-def _evaluation(
-    uri: str, test: Split, classes: tuple[str, ...], *, subject: str, way_out: str = ""
-) -> tuple[Evaluation, PyFuncModel]:
+@contextmanager
+def _told(subject: str, way_out: str = "") -> Iterator[None]:
+    """Turn what keeps a model from being measured into a user's error about `subject`."""
     try:
-        return measure(uri, test, classes)
+        yield
     except OtherClassesError as error:
         raise UserError(f"{subject} {error}") from error
     except MlflowException as error:

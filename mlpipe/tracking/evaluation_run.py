@@ -20,6 +20,7 @@ from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import ClassScores, Evaluation, evaluate_predictions
 from mlpipe.tracking import registry
 from mlpipe.tracking.data_input import ImageDataset
+from mlpipe.tracking.kept_predictions import KeptPredictions
 from mlpipe.tracking.runs import TrackedRun, is_unreachable, tracked
 
 BYTES_PER_CALL = 6 << 20
@@ -39,14 +40,31 @@ class OtherClassesError(UserError):
     """A model does not have the classes of the images."""
 
 
-def measure(model_uri: str, test: Split, classes: Sequence[str]) -> tuple[Evaluation, PyFuncModel]:
-    """Load a model by its address, as any user would, and score its predictions; the scores, and the model.
+def load_model(model_uri: str) -> PyFuncModel:
+    """A model by its address, as any user would load it."""
+    return mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)  # does not compare all installed versions
+
+
+def measure(
+    model_uri: str,
+    test: Split,
+    classes: Sequence[str],
+    kept: KeptPredictions | None = None,
+    model_id: str | None = None,
+) -> tuple[Evaluation, PyFuncModel | None]:
+    """Load a model and score its predictions; the scores, and the model, unless its predictions were kept.
+
+    Args:
+        kept: predictions on these test images.
+        model_id: of the logged model; `None`: its predictions are not kept.
 
     Raises:
         OtherClassesError: the model has other classes than the images; the message ends a sentence about the model.
         UserError: its probabilities are not finite.
     """
-    model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)  # does not compare all installed versions
+    if kept and model_id and (found := kept.get(model_id, classes, len(test))) is not None:
+        return evaluate_predictions(test.labels, found, classes, seed=BOOTSTRAP_SEED), None
+    model = load_model(model_uri)
     parts = test.images_u8.slices(BYTES_PER_CALL)
     frames = [model.predict(test.images_u8[part]) for part in parts]
     frame = pd.concat(frames, ignore_index=True)
@@ -54,19 +72,25 @@ def measure(model_uri: str, test: Split, classes: Sequence[str]) -> tuple[Evalua
     if set(own) != set(classes):
         raise OtherClassesError(other_classes(own, classes))
     probabilities = frame[[f"{PROBABILITY}{name}" for name in classes]].to_numpy(np.float64)
-    return evaluate_predictions(test.labels, probabilities, classes, seed=BOOTSTRAP_SEED), model
+    evaluation = evaluate_predictions(test.labels, probabilities, classes, seed=BOOTSTRAP_SEED)
+    if kept and model_id:
+        kept.put(model_id, classes, probabilities)
+    return evaluation, model
 
 
-def remeasure(name: str, version: str, test: Split, classes: Sequence[str]) -> ModelResult | Unmeasured:
+def remeasure(
+    name: str, version: str, test: Split, classes: Sequence[str], kept: KeptPredictions | None = None
+) -> ModelResult | Unmeasured:
     """Measure a registered version, which may be a model that anybody wrote.
 
     Args:
         name: of the registered model.
+        kept: predictions on these test images.
     """
     registered = registry.by_version(name, version)
     label = registered.tags.get("model", "a model of unknown name")
     try:
-        evaluation, _ = measure(registered.uri, test, classes)
+        evaluation, _ = measure(registered.uri, test, classes, kept, registered.model_id)
         return ModelResult(name=label, version=version, evaluation=evaluation)
     except OtherClassesError as error:
         problem = str(error)

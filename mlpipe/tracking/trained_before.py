@@ -68,8 +68,13 @@ def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
     if package and _is_editable(package):
         return None
     settings["architecture"] = code_of(model.architecture)
-    libraries = [_installed(name) for name in (*LIBRARIES, package)]
+    libraries = installed_libraries(package)
     return key_of(json.dumps([digest, settings, num_folds, code, libraries], sort_keys=True))
+
+
+def installed_libraries(*more: str) -> list[str]:
+    """Names and versions of the libraries that a model's answers depend on, and of `more` packages."""
+    return [_installed(name) for name in (*LIBRARIES, *more)]
 
 
 def _is_fixed(address: str) -> bool:
