@@ -162,7 +162,12 @@ def _beats(
         )
     used = candidate.unseen & overlap.unseen if overlap else candidate.unseen
     if not used.any():
-        return False, f"The champion, {champion}, was trained on all of these test images. {BY_HAND}"
+        if candidate.known is None:
+            return False, f"The champion, {champion}, was trained on all of these test images. {BY_HAND}"
+        return False, (
+            f"No test image is left that neither the champion, {champion}, was trained on, nor what {candidate} "
+            f"started or learned from. {BY_HAND}"
+        )
     new, old = (each.evaluation.predictions.correct[used] for each in (candidate, champion))
     labels = labels[used]
     scores = [score(rules.metric, labels, each) for each in (new, old)]
