@@ -1,6 +1,6 @@
 """The look that all figures of the project share.
 
-Colours are safe for colour-blind readers: Okabe and Ito's palette for categories (https://jfly.uni-koeln.de/color/),
+Colors are safe for color-blind readers: Okabe and Ito's palette for categories (https://jfly.uni-koeln.de/color/),
 one blue and one orange ramp for amounts. Figures are `matplotlib.figure.Figure` objects; pyplot and its global state
 are not used, so that figures may be drawn in any thread and freed like other objects.
 """
@@ -28,7 +28,7 @@ PANEL = "#f5f7f9"
 GOOD = "#0072b2"
 BAD = "#d55e00"
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f6bb3", "#8a8f98")
-"""Colours of categories, in the order of use."""
+"""Colors of categories, in the order of use."""
 BLUES = LinearSegmentedColormap.from_list("mlpipe_blues", ["#f5f7f9", "#cfe2f1", "#7fb5d9", "#2f83bb", "#0a4a7d"])
 ORANGES = LinearSegmentedColormap.from_list("mlpipe_oranges", ["#f5f7f9", "#fbdcc2", "#f3a36a", "#d55e00", "#8a3a00"])
 

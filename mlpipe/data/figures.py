@@ -33,14 +33,14 @@ BYTES_PER_COUNT = 4 << 20
 _PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
-def sample_grid(split: Split, classes: Sequence[str], *, per_class: int = 10, seed: int = 0) -> Figure:
+def sample_grid(split: Split, classes: Sequence[str], *, per_class: int = 10) -> Figure:
     """A row of randomly chosen images for each class.
 
     Args:
         classes: names in the order of the labels.
     """
     shown = _chosen(len(classes))
-    rows = [_examples(split.labels, label, per_class, np.random.default_rng([seed, label])) for label in shown]
+    rows = [_examples(split.labels, label, per_class, np.random.default_rng([0, label])) for label in shown]
     names = class_labels(classes)
     margin = _label_width(names)
     width = margin + 0.72 * per_class + 0.3
@@ -105,10 +105,10 @@ def class_balance(dataset: Dataset) -> Figure:
     return figure
 
 
-def channel_statistics(split: Split, *, seed: int = 0) -> Figure:
-    """How often each brightness occurs in each colour channel, with mean and standard deviation."""
+def channel_statistics(split: Split) -> Figure:
+    """How often each brightness occurs in each color channel, with mean and standard deviation."""
     number = min(STATISTICS_IMAGES, len(split))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(split), number, replace=False))
+    chosen = np.sort(np.random.default_rng(0).choice(len(split), number, replace=False))
     histograms = _channel_histograms(split.images_u8.select(chosen))
     values = np.arange(256)
     shares_of_values = histograms / histograms.sum(1, keepdims=True)
@@ -120,7 +120,7 @@ def channel_statistics(split: Split, *, seed: int = 0) -> Figure:
         figure = new_figure(
             width,
             height,
-            "Brightness of the colour channels",
+            "Brightness of the color channels",
             f"all pixels of {number:,} training images; line: mean, band: one standard deviation",
         )
         grey = bool((histograms == histograms[0]).all())

@@ -24,7 +24,7 @@ MAX_DIFFERENCE = 2.0
 MIN_CONTRAST = 8.0
 """Standard deviation of a thumbnail from which it tells pictures apart, grey levels."""
 
-NEIGHBOURS = 8
+NEIGHBORS = 8
 """Images that each image is compared with at most: plain pictures are all alike."""
 
 _CHANNELS = np.array([77, 150, 29], np.uint32)  # of 256: ITU-R BT.601, as Pillow's conversion to grey
@@ -76,7 +76,7 @@ def near_duplicates(thumbnails_u8: NDArray[np.uint8], hashes: NDArray[np.uint64]
     values = different.astype(np.float64)
     radius = MAX_DIFFERENCE * SIDE
     frequencies = values @ _LOWEST
-    _, nearest = KDTree(frequencies).query(frequencies, k=NEIGHBOURS + 1, distance_upper_bound=radius, workers=-1)
+    _, nearest = KDTree(frequencies).query(frequencies, k=NEIGHBORS + 1, distance_upper_bound=radius, workers=-1)
     one, other = np.nonzero(nearest < len(values))[0], nearest[nearest < len(values)]
     near = np.unique(np.sort(np.stack([one, other], axis=1)[one != other], axis=1), axis=0)
     near = near[np.linalg.norm(values[near[:, 0]] - values[near[:, 1]], axis=1) <= radius]

@@ -28,12 +28,12 @@ class Calibration:
         return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.counts))
 
 
-def calibrate(
-    confidences: NDArray[np.float64], correct: NDArray[np.bool_], num_bins: int = NUM_CALIBRATION_BINS
-) -> Calibration:
+def calibrate(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -> Calibration:
     """Bin the confidences (N,) and compare them with what was right; the bins are scikit-learn's uniform ones."""
     confidences = np.clip(confidences, 0.0, 1.0)
-    accuracy, confidence = calibration_curve(correct.astype(np.int64), confidences, n_bins=num_bins, pos_label=1)
-    inner_edges = np.linspace(0.0, 1.0, num_bins + 1)[1:-1]
-    counts = np.bincount(np.searchsorted(inner_edges, confidences), minlength=num_bins)
+    accuracy, confidence = calibration_curve(
+        correct.astype(np.int64), confidences, n_bins=NUM_CALIBRATION_BINS, pos_label=1
+    )
+    inner_edges = np.linspace(0.0, 1.0, NUM_CALIBRATION_BINS + 1)[1:-1]
+    counts = np.bincount(np.searchsorted(inner_edges, confidences), minlength=NUM_CALIBRATION_BINS)
     return Calibration(counts=counts[counts > 0].astype(np.int64), confidence=confidence, accuracy=accuracy)

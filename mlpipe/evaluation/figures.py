@@ -52,7 +52,7 @@ _FEWEST_IN_A_BIN = 5
 
 
 def confusion_matrix_figure(evaluation: Evaluation, name: str) -> Figure:
-    """Confusion matrix, rows the truth: shares of the row as colour, counts in the cells of up to 20 classes.
+    """Confusion matrix, rows the truth: shares of the row as color, counts in the cells of up to 20 classes.
 
     Beside it the most frequent confusions, at most eight.
 
@@ -83,7 +83,7 @@ def confusion_matrix_figure(evaluation: Evaluation, name: str) -> Figure:
             num_slots=side / _BAR_INCHES,
             title_x=-(pairs_room - 0.35) / bars,
         )
-        footnote(figure, unreadable_note(evaluation.classes) or "Colour: share of the row. Counts are test images.")
+        footnote(figure, unreadable_note(evaluation.classes) or "Color: share of the row. Counts are test images.")
     return figure
 
 
@@ -100,7 +100,7 @@ def _draw_confusion(axes: Axes, confusion: NDArray[np.int64], labels: Sequence[s
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     hits = np.eye(num_classes, dtype=bool)
     axes.imshow(np.ma.masked_array(shares, ~hits), cmap=BLUES, vmin=0, vmax=1)
-    # Errors are far fewer than hits: an own colour, and a root scale that lets a few of them show.
+    # Errors are far fewer than hits: an own color, and a root scale that lets a few of them show.
     norm = PowerNorm(0.6, vmin=0, vmax=max(0.1, float(np.max(shares[~hits], initial=0.0))))
     axes.imshow(np.ma.masked_array(shares, hits), cmap=ORANGES, norm=norm)
     step = 1 if num_classes <= _MAX_NAMED_CLASSES else math.ceil(num_classes / _MAX_NAMED_CLASSES)
@@ -279,7 +279,7 @@ def mistakes_figure(images_u8: Images, evaluation: Evaluation, name: str, k: int
 
 def _draw_mistake(axes: Axes, image_u8: NDArray[np.uint8], truth: str, predicted: str, confidence: float) -> None:
     axes.imshow(image_u8, vmin=0, vmax=255, cmap="gray")
-    for text, x, y, align, colour in (
+    for text, x, y, align, color in (
         (left_to_right(truth), 0, -5, "left", GOOD),
         (left_to_right("→ ", predicted), 0, -17, "left", BAD),
         (f"{100 * confidence:.0f} %", 1, -5, "right", MUTED),
@@ -293,7 +293,7 @@ def _draw_mistake(axes: Axes, image_u8: NDArray[np.uint8], truth: str, predicted
             va="top",
             ha=align,
             fontsize=9.0,
-            color=colour,
+            color=color,
         )
 
 
@@ -366,7 +366,7 @@ def _row_label(comparison: Comparison, row: ModelResult, champion: str | None) -
 def _draw_scores(axes: Axes, comparison: Comparison) -> None:
     drawn = [metric for metric in registry.METRICS if metric.resample and metric.title][: len(SERIES)]
     offsets = np.linspace(-0.27, 0.27, len(drawn))
-    for metric, offset, colour in zip(drawn, offsets, SERIES, strict=False):
+    for metric, offset, color in zip(drawn, offsets, SERIES, strict=False):
         key, label = metric.name, metric.title
         values = np.array([row.evaluation.scores[key] for row in comparison.rows]) * 100
         limits = np.array([row.evaluation.intervals[key] for row in comparison.rows]).T * 100  # (2, models)
@@ -377,7 +377,7 @@ def _draw_scores(axes: Axes, comparison: Comparison) -> None:
             np.arange(len(values)) + offset,
             xerr=spread,
             fmt="o",
-            color=colour,
+            color=color,
             markersize=7 if key == "accuracy" else 5,
             markeredgecolor=PAPER,
             elinewidth=2.4 if key == "accuracy" else 1.5,
@@ -473,7 +473,7 @@ def per_class_figure(comparison: Comparison) -> Figure:
 
 
 def _scale(f1: NDArray[np.float64]) -> tuple[float, float]:
-    """Ends of the colours: those of the values shown, to five points."""
+    """Ends of the colors: those of the values shown, to five points."""
     known = f1[~np.isnan(f1)]
     if not known.size:
         return 0.0, 1.0

@@ -29,7 +29,7 @@ NUM_DOUBTS = 24
 THUMBNAIL = 96
 """Largest height and width of a picture, pixels."""
 HEAT = np.array([255, 110, 0], np.float32)
-"""Colour of the places where a network looked."""
+"""Color of the places where a network looked."""
 
 
 class Gallery:
@@ -165,13 +165,21 @@ def _blend(image_u8: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np
     return (image_u8 * (1 - share) + HEAT * share).astype(np.uint8)
 
 
-def class_table(counts: Mapping[str, Sequence[int]], classes: Sequence[str], limit: int = 50) -> dict[str, Any]:
-    """Images of each class in each split; the smallest classes alone where there are more than `limit`."""
+MAX_CLASSES = 50
+"""Rows of the table of classes."""
+
+
+def class_table(counts: Mapping[str, Sequence[int]], classes: Sequence[str]) -> dict[str, Any]:
+    """Images of each class in each split; the smallest classes alone where there are more than `MAX_CLASSES`."""
     totals = np.array([counts["train"], counts["val"], counts["test"]]).T  # (K, 3)
-    order = np.argsort(totals.sum(axis=1), kind="stable")[:limit] if len(classes) > limit else np.arange(len(classes))
+    order = (
+        np.argsort(totals.sum(axis=1), kind="stable")[:MAX_CLASSES]
+        if len(classes) > MAX_CLASSES
+        else np.arange(len(classes))
+    )
     return {
         "rows": [(classes[i], *map(int, totals[i])) for i in order],
-        "hidden": max(0, len(classes) - limit),
+        "hidden": max(0, len(classes) - MAX_CLASSES),
         "largest": int(totals.sum(axis=1).max()),
         "smallest": int(totals.sum(axis=1).min()),
     }

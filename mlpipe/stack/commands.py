@@ -127,10 +127,10 @@ def status() -> None:
     for name in NAMES:
         state = states.get(name)
         word = state.state.lower() if state else "stopped"
-        colour = {"running": "green", "starting": "yellow"}.get(word, "red")
+        color = {"running": "green", "starting": "yellow"}.get(word, "red")
         table.add_row(
             LABELS[name],
-            f"[{colour}]{word}[/]",
+            f"[{color}]{word}[/]",
             str(state.pid) if state and state.pid else "",
             _duration(state.uptime) if state and state.pid else "",
             urls.get(name) or "",

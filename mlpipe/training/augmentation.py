@@ -75,7 +75,7 @@ def _trivial(images_u8: Tensor) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, kind: Mixing, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Blend each image of a batch with its neighbour, by one share for all.
+    """Blend each image of a batch with its neighbor, by one share for all.
 
     Args:
         images: (B, C, H, W) float32.

@@ -5,7 +5,7 @@ installed it does without: Pillow decodes the same JPEG pixels, and HEIC is refu
 
 Every file becomes 8-bit RGB of one size: turned upright by its EXIF orientation, transparency laid on white, the first
 picture of an animation, 16 bits cut to the upper 8, 32 bits scaled by their range, CMYK and palettes converted by
-Pillow, embedded colour profiles ignored. Plain JPEGs that already have the wanted size take a shorter way through
+Pillow, embedded color profiles ignored. Plain JPEGs that already have the wanted size take a shorter way through
 simplejpeg, which runs the same libjpeg-turbo (the pixels are the same, a test holds it) without Pillow's 35 µs of
 bookkeeping per image, most of them under Python's lock, and without the second copy and the 10 µs per image of
 torchvision.
@@ -190,7 +190,7 @@ def _decode_plain(data: bytes | memoryview, pixels: NDArray[np.uint8]) -> bool:
 
 
 # Segments that say nothing about what the pixels mean: JFIF, comment, quantisation and Huffman tables, restarts.
-# Others (EXIF, Adobe's colour transform, several pictures in one file) are Pillow's.
+# Others (EXIF, Adobe's color transform, several pictures in one file) are Pillow's.
 _NEUTRAL_SEGMENTS = frozenset({0xE0, 0xFE, 0xDB, 0xC4, 0xDD})
 _BASELINE, _EXTENDED, _PROGRESSIVE, _START_OF_SCAN = 0xC0, 0xC1, 0xC2, 0xDA
 

@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients, and coarse colours, as features of a linear model.
+"""Histograms of oriented gradients, and coarse colors, as features of a linear model.
 
 This file travels with every logged model that sees them, so it imports nothing of mlpipe.
 """
@@ -17,10 +17,10 @@ HOG_ORIENTATIONS = 9
 
 
 def features(images_u8: Tensor) -> NDArray[np.float32]:
-    """(B, H, W, 3) uint8 to (B, D) float32: oriented gradients, then the mean colour of each cell."""
+    """(B, H, W, 3) uint8 to (B, D) float32: oriented gradients, then the mean color of each cell."""
     images = images_u8.permute(0, 3, 1, 2).to(torch.float32) / 255
-    colours = F.avg_pool2d(images, HOG_CELL).flatten(1) / 2
-    return torch.cat([oriented_gradients(images), colours], dim=1).numpy()
+    colors = F.avg_pool2d(images, HOG_CELL).flatten(1) / 2
+    return torch.cat([oriented_gradients(images), colors], dim=1).numpy()
 
 
 def oriented_gradients(images: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def test_a_phones_photograph_is_turned_upright(classifier: ImageClassifier) -> N
     assert np.array_equal(answers[0], answers[1])
 
 
-def test_sixteen_bits_keep_their_brightness_and_hidden_colours_stay_hidden(classifier: ImageClassifier) -> None:
+def test_sixteen_bits_keep_their_brightness_and_hidden_colors_stay_hidden(classifier: ImageClassifier) -> None:
     def file(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

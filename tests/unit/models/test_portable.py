@@ -71,7 +71,7 @@ def test_normalising_is_the_formula_with_channels_last_in_memory() -> None:
     assert normalised.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_resizing_a_flat_image_keeps_its_colour_and_shrinking_averages() -> None:
+def test_resizing_a_flat_image_keeps_its_color_and_shrinking_averages() -> None:
     assert (portable.resize(torch.full((1, 50, 20, 3), 77, dtype=torch.uint8), 32) == 77).all()
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
     shrunk = portable.resize(board.to(torch.uint8)[None, :, :, None].expand(1, 64, 64, 3), 8)

@@ -20,7 +20,7 @@ from .conftest import RecordingLogger, tiny_dataset
 
 
 class Pretrained(nn.Module):
-    """Sees stripes and dots, by differences of neighbours."""
+    """Sees stripes and dots, by differences of neighbors."""
 
     def __init__(self, num_classes: int, *, bias: bool = True, divisor: float = 1.0) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from mlpipe.training.whitening import whiten
 
 def test_its_outputs_are_uncorrelated_and_of_one_variance() -> None:
     torch.manual_seed(0)
-    smooth = nn.functional.avg_pool2d(torch.randn(64, 3, 20, 20), 2, stride=1)  # neighbours alike
+    smooth = nn.functional.avg_pool2d(torch.randn(64, 3, 20, 20), 2, stride=1)  # neighbors alike
     images = smooth + 0.3 * smooth.mean(dim=1, keepdim=True)  # channels, too
     convolution = nn.Conv2d(3, 24, kernel_size=2)
     whiten(convolution, images.split(20))
