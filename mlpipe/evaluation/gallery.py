@@ -26,6 +26,8 @@ PICTURES_OF_A_CELL = 8
 NUM_MISTAKES = 12
 NUM_LOOK_ALIKES = 4
 NUM_DOUBTS = 24
+MAX_CLASSES = 50
+"""Rows of the table of classes."""
 THUMBNAIL = 96
 """Largest height and width of a picture, pixels."""
 HEAT = np.array([255, 110, 0], np.float32)
@@ -163,10 +165,6 @@ def _as_source(image_u8: NDArray[np.uint8]) -> str:
 def _blend(image_u8: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     share = 0.65 * heat[..., None]
     return (image_u8 * (1 - share) + HEAT * share).astype(np.uint8)
-
-
-MAX_CLASSES = 50
-"""Rows of the table of classes."""
 
 
 def class_table(counts: Mapping[str, Sequence[int]], classes: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 26
 """Margins, pixels."""
 NUM_TICKS = 4
 
-
 TRAINING, VALIDATION = "training", "validation"
 """Parts of a training: the first one's line is dashed, the other one's is solid."""
 

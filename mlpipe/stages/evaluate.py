@@ -32,7 +32,6 @@ from mlpipe.tracking.data_input import ImageDataset, log_input
 from mlpipe.tracking.evaluation_run import (
     OtherClassesError,
     learning_curves,
-    load_model,
     log_comparison,
     log_evaluation,
     measure,
@@ -89,7 +88,7 @@ def evaluate(
             results.append(result)
             if min(results, key=rank) is result:
                 best_model = loaded
-        if not results:
+        if best_model is None:
             raise UserError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
         overlap_with = partial(_overlap, dataset, store, environment.cache_dir)
         others = []
@@ -128,7 +127,7 @@ def evaluate(
             verdict=summary,
             notes=data.notes,
             curves={row.name: learning_curves(models[row.name].run_id) for row in own},
-            gallery=_gallery(own, dataset, best_model or load_model(models[best.name].model_uri)),
+            gallery=_gallery(own, dataset, best_model),
             snippet=(
                 "import mlflow  # with its login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n\n"
                 f'mlflow.set_tracking_uri("{runs.ui_url()}")\n'
@@ -202,8 +201,8 @@ def _add_best(gallery: Gallery, best: ModelResult, model: PyFuncModel) -> None:
 
 def _measure(
     model: RegisteredModel, test: Split, classes: tuple[str, ...], kept: KeptPredictions
-) -> tuple[ModelResult, PyFuncModel | None]:
-    """The scores, and the loaded model, unless its predictions were kept.
+) -> tuple[ModelResult, PyFuncModel]:
+    """The scores, and the loaded model.
 
     Raises:
         UserError: the model cannot be loaded, or has other classes.

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import mlflow
 import numpy as np
 import pandas as pd
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.pyfunc import PyFuncModel
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
@@ -40,31 +41,26 @@ class OtherClassesError(UserError):
     """A model does not have the classes of the images."""
 
 
-def load_model(model_uri: str) -> PyFuncModel:
-    """A model by its address, as any user would load it."""
-    return mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)  # does not compare all installed versions
-
-
 def measure(
     model_uri: str,
     test: Split,
     classes: Sequence[str],
     kept: KeptPredictions | None = None,
     model_id: str | None = None,
-) -> tuple[Evaluation, PyFuncModel | None]:
-    """Load a model and score its predictions; the scores, and the model, unless its predictions were kept.
+) -> tuple[Evaluation, PyFuncModel]:
+    """Load a model by its address, as any user would, and score its predictions; the scores, and the model.
 
     Args:
-        kept: predictions on these test images.
+        kept: predictions on these test images; a model that has some is loaded, but not asked again.
         model_id: of the logged model; `None`: its predictions are not kept.
 
     Raises:
         OtherClassesError: the model has other classes than the images; the message ends a sentence about the model.
         UserError: its probabilities are not finite.
     """
+    model = mlflow.pyfunc.load_model(model_uri, suppress_warnings=True)  # does not compare all installed versions
     if kept and model_id and (found := kept.get(model_id, classes, len(test))) is not None:
-        return evaluate_predictions(test.labels, found, classes, seed=BOOTSTRAP_SEED), None
-    model = load_model(model_uri)
+        return evaluate_predictions(test.labels, found, classes, seed=BOOTSTRAP_SEED), model
     parts = test.images_u8.slices(BYTES_PER_CALL)
     frames = [model.predict(test.images_u8[part]) for part in parts]
     frame = pd.concat(frames, ignore_index=True)
@@ -94,6 +90,8 @@ def remeasure(
         return ModelResult(name=label, version=version, evaluation=evaluation)
     except OtherClassesError as error:
         problem = str(error)
+    except (BotoCoreError, ClientError):  # of the store that keeps predictions: the model is not to blame
+        raise
     except Exception as error:
         if is_unreachable(error):
             raise

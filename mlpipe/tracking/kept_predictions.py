@@ -1,4 +1,4 @@
-"""What logged models answered to a data set's test images, in object storage: no model is asked the same twice."""
+"""What logged models answered to a data set's test images, in object storage, so that it is asked only once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_BYTES = 64 << 20
 class KeptPredictions:
     """Probabilities of logged models on one data set's test images.
 
-    Those of other versions of the libraries do not count: with these, a model might answer otherwise, or not load.
+    Those of other versions of the libraries do not count: with these, a model might answer otherwise.
     """
 
     store: ObjectStore
@@ -34,10 +34,12 @@ class KeptPredictions:
     def get(self, model_id: str, classes: Sequence[str], num_images: int) -> NDArray[np.floating] | None:
         """(N, K) probabilities in the order of `classes`, or `None`: they are not kept."""
         try:
-            with np.load(io.BytesIO(self.store.get_bytes(self._key(model_id))), allow_pickle=False) as kept:
-                names, probabilities = kept["classes"].tolist(), kept["probabilities"]
+            content = self.store.get_bytes(self._key(model_id))
         except FileNotFoundError:
             return None
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as kept:
+                names, probabilities = kept["classes"].tolist(), kept["probabilities"]
         except Exception as error:  # noqa: BLE001 - zipfile and numpy raise many kinds for damaged files
             logger.warning("kept predictions of %s cannot be read (%r): it is asked again", model_id, error)
             return None

@@ -145,10 +145,10 @@ def test_a_model_is_measured_on_images_that_what_it_started_from_was_not_trained
     assert "0.5000" in decision.reasons[0]
     nothing = decide(replace(candidate, known=np.ones(100, bool)), None, PromotionConfig())
     assert "trained on all of these test images" in nothing.reasons[-1]
+    assert not nothing.promote
     between = decide(candidate, champion, PromotionConfig(), Overlap(unseen=known))
     assert not between.promote
     assert "No test image is left that neither the champion" in between.reasons[-1]
-    assert not nothing.promote
 
 
 def test_the_best_of_many_models_needs_a_clearer_lead():

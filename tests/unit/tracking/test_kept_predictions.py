@@ -9,10 +9,11 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from botocore.exceptions import ClientError
 
 from mlpipe.data.dataset import Split
 from mlpipe.data.storage.store import ObjectStore
-from mlpipe.tracking.evaluation_run import measure
+from mlpipe.tracking.evaluation_run import measure, remeasure
 from mlpipe.tracking.kept_predictions import KeptPredictions
 
 LABELS = np.arange(6) % 2
@@ -76,3 +77,25 @@ def test_damaged_answers_are_replaced(store: ObjectStore, tmp_path: Path, asked:
     for _ in range(2):
         assert accuracy(tmp_path, kept, "cat", "dog") == 0.5
     assert asked.read_text() == "xx"
+
+
+def test_a_store_that_fails_is_not_the_models_fault(
+    s3_endpoint: str,  # noqa: ARG001 - a server without that bucket
+    tmp_path: Path,
+    asked: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_registry_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    try:
+        logged = mlflow.pyfunc.log_model(name="model", python_model=Answers(asked), pip_requirements=[])
+        client = mlflow.MlflowClient()
+        client.create_registered_model("pets-classifier")
+        client.create_model_version("pets-classifier", source=logged.model_uri, model_id=logged.model_id)
+        with pytest.raises(ClientError):
+            remeasure("pets-classifier", "1", TEST, ("cat", "dog"), KeptPredictions(ObjectStore("gone"), "digest"))
+    finally:
+        mlflow.end_run()
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri("")
