@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+SOAK_RUNS ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install up demo down test coverage test-faults test-compose test-next-airflow images lint lock audit bench bench-accuracy
@@ -64,7 +65,7 @@ bench: install ## Measure speed into benchmarks/RESULTS.md, hours: make bench DA
 	echo '# Measurements of speed' > benchmarks/RESULTS.md.partial
 	set -e; for each in 'training.py "$(DATA)"' convolutions.py 'time_to_accuracy.py "$(DATA)"' 'logistic.py "$(DATA)"' \
 		'preprocess.py "$(DATA)"' 'zip_reader.py "$(DATA)"' 'predict.py "$(DATA)"' larger_than_memory.py \
-		'first_minute.py HEAD --warm' dag.py growth.py soak.py; do \
+		'frontier.py "$(DATA)"' 'first_minute.py $(BEFORE) HEAD --warm' dag.py 'soak.py --runs $(SOAK_RUNS)'; do \
 		eval "$(BIN)/python benchmarks/$$each" > benchmarks/section.partial; \
 		{ echo; sed 's/^#/##/' benchmarks/section.partial; } >> benchmarks/RESULTS.md.partial; \
 	done

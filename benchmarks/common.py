@@ -53,6 +53,11 @@ class Logged:
         return 0
 
 
+def restrict_to_avx2() -> None:
+    """Let PyTorch compute as on a processor without AVX-512 and bfloat16; to be called before its first operation."""
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Median and range."""
     low, middle, high = min(values), statistics.median(values), max(values)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import conditions, paired, spread, table
+from common import conditions, paired, restrict_to_avx2, spread, table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,13 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    restrict_to_avx2()
     keep_freed_memory()
     rows = [measure(*layer, arguments.rounds) for layer in LAYERS]
     print("# Convolutions in float32\n")
     print(f"3×3, batch {BATCH_SIZE}, forward and both gradients: this project's, with Winograd's F(4×4, 3×3), against")
     print("PyTorch's. Training uses it from 128 channels up, on processors without bfloat16. Error: the largest")
     print("difference of an output, in standard deviations of the outputs.\n")
-    print(conditions("torch"), f"{torch.get_num_threads()} threads, {arguments.rounds} rounds.\n")
+    print(conditions("torch"))
+    print(f"{torch.get_num_threads()} threads, {arguments.rounds} rounds; PyTorch is restricted to AVX2.\n")
     head = ["layer", "PyTorch, ms, median (range)", "Winograd, ms", "PyTorch / Winograd", "error"]
     print(table(head, rows))
 

@@ -19,12 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from common import conditions, paired, read_images, spread, table
+from common import conditions, paired, read_images, restrict_to_avx2, spread, table
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -53,9 +53,21 @@ class Setting(NamedTuple):
     architecture: str
     batch_size: int
     num_images: int
+    avx2_only: bool = False
+    """PyTorch is restricted to AVX2, and to float32."""
+
+    @property
+    def precision(self) -> Literal["32-true", "bf16-mixed"]:
+        return "32-true" if self.avx2_only else choose_precision("auto")
 
 
-SETTINGS = (Setting("custom_cnn", 64, 12_800), Setting("resnet18", 64, 3_200), Setting("resnet18", 256, 3_072))
+SETTINGS = (
+    Setting("custom_cnn", 64, 12_800),
+    Setting("resnet18", 64, 3_200),
+    Setting("resnet18", 256, 3_072),
+    Setting("custom_cnn", 64, 12_800, avx2_only=True),
+    Setting("resnet18", 256, 3_072, avx2_only=True),
+)
 
 images = lru_cache(maxsize=1)(read_images)
 
@@ -147,9 +159,8 @@ def ours(setting: Setting, path: Path) -> float:
         total_steps=2 * len(loader),
     )
     timer = EpochTimer()
-    precision = choose_precision("auto")
-    with winograd_convolutions(network) if precision == "32-true" else nullcontext():
-        trainer(timer, precision=precision).fit(module, loader)
+    with winograd_convolutions(network) if setting.precision == "32-true" else nullcontext():
+        trainer(timer, precision=setting.precision).fit(module, loader)
     return len(labels) / timer.seconds[-1]
 
 
@@ -163,7 +174,7 @@ def bare(setting: Setting, path: Path) -> float:
     all_images, all_labels = torch.from_numpy(images_u8), torch.from_numpy(labels)
     scale = (1 / (255 * torch.tensor(STD))).view(3, 1, 1)
     shift = (255 * torch.tensor(MEAN)).view(3, 1, 1)
-    half = choose_precision("auto") == "bf16-mixed"
+    half = setting.precision == "bf16-mixed"
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -181,9 +192,11 @@ def bare(setting: Setting, path: Path) -> float:
 class Contestant:
     """A loop in a process of its own, which waits while others run."""
 
-    def __init__(self, loop: Callable[..., float], *arguments: Any) -> None:
+    def __init__(self, loop: Callable[..., float], *arguments: Any, avx2_only: bool = False) -> None:
         self._loop, self._arguments = loop, arguments
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=hush)
+        self._pool = ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), initializer=prepare, initargs=(avx2_only,)
+        )
 
     def run(self) -> float:
         """Images per second."""
@@ -193,8 +206,10 @@ class Contestant:
         self._pool.shutdown()
 
 
-def hush() -> None:
+def prepare(avx2_only: bool) -> None:
     """Keep Lightning's remarks out of the report."""
+    if avx2_only:
+        restrict_to_avx2()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
@@ -203,7 +218,7 @@ def best_workers(setting: Setting, path: Path) -> int:
     """The number of loader processes with which the reference is fastest here."""
     rates = {}
     for num_workers in (0, 1, 2):
-        contestant = Contestant(reference, setting, path, num_workers)
+        contestant = Contestant(reference, setting, path, num_workers, avx2_only=setting.avx2_only)
         rates[num_workers] = contestant.run()
         contestant.close()
     return max(rates, key=lambda num_workers: rates[num_workers])
@@ -214,9 +229,10 @@ def report(setting: Setting, rates: Mapping[str, list[float]], num_workers: int)
     return "\n".join(
         [
             "",
-            f"## {setting.architecture}, batch {setting.batch_size}",
+            f"## {setting.architecture}, batch {setting.batch_size}" + ", only AVX2" * setting.avx2_only,
             "",
-            f"{setting.num_images:,} images, {len(rates['ours'])} rounds; reference with {num_workers} workers.",
+            f"{setting.num_images:,} images, {len(rates['ours'])} rounds, {setting.precision}; "
+            f"reference with {num_workers} workers.",
             "",
             table(["loop", "images/s, median (range)"], [[name, spread(each, 0)] for name, each in rates.items()]),
             "",
@@ -228,9 +244,9 @@ def report(setting: Setting, rates: Mapping[str, list[float]], num_workers: int)
 def measure(setting: Setting, path: Path, rounds: int) -> str:
     num_workers = best_workers(setting, path)
     contestants = {
-        "reference": Contestant(reference, setting, path, num_workers),
-        "bare": Contestant(bare, setting, path),
-        "ours": Contestant(ours, setting, path),
+        "reference": Contestant(reference, setting, path, num_workers, avx2_only=setting.avx2_only),
+        "bare": Contestant(bare, setting, path, avx2_only=setting.avx2_only),
+        "ours": Contestant(ours, setting, path, avx2_only=setting.avx2_only),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -251,7 +267,7 @@ def main() -> None:
     print("persistent workers, Adam. *bare*: our network, precision and allocator, tensors in memory, fused Adam, and")
     print("no framework. Each loop runs a warm-up epoch, then a measured one; the loops take turns in each round.\n")
     print(conditions("torch", "torchvision", "lightning"))
-    print(f"{torch.get_num_threads()} threads, {choose_precision('auto')}.")
+    print(f"{torch.get_num_threads()} threads. *Only AVX2*: PyTorch is restricted to it, and to float32.")
     for setting in SETTINGS:
         print(measure(setting, arguments.data, arguments.rounds), flush=True)
 
