@@ -39,6 +39,7 @@ test-next-airflow: install ## Run the executor's tests on Airflow's newest relea
 	$(PYTHON) docker/generate_env.py $@
 
 images: .env ## Build the images of docker-compose.yml, marked with the commit that they are made of; needs Docker
+	chmod -R a+rX docker/postgres  # which PostgreSQL's own user reads
 	compose='docker compose'; $$compose version >/dev/null 2>&1 || compose=docker-compose; \
 		GIT_SHA=$$(git describe --always --abbrev=40 --dirty --exclude='*') $$compose build
 
@@ -80,7 +81,7 @@ bench-accuracy: install ## Print tables like those of benchmarks/ACCURACY.md, ho
 $(VENV)/.demo-installed: requirements.lock pyproject.toml scripts/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 		echo 'Python 3.11 was not found as "$(PYTHON)"; install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python scripts/install.py $(VENV) training airflow local-stack
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-compile --editable .
 	@touch $@

@@ -110,7 +110,8 @@ def run_demo(api: AirflowApi) -> Demo:
 
 
 _PARSE = f"""
-import json, time
+import json, sys, time
+sys.path.append({str(DAG_FILE.parent)!r})  # as Airflow does
 began = time.perf_counter()
 import airflow, airflow.sdk
 from airflow.sdk import Asset, AssetAlias, ExceptionRetryPolicy, Param, dag, get_current_context, task

@@ -136,8 +136,9 @@ def announce(result: ComparedModels) -> None:
         ti.xcom_push(key="mlflow_champion_url", value=result.champion.url)
     if champion := result.promoted:
         asset = Asset(name=champion.name, uri=f"mlflow://registered-models/{champion.name}/champion")
+        model = next(each for each in result.models if each.version == champion.version)
         extra: dict[str, Any] = {
-            "accuracy": round(result.models[0].metrics["test/accuracy"], 4),
+            "accuracy": round(model.metrics["test/accuracy"], 4),
             "version": champion.version,
             "url": champion.url,
             "comparison": result.compare_url,

@@ -55,6 +55,12 @@ def search_config() -> Search:
     tags=["image-classification", "mlflow"],
 )
 def tune() -> None:
+    @task(task_id="download", doc_md=download.__doc__, multiple_outputs=False)
+    def check_and_download() -> dict[str, Any]:
+        with stage_code():
+            search_config()
+        return download()
+
     @task(doc_md=publish.__doc__, max_active_tis_per_dag=1)
     def preprocess(source: dict[str, Any]) -> list[dict[str, Any]]:
         dataset = publish(source)
@@ -63,6 +69,7 @@ def tune() -> None:
 
     @task(
         doc_md="Try settings until all trials are taken.",
+        multiple_outputs=False,
         map_index_template="worker {{ task.op_kwargs['worker'] }}",
         **training_task(EXECUTORS, training_pod),
     )
@@ -127,8 +134,7 @@ def tune() -> None:
         announce(result)
         return to_json(result)
 
-    source = task(doc_md=download.__doc__, multiple_outputs=False)(download)()
-    final = conclude(search.expand_kwargs(preprocess(source)))  # type: ignore[arg-type]  # an XComArg each
+    final = conclude(search.expand_kwargs(preprocess(check_and_download())))  # type: ignore[arg-type]  # an XComArg each
     evaluate(train.expand_kwargs(final))  # type: ignore[arg-type]
 
 

@@ -56,12 +56,12 @@ def redact_models(text: str) -> str:
     return ",".join(map(_redact_entry, entries))
 
 
-def redact_weights(uri: str) -> str:
-    """The address of initial weights, redacted but for its checksum."""
-    checksum = _CHECKSUM.search(uri)
-    return redact_uri(uri) + (checksum[0] if checksum else "")
+def redact_address(text: str) -> str:
+    """An address, redacted but for its checksum."""
+    shown, checksum = redact_text(text), _CHECKSUM.search(text)
+    return shown if checksum is None or shown.endswith(checksum[0]) else shown + checksum[0]
 
 
 def _redact_entry(entry: str) -> str:
     name, equals, weights = entry.partition("=")
-    return name + equals + redact_weights(weights)
+    return name + equals + redact_address(weights)

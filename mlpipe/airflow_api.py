@@ -75,7 +75,13 @@ class AirflowApi:
         self._session = requests.Session()
         # The proxy that the environment may name does not reach this machine, and must not be told the password.
         self._session.trust_env = THIS_MACHINE.match(self.url) is None
-        retry = Retry(total=retries, backoff_factor=0.5, status_forcelist=(502, 503, 504), allowed_methods=("GET",))
+        retry = Retry(
+            total=retries,
+            backoff_factor=0.5,
+            status_forcelist=(500, 502, 503, 504),
+            allowed_methods=("GET",),
+            raise_on_status=False,
+        )
         self._session.mount(self.url, HTTPAdapter(max_retries=retry))
 
     @classmethod
@@ -158,7 +164,7 @@ class AirflowApi:
 
     def task_instances(self, dag_id: str, run_id: str) -> list[TaskInstance]:
         """All tasks of the DAG run, in the order of their starts."""
-        rows = self._call("GET", f"{_run_path(dag_id, run_id)}/taskInstances?limit=200")["task_instances"]
+        rows = self._call("GET", f"{_run_path(dag_id, run_id)}/taskInstances?limit=100")["task_instances"]
         rows.sort(key=lambda row: (row["start_date"] or "9", row["task_id"], row["map_index"]))
         return [
             TaskInstance(
@@ -239,6 +245,8 @@ class AirflowApi:
             ) from error
         if answer.status_code == requests.codes.unauthorized and not fresh:
             return self._request(method, path, body, fresh=True)
+        if answer.status_code >= requests.codes.server_error:
+            raise NoAnswerError(f"Airflow at {self.url} fails: {answer.status_code} {_detail(answer)}")
         if not answer.ok:
             raise RefusedError(
                 f"Airflow refused {method} {path.partition('?')[0]}: {answer.status_code} {_detail(answer)}"

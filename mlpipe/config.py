@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from mlpipe.addresses import redact_models, redact_text
+from mlpipe.addresses import redact_address, redact_models, redact_text
 from mlpipe.data.sources import catalog
 from mlpipe.errors import UserError
 
@@ -82,7 +82,7 @@ class Form:
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a form's values those that are not empty, to be shown: addresses are without login and query."""
-    redacted = {"models": redact_models, "model": redact_models}
+    redacted = {"models": redact_models, "model": redact_models, "data_uri": redact_address}
     return {
         name: redacted.get(name, redact_text)(value) if isinstance(value, str) else value
         for name, value in values.items()

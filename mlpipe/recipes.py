@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from mlpipe.addresses import redact_text, redact_uri, redact_weights
+from mlpipe.addresses import redact_address, redact_text, redact_uri
 from mlpipe.config import (
     MAX_MODELS,
     MODEL_NAME,
@@ -427,7 +427,7 @@ def parse_models(text: str, default_weights: str) -> list[tuple[str, Architectur
 
 def write_model(architecture: str, weights: str) -> str:
     """An entry of `models`, with its weights whatever the recipe, and without secrets of an address."""
-    return architecture if weights == "none" else f"{architecture}={redact_weights(weights)}"
+    return architecture if weights == "none" else f"{architecture}={redact_address(weights)}"
 
 
 def weights_slug(weights: str) -> str:

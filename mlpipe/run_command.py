@@ -25,10 +25,11 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Column, Table
 
-from mlpipe.addresses import redact_text, redact_weights, without_login
+from mlpipe.addresses import redact_address, redact_text, without_login
 from mlpipe.airflow_api import AirflowApi, NoAnswerError, PausedError, TaskInstance
 from mlpipe.config import Form, RunParams, given
 from mlpipe.errors import UserError
+from mlpipe.forms import FORMS
 from mlpipe.models.architectures import OWN_FILE
 from mlpipe.recipes import RECIPES, parse_models, parse_settings, resolve, write_model
 from mlpipe.stack.local import StackSettings
@@ -107,9 +108,9 @@ def run(json_path: Path | None, unpause: bool, tuned: str | None, **values: Any)
     follow(api, run_id, console, json_path)
 
 
-def report_url(api: AirflowApi, run_id: str) -> str:
+def report_url(api: AirflowApi, run_id: str, dag_id: str = DAG_ID) -> str:
     """Address of a DAG run's page Report in Airflow."""
-    return f"{api.url}/dags/{DAG_ID}/runs/{quote(run_id)}/plugin/report"
+    return f"{api.url}/dags/{dag_id}/runs/{quote(run_id)}/plugin/report"
 
 
 def ready_api(dag_id: str, unpause: bool) -> AirflowApi:
@@ -143,7 +144,7 @@ def settings_found_by(study: str, values: dict[str, Any]) -> dict[str, str]:
     default = RECIPES[values["recipe"]].default_weights
     ((_, searched, weights),) = parse_models(model, default)
     for written, architecture, start in parse_models(models, default):
-        if (architecture, redact_weights(start)) != (searched, weights):
+        if (architecture, redact_address(start)) != (searched, weights):
             raise UserError(
                 f"models: {write_model(written, start)} is not the model of the search {study}, whose settings are for "
                 f"{model}; leave models out, or give that one alone"
@@ -349,9 +350,10 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
     return {
         "dag_run_id": run_id,
         "state": state,
-        "form": given(api.dag_run(DAG_ID, run_id)["conf"]),
+        "form": form_of(api, DAG_ID, run_id),
         "parent_run_id": compared.get("parent_run_id"),
-        "tracking_uri": without_login(os.environ.get("MLFLOW_TRACKING_URI", "")),
+        "tracking_uri": without_login(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        or (compared.get("parent_url") or "").partition("/#/")[0],
         "wall_seconds": round(seconds, 3),
         "task_seconds": {item.label: item.seconds for item in tasks},
         "dataset": compared.get("dataset")
@@ -365,6 +367,11 @@ def _result(api: AirflowApi, run_id: str, state: str, tasks: list[TaskInstance],
         "mlflow_url": compared.get("parent_url"),
         "compare_url": compared.get("compare_url"),
     }
+
+
+def form_of(api: AirflowApi, dag_id: str, run_id: str) -> dict[str, Any]:
+    """What a DAG run was started with, to be shown; who calls Airflow's API may leave out what has a default."""
+    return given(FORMS[dag_id]().to_mapping() | (api.dag_run(dag_id, run_id)["conf"] or {}))
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

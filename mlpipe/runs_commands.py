@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.markup import escape
@@ -19,7 +20,7 @@ from mlpipe.airflow_api import AirflowApi, RefusedError
 from mlpipe.config import NetworkSettings, RunParams, given
 from mlpipe.errors import UserError
 from mlpipe.models.architectures import KNOWN, TORCHVISION
-from mlpipe.recipes import RECIPES, resolve
+from mlpipe.recipes import RECIPES, dataset_name, resolve
 from mlpipe.stack.local import StackSettings
 
 DAG_ID = run_command.DAG_ID
@@ -80,16 +81,22 @@ def _dag_of(api: AirflowApi, run_id: str) -> str:
     return DAG_ID
 
 
+def _newest(api: AirflowApi, number: int) -> list[dict[str, Any]]:
+    """DAG runs of both DAGs, the newest first."""
+    found = [run for dag_id in (DAG_ID, tune_command.DAG_ID) for run in api.dag_runs(dag_id, number)]
+    return sorted(found, key=lambda run: str(run["run_after"]), reverse=True)[:number]
+
+
 @click.command()
 @click.option("-n", "--number", default=10, show_default=True, help="How many, the newest first.")
 def runs(number: int) -> None:
     """List DAG runs."""
     table = Table(Column("run", overflow="fold"), "state", "data set", Column("models", overflow="fold"))
-    api = _api()
-    found_runs = [found for dag_id in (DAG_ID, tune_command.DAG_ID) for found in api.dag_runs(dag_id, number)]
-    for found in sorted(found_runs, key=lambda found: str(found["run_after"]), reverse=True)[:number]:
+    for found in _newest(_api(), number):
         form = given(found["conf"] or {})
         data = form.get("name") or form.get("dataset")
+        with contextlib.suppress(UserError):
+            data = form.get("name") or dataset_name(form.get("dataset", "digits"), form.get("data_uri"))
         chosen = form.get("model") or form.get("models") or form.get("recipe")
         table.add_row(escape(found["dag_run_id"]), found["state"], escape(data or ""), escape(chosen or ""))
     run_command.new_console().print(table)
@@ -136,10 +143,10 @@ def open_page(page: str) -> None:
         url = f"{address.rstrip('/')}/#/experiments?workflowType=machine_learning"
     elif page == "report":
         api = _api()
-        newest = api.dag_runs(DAG_ID, 1)
+        newest = _newest(api, 1)
         if not newest:
             raise UserError("there is no DAG run yet; start one by `mlpipe run`")
-        url = run_command.report_url(api, newest[0]["dag_run_id"])
+        url = run_command.report_url(api, newest[0]["dag_run_id"], newest[0]["dag_id"])
     else:
         url = _api().url
     run_command.new_console().print(url, soft_wrap=True, highlight=False)
@@ -155,6 +162,8 @@ def gc() -> None:
     """
     settings = StackSettings.load()
     run_command.use_local_stack("MLFLOW_TRACKING_URI")
+    if os.environ["MLFLOW_TRACKING_URI"] == settings.mlflow_url:  # whoever set it, as `mlpipe env` does
+        run_command.use_local_stack("MLPIPE_S3_BUCKET")
     from mlpipe.data.storage.store import ObjectStore
     from mlpipe.tracking.deleted import delete_checkpoints_of_deleted_runs, delete_models_of_deleted_runs
 

@@ -16,7 +16,6 @@ from rich.table import Column, Table
 
 from mlpipe import run_command
 from mlpipe.airflow_api import AirflowApi
-from mlpipe.config import given
 from mlpipe.search.form import TuneParams, resolve_search
 
 DAG_ID = "tune"
@@ -48,7 +47,7 @@ def follow(api: AirflowApi, run_id: str, console: Console, json_path: Path | Non
     compared = api.xcom(DAG_ID, run_id, "evaluate") or {"dataset": None, "models": [], "summary": None}
     result = {
         "dag_run_id": run_id,
-        "form": given(api.dag_run(DAG_ID, run_id)["conf"]),
+        "form": run_command.form_of(api, DAG_ID, run_id),
         **_result(found, compared, state, time.monotonic() - began),
     }
     if found:

@@ -40,7 +40,7 @@ class StoppedDagRuns:
     @hookimpl
     def on_dag_run_success(self, dag_run: DagRun, msg: str) -> None:
         """Close the MLflow runs of a DAG run that was set to success by hand; note the verdict of another."""
-        _close_runs(dag_run, msg, "FINISHED", "")
+        _close_runs(dag_run, msg, "FINISHED", "the DAG run was marked as a success in Airflow")
         if dag_run.dag_id in DAG_IDS and BY_HAND not in msg:
             _note_verdict(dag_run)
 

@@ -15,7 +15,6 @@ from functools import wraps
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import jinja2
 import requests
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.core_api.security import GetUserDep, get_user, requires_access_dag
@@ -45,16 +44,6 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
-TO_MLFLOW = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>MLflow</title>
-<style>:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; padding: 16px; }</style>
-{% if url %}<p><a id="mlflow" href="{{ url }}">Open MLflow</a> in a tab of its own.</p>
-<script>
-  const link = document.getElementById("mlflow"), open = () => window.parent.open(link.href);
-  link.addEventListener("click", (event) => { event.preventDefault(); open(); });
-  open();
-</script>{% else %}<p>No address of MLflow is set (MLPIPE_MLFLOW_UI_URL).</p>{% endif %}</html>""")
-
 MODEL_STAGES = ("train", "reused")
 CURVES = tuple(f"{part}/{metric}" for metric in ("loss", "accuracy") for part in ("train", "val"))
 STATES = {"RUNNING": "training", "FINISHED": "trained", "FAILED": "failed", "KILLED": "killed"}
@@ -73,8 +62,8 @@ def mlflow(user: GetUserDep) -> HTMLResponse:  # noqa: ARG001 - a login is neede
     Airflow 3.3 frames what its navigation leads to, and MLflow refuses that; an entry without a frame does nothing.
     """
     address = mlflow_ui_url()
-    page = TO_MLFLOW.render(url=f"{address}/#/experiments?workflowType=machine_learning" if address else "")
-    return HTMLResponse(page, headers=HEADERS)
+    url = f"{address}/#/experiments?workflowType=machine_learning" if address else ""
+    return HTMLResponse(pages.render("mlflow.html.jinja", url=url), headers=HEADERS)
 
 
 @app.get("/mlflow-login")
@@ -388,8 +377,14 @@ def _api(method: str, what: str, **body: Any) -> dict[str, Any]:
 
 
 def _artifact(run_id: str, path: str) -> str | None:
+    """The text of a file at the top of a run's artifacts; `None`: the run has no such file."""
     answer = _mlflow("GET", "/get-artifact", params={"run_uuid": run_id, "path": path})
-    return answer.content.decode() if answer.ok else None
+    if answer.ok:
+        return answer.content.decode()
+    files = _api("GET", "artifacts/list", params={"run_id": run_id}).get("files", [])
+    if any(file["path"] == path for file in files):  # the object store is away
+        answer.raise_for_status()
+    return None
 
 
 def _mlflow(method: str, path: str, **body: Any) -> requests.Response:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from mlpipe.data.near_duplicates import SIDE, cell_sums, group_numbers, near_dup
 from mlpipe.data.sources.fetch import SourceRef, open_source
 from mlpipe.data.splits import DecodedImages, Labelled, Splits, listed, plan_splits, without_small_classes
 from mlpipe.data.storage.npy import StoredFile, upload_array
+from mlpipe.data.storage.scratch import scratch_folder
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 
@@ -82,8 +82,7 @@ def prepare_dataset(data: DataConfig, source: SourceRef, store: ObjectStore) -> 
         logger.info("data set %s is published already", digest)
         return known
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mlpipe-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         store.get_file(source.key, folder / "source", source.sha256)
         with open_source(folder / "source", data, source.kind) as images:
             manifest = _publish(_write(images, data, digest, source, store, folder), store)
@@ -145,7 +144,9 @@ def _write(
             files[name] = array.close()
     counts = {name: np.bincount(splits.labels[is_chosen]) for name, is_chosen in chosen.items()}
     mean, std = findings.statistics(splits.is_train, size**2)
-    across = _across_given_splits(groups, splits, images) if images.is_test is not None else ()
+    seen = splits.is_train | splits.is_val
+    known_test = _across(groups, splits.is_test, seen, images) if images.is_test is not None else ()
+    known_val = _across(groups, splits.is_val, splits.is_train, images) if images.is_val is not None else ()
     return Manifest(
         dataset=data.name,
         digest=digest,
@@ -163,11 +164,11 @@ def _write(
             *images.notes,
             *scan.notes(),
             *splits.notes,
-            *_notes_of_duplicates(findings.hashes, pairs, across, splits),
+            *_notes_of_duplicates(findings.hashes, pairs, known_test, known_val, splits),
         ),
         left_out=scan.left_out(),
-        near_duplicates=across[:MAX_LISTED],
-        num_known_test=len(across),
+        near_duplicates=(*known_test, *known_val)[:MAX_LISTED],
+        num_known_test=len(known_test),
     )
 
 
@@ -374,31 +375,40 @@ def _num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _across_given_splits(groups: NDArray[np.int64], splits: Splits, images: ImageSet) -> tuple[tuple[str, str], ...]:
-    """Names of each test image that a training or validation image shows, too, and of the first such image."""
-    seen, test = np.flatnonzero(splits.is_train | splits.is_val), np.flatnonzero(splits.is_test)
+def _across(
+    groups: NDArray[np.int64], is_held_out: NDArray[np.bool_], is_seen: NDArray[np.bool_], images: ImageSet
+) -> tuple[tuple[str, str], ...]:
+    """Names of each held-out image that one of the others shows, too, and of the first such image."""
+    seen, held_out = np.flatnonzero(is_seen), np.flatnonzero(is_held_out)
     known, first = np.unique(groups[seen], return_index=True)
-    test = test[np.isin(groups[test], known)]
-    partners = seen[first[np.searchsorted(known, groups[test])]]
-    return tuple((images.name(int(one)), images.name(int(other))) for one, other in zip(test, partners, strict=True))
+    held_out = held_out[np.isin(groups[held_out], known)]
+    partners = seen[first[np.searchsorted(known, groups[held_out])]]
+    return tuple((images.name(int(one)), images.name(int(two))) for one, two in zip(held_out, partners, strict=True))
 
 
 def _notes_of_duplicates(
-    hashes: NDArray[np.uint64], pairs: NDArray[np.int64], across: Sequence[tuple[str, str]], splits: Splits
+    hashes: NDArray[np.uint64],
+    pairs: NDArray[np.int64],
+    known_test: Sequence[tuple[str, str]],
+    known_val: Sequence[tuple[str, str]],
+    splits: Splits,
 ) -> list[str]:
     """Sentences about images that show the same as others."""
     notes = []
-    if across:
-        some = listed([f"{test} = {seen}" for test, seen in across])
-        number = len({test for test, _ in across})
-        notes.append(f"{_images(number, 'test ')} also among the training or validation images: {some}")
+    for known, kind, others in (
+        (known_test, "test ", "training or validation images"),
+        (known_val, "validation ", "training images"),
+    ):
+        if known:
+            some = listed([f"{one} = {other}" for one, other in known])
+            notes.append(f"{_images(len({one for one, _ in known}), kind)} also among the {others}: {some}")
     seen = splits.is_train | splits.is_val
     if repeated := int(seen.sum()) - len(np.unique(hashes[seen])):
         notes.append(f"{_images(repeated, 'training ')} copies of others")
     used = pairs[(splits.labels[pairs] >= 0).all(axis=1)]
     if contradictory := len(np.unique(used[splits.labels[used[:, 0]] != splits.labels[used[:, 1]], 1])):
         notes.append(f"{_images(contradictory)} also in another class")
-    if not across and len(used):
+    if not known_test and not known_val and len(used):
         notes.append(f"{len(np.unique(used)):,} images are near-duplicates of each other; each such group has one side")
     return notes
 

@@ -314,11 +314,13 @@ def _apply(network: nn.Module, found: _Found, architecture: str) -> list[str]:
         fit = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         if fit is not None and TIMM.fullmatch(found.description.architecture):
             state = dict(fit(state, network))
-    replaced = found.other_classes or any(key in state and state[key].shape != own[key].shape for key in head)
-    if replaced:
-        state |= {key: own[key] for key in head}
     # Files from before PyTorch 0.4.1 do not count batches; nothing depends on the count.
     state = {key: own[key] for key in own if key.endswith("num_batches_tracked")} | state
+    is_without_head = own.keys() - state.keys() == set(head)  # as some networks are published
+    is_of_other_size = any(key in state and state[key].shape != own[key].shape for key in head)
+    replaced = found.other_classes or is_without_head or is_of_other_size
+    if replaced:
+        state |= {key: own[key] for key in head}
     _check_names(own, state, found.source, architecture, _native_size(found.description))
     loadable = OrderedDict(state)
     loadable._metadata = getattr(found.state, "_metadata", own._metadata)  # type: ignore[attr-defined] # layers' versions

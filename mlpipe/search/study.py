@@ -21,6 +21,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalRedisBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from mlpipe.addresses import redact_address
 from mlpipe.config import NetworkSettings
 from mlpipe.errors import UserError
 from mlpipe.models.own_files import code_of
@@ -103,7 +104,7 @@ def check_same_search(study: optuna.Study, search: Search, digest: str) -> None:
         UserError: they are of other data, another model, or other settings.
     """
     settings = {name: value for name, value in asdict(search.model.train).items() if name != "seed"}
-    model = [code_of(search.model.architecture), search.model.weights]
+    model = [code_of(search.model.architecture), redact_address(search.model.weights)]
     facts = {"data": digest, "model": model, "varied settings": sorted(search.vary), "recipe and settings": settings}
     known = study.user_attrs.get(SUBJECT)
     if known is None:

@@ -24,7 +24,11 @@ def service_environment(settings: StackSettings, credentials: Credentials) -> di
     """What every component, and every task that Airflow starts, is given. Writes Airflow's password file."""
     passwords = settings.airflow_home / "passwords.json"
     write_private(passwords, json.dumps({credentials.airflow_user: credentials.airflow_password}) + "\n")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(FOREIGN) and not _is_socks_proxy(name, value)
+    }
     return {
         **inherited,
         **settings.service_addresses(credentials),
@@ -35,6 +39,11 @@ def service_environment(settings: StackSettings, credentials: Credentials) -> di
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",
     }
+
+
+def _is_socks_proxy(name: str, value: str) -> bool:
+    """Whether a variable names a proxy at whose sight Airflow's HTTP client fails, whatever it is asked for."""
+    return name.lower().endswith("_proxy") and value.lower().startswith("socks")
 
 
 def _storage(credentials: Credentials) -> dict[str, str]:

@@ -31,6 +31,7 @@ from mlpipe.tracking.dag_runs import OnRun, parent_run
 from mlpipe.tracking.data_input import ImageDataset, log_input
 from mlpipe.tracking.evaluation_run import (
     OtherClassesError,
+    is_outage,
     learning_curves,
     log_comparison,
     log_evaluation,
@@ -94,7 +95,7 @@ def evaluate(
         others = []
         for uri in config.compare_with:
             try:
-                others.append(_measure_other(uri, test, classes, overlap_with(uri)))
+                others.append(_measure_other(uri, test, classes, kept, overlap_with(uri)))
             except UserError as error:
                 failed[uri.removeprefix("models:/")] = str(error)
         comparison = compare([*results, *others], failed)
@@ -248,7 +249,9 @@ def _noted(evaluation: Evaluation, note: str) -> Evaluation:
     return replace(evaluation, notes=(*evaluation.notes, note))
 
 
-def _measure_other(uri: str, test: Split, classes: tuple[str, ...], overlap: Overlap | None) -> ModelResult:
+def _measure_other(
+    uri: str, test: Split, classes: tuple[str, ...], kept: KeptPredictions, overlap: Overlap | None
+) -> ModelResult:
     """A registered model that this run did not train.
 
     Args:
@@ -259,11 +262,12 @@ def _measure_other(uri: str, test: Split, classes: tuple[str, ...], overlap: Ove
     """
     try:
         with _told(f"compare_with: {uri}"):
-            evaluation, _ = measure(uri, test, classes)
+            model_id, _ = registry.model_at(uri)
+            evaluation, _ = measure(uri, test, classes, kept, model_id)
     except UserError:
         raise
     except Exception as error:  # anybody may have written it
-        if runs.is_unreachable(error):
+        if is_outage(error):
             raise
         raise UserError(f"compare_with: {uri} cannot be measured ({str(error) or repr(error)})") from error
     if overlap and (known := int((~overlap.unseen).sum())):

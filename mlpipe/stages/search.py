@@ -49,19 +49,28 @@ from mlpipe.training.protocol import TrainedModel, TrainingLogger
 
 logger = logging.getLogger(__name__)
 
+OF_THE_SETTINGS = (
+    RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError,
+)  # fmt: skip
+"""What a network, its builder or its training raises with settings that it cannot take; services raise others."""
+
 
 class _TrialLogger:
     """Logs a trial's training to MLflow and reports it to the study; satisfies `TrainingLogger`."""
 
-    def __init__(self, run: TrackedRun, trial: optuna.Trial, *, may_prune: bool) -> None:
+    def __init__(self, run: TrackedRun, trial: optuna.Trial, *, prune_before: int) -> None:
+        """
+        Args:
+            prune_before: epoch from which on the trial is not pruned; at its last one, nothing would be saved.
+        """
         self._run = run
         self._trial = trial
-        self._may_prune = may_prune
+        self._prune_before = prune_before
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log_metrics(metrics, step)
         self._trial.report(metrics["val/accuracy"], step)
-        if self._may_prune and self._trial.should_prune():
+        if step < self._prune_before and self._trial.should_prune():
             raise optuna.TrialPruned(f"after epoch {step}: others had a better val/accuracy by then")
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -161,7 +170,8 @@ def _run_trial(
     logger.info("trial %d: %s", trial.number, values)
     with runs.active(run) as tracked:
         tracked.log_params({**values, "num_epochs": getattr(model.train, "num_epochs", "n/a"), "seed": config.seed})
-        told = _TrialLogger(tracked, trial, may_prune=config.pruning and not is_default)
+        may_prune = config.pruning and not is_default
+        told = _TrialLogger(tracked, trial, prune_before=getattr(model.train, "num_epochs", 1) if may_prune else 0)
         checkpoints = CheckpointStore(store, tracked.run_id)
         try:
             count_start(trial)
@@ -170,10 +180,10 @@ def _run_trial(
             study.tell(trial, state=TrialState.PRUNED)
             tracked.set_tags({"state": "pruned", "why": str(pruned)})
             logger.info("trial %d was pruned %s", trial.number, pruned)
-        except (UserError, torch.OutOfMemoryError) as error:  # with these settings nothing is learned
+        except OF_THE_SETTINGS as error:
             study.tell(trial, state=TrialState.FAIL)
-            tracked.set_tags({"state": "failed", "why": str(error)})
-            logger.warning("trial %d failed: %s", trial.number, error)
+            tracked.set_tags({"state": "failed", "why": (str(error) or repr(error))[:5000]})
+            logger.warning("trial %d failed: %s", trial.number, error, exc_info=not isinstance(error, UserError))
         else:
             value = trained.metrics["val/accuracy"]
             study.tell(trial, value)
@@ -226,22 +236,22 @@ def conclude(config: Search, origin: TaskContext, *, on_run: OnRun) -> FoundSett
         default=_result(default) if default else None,
         best=_result(best),
     )
-    with runs.active(parent_run(config.run, origin)) as parent:
-        on_run(parent.url)
-        for name, figure in figures.of_study(study).items():
-            parent.log_figure(figure, name)
-        parent.log_dict(dict(best.params), "best_settings.json")
-        parent.log_table(
-            {
-                "trial": [trial.number for trial in trials],
-                "state": [trial.state.name.lower() for trial in trials],
-                "val_accuracy": [trial.value for trial in trials],
-                "settings": [json.dumps(trial.params) for trial in trials],
-            },
-            "trials.json",
-        )
-        model = write_model(config.model.architecture, config.model.weights)
-        parent.set_tags({"study": config.study, studies.MODEL: model, studies.SETTINGS: json.dumps(best.params)})
+    parent = TrackedRun(parent_run(config.run, origin))  # which `evaluate` ends
+    on_run(parent.url)
+    for name, figure in figures.of_study(study).items():
+        parent.log_figure(figure, name)
+    parent.log_dict(dict(best.params), "best_settings.json")
+    parent.log_table(
+        {
+            "trial": [trial.number for trial in trials],
+            "state": [trial.state.name.lower() for trial in trials],
+            "val_accuracy": [trial.value for trial in trials],
+            "settings": [json.dumps(trial.params) for trial in trials],
+        },
+        "trials.json",
+    )
+    model = write_model(config.model.architecture, config.model.weights)
+    parent.set_tags({"study": config.study, studies.MODEL: model, studies.SETTINGS: json.dumps(best.params)})
     logger.info(
         "best of %d trials: number %d, val/accuracy %.4f, %s", len(trials), best.number, best.value, best.params
     )

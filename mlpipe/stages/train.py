@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 NUM_EXAMPLES = 8
 """Images by which a logged model is checked and shown; more than one, so that the batch size is seen to be free."""
 
+OF_THE_HEAD = ("fine_tuning", "class_weights", "test_time_averaging", "width", "depth", "seed")
+"""Settings that say something about a network of which only the last layer is trained."""
+
 
 @services_named()
 def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData, *, on_run: OnRun) -> TrainedVersion:
@@ -62,11 +65,11 @@ def train(config: RunConfig, origin: TaskContext, name: str, data: PublishedData
     # A task that was cleared may be given other data or settings: that is another training, with a run of its own.
     run_key = origin.key(f"{model.name} {wanted_training(model, data.digest, config.folds)}")
     own = runs.find_run(experiment_id, run_key)
-    if own is None:
-        runs.set_aside(experiment_id, origin, f"tags.model = '{model.name}'")
+    runs.set_aside(experiment_id, origin, f"tags.model = '{model.name}' and tags.run_key != '{run_key}'")
     if own and own.info.status == "FINISHED" and (done := registry.find(registered, own.info.run_id)):
+        runs.take_back(own, parent_run(config, origin).info.run_id)
         return _done(model, own, done, data, on_run=on_run)
-    is_begun = own is not None and own.data.tags.get("stage") != "reused"  # by an attempt before
+    is_begun = own is not None and runs.stage_of(own) != "reused"  # by an attempt before
     if key and not (config.retrain or is_begun) and (earlier := find_trained(registered, key)):
         return _reuse(config, origin, run_key, model, dataset, data, earlier, on_run=on_run)
     if config.folds:
@@ -321,9 +324,12 @@ def _params(config: RunConfig, model: ModelConfig, dataset: Dataset) -> dict[str
     `precision` is left to the training of a network, which knows what `auto` came to.
     """
     settings = {each.name: "n/a" for kind in (NetworkSettings, LinearSettings) for each in fields(kind)}
-    settings |= asdict(model.train)
+    used = asdict(model.train)
     if isinstance(model.train, NetworkSettings):
-        del settings["precision"]
+        del settings["precision"], used["precision"]
+        if model.train.fine_tuning == "head":
+            used = {name: used[name] for name in OF_THE_HEAD}
+    settings |= used
     own_file = architectures.find(model.architecture).own_file
     settings["network_file_sha256"] = file_sha256(own_file) if own_file else "n/a"
     return {"recipe": config.recipe, **_model_tags(model, dataset), **settings, "image_size": config.data.image_size}

@@ -60,6 +60,8 @@ def note_failure(config: RunConfig, origin: TaskContext, error: BaseException) -
 def close(dataset: str, origin: TaskContext, status: Literal["FINISHED", "FAILED", "KILLED"], reason: str) -> None:
     """End the MLflow runs that an ended DAG run left open.
 
+    Of a DAG run that succeeded, that is the parent; any other was left by a task that was killed, and has failed.
+
     Args:
         reason: for runs that do not say themselves why they failed.
     """
@@ -69,6 +71,8 @@ def close(dataset: str, origin: TaskContext, status: Literal["FINISHED", "FAILED
         return
     filter_string = f"tags.dag_run_key = '{origin.key('all')}' and attributes.status = 'RUNNING'"
     for run in client.search_runs([experiment.experiment_id], filter_string):
-        if status != "FINISHED" and not any(tag.startswith("error") for tag in run.data.tags):
+        is_left = status == "FINISHED" and run.data.tags.get("stage") != "parent"
+        ended = "FAILED" if is_left else status
+        if ended != "FINISHED" and not any(tag.startswith("error") for tag in run.data.tags):
             client.set_tag(run.info.run_id, "error", reason[:5000])
-        client.set_terminated(run.info.run_id, status)
+        client.set_terminated(run.info.run_id, ended)

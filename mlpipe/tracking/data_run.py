@@ -48,8 +48,8 @@ def log_data(run: TrackedRun, dataset: Dataset, uri: str) -> None:
     if manifest.near_duplicates:
         run.log_table(
             {
-                "test image": [test for test, _ in manifest.near_duplicates],
-                "training image": [seen for _, seen in manifest.near_duplicates],
+                "held-out image": [held_out for held_out, _ in manifest.near_duplicates],
+                "seen image": [seen for _, seen in manifest.near_duplicates],
             },
             "near_duplicates.json",
         )

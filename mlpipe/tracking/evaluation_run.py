@@ -90,13 +90,16 @@ def remeasure(
         return ModelResult(name=label, version=version, evaluation=evaluation)
     except OtherClassesError as error:
         problem = str(error)
-    except (BotoCoreError, ClientError):  # of the store that keeps predictions: the model is not to blame
-        raise
     except Exception as error:
-        if is_unreachable(error):
+        if is_outage(error):
             raise
         problem = f"could not be measured on the same images: {str(error) or repr(error)}"
     return Unmeasured(name=label, version=version, problem=problem)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether MLflow's server, or the store that keeps predictions, is to blame, and not the model."""
+    return isinstance(error, BotoCoreError | ClientError) or is_unreachable(error)
 
 
 def log_evaluation(result: ModelResult, test: Split, data: ImageDataset, *, run_id: str, model_id: str | None) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlpipe.data.storage.store import ObjectStore
+from mlpipe.models.libraries import installed_libraries
 from mlpipe.tracking.runs import key_of
-from mlpipe.tracking.trained_before import installed_libraries
 
 logger = logging.getLogger(__name__)
 

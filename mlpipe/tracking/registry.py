@@ -12,6 +12,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 if TYPE_CHECKING:
     from mlpipe.tracking.runs import TrackedRun
@@ -132,6 +133,22 @@ def _logged_model(source: str | None) -> str | None:
 def by_version(name: str, version: str) -> RegisteredVersion:
     """The version of that number."""
     return _version(mlflow.MlflowClient().get_model_version(name, version))
+
+
+def model_at(uri: str) -> tuple[str | None, Mapping[str, str]]:
+    """Id of the logged model behind an address, if it has one, and the tags of what the address names.
+
+    Args:
+        uri: `models:/<name>/<version>`, `models:/<name>/latest`, `models:/<name>@<alias>` or `models:/m-<id>`.
+
+    Raises:
+        MlflowException: there is no such model.
+    """
+    client, address = mlflow.MlflowClient(), uri.removeprefix("models:/")
+    if address.startswith("m-"):
+        return address, dict(client.get_logged_model(address).tags)
+    found = by_version(*get_model_name_and_version(client, uri))
+    return found.model_id, found.tags
 
 
 def describe(name: str, version: str, text: str, tags: Mapping[str, str]) -> None:

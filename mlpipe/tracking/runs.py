@@ -119,9 +119,12 @@ def git_sha() -> str:
     """
     if known := os.environ.get("MLPIPE_GIT_SHA"):
         return known
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    of_this_code = [*git, "ls-files", "--error-unmatch", Path(__file__).name]  # else of a checkout around a .venv
+    describe = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        subprocess.run(of_this_code, capture_output=True, timeout=10, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -197,8 +200,21 @@ def set_aside(experiment: str, origin: TaskContext, wanted: str) -> None:
     client = mlflow.MlflowClient()
     of_the_dag_run = f"tags.dag_run_key = '{origin.key('all')}' and tags.stage != '{SET_ASIDE}'"
     for run in client.search_runs([experiment], f"{of_the_dag_run} and {wanted}"):
-        client.set_tag(run.info.run_id, "stage", SET_ASIDE)
+        tags = [RunTag("former_stage", run.data.tags["stage"]), RunTag("stage", SET_ASIDE)]
+        client.log_batch(run.info.run_id, tags=tags)
         client.delete_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID)
+
+
+def stage_of(run: Run) -> str:
+    """The stage that made the run, also if it was set aside."""
+    stage = run.data.tags["stage"]
+    return run.data.tags.get("former_stage", "train") if stage == SET_ASIDE else stage
+
+
+def take_back(run: Run, parent_run_id: str) -> None:
+    """Make a run that was set aside a part of its DAG run's results again."""
+    tags = [RunTag("stage", stage_of(run)), RunTag(MLFLOW_PARENT_RUN_ID, parent_run_id)]
+    mlflow.MlflowClient().log_batch(run.info.run_id, tags=tags)
 
 
 def open_run(
@@ -206,6 +222,8 @@ def open_run(
 ) -> Run:
     """Reopen the run of that key, or create it. `name` and `description` are those of a new run."""
     client = mlflow.MlflowClient()
+    if parent_run_id:
+        tags = {**tags, MLFLOW_PARENT_RUN_ID: parent_run_id}
     if run := find_run(experiment, key):
         client.update_run(run.info.run_id, status=RunStatus.to_string(RunStatus.RUNNING))
         client.log_batch(run.info.run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])
@@ -213,8 +231,6 @@ def open_run(
             client.delete_tag(run.info.run_id, "error")
         return client.get_run(run.info.run_id)
     first = {"run_key": key, MLFLOW_RUN_NAME: name, MLFLOW_RUN_NOTE: description}
-    if parent_run_id:
-        first[MLFLOW_PARENT_RUN_ID] = parent_run_id
     client.create_run(experiment, tags={**first, **tags})
     # A server that dies between writing and answering is asked again by MLflow's client, and then has written twice.
     by_age = ["attributes.start_time ASC", "attributes.run_id ASC"]
@@ -316,9 +332,14 @@ class TrackedRun:
         self._client.log_dict(self.run_id, dict(value), path)
 
     def log_table(self, columns: Mapping[str, Sequence[object]], path: str) -> None:
-        """Write a table that the run's page shows; nothing where an earlier attempt wrote it, for it would grow."""
-        if path not in {file.path for file in self._client.list_artifacts(self.run_id)}:
-            self._client.log_table(self.run_id, {name: list(values) for name, values in columns.items()}, path)
+        """Write a table that the run's page shows, in place of an earlier attempt's."""
+        import pandas as pd
+
+        table = pd.DataFrame({name: list(values) for name, values in columns.items()})
+        if path in {file.path for file in self._client.list_artifacts(self.run_id)}:  # MLflow would append to it
+            self.log_text(table.to_json(orient="split", index=False), path)
+        else:
+            self._client.log_table(self.run_id, table, path)
 
     def ensure_current(self) -> None:
         """See that no later attempt of the task has opened the run.
@@ -326,9 +347,7 @@ class TrackedRun:
         Raises:
             SupersededError: one has; this attempt was believed dead.
         """
-        own, last = (run.data.tags.get("try_number") for run in (self._run, self._client.get_run(self.run_id)))
-        if own != last:
-            raise SupersededError(f"attempt {last} of this task has taken over; attempt {own} ends and writes nothing")
+        _ensure_still_of(self._run)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(tag, value) for tag, value in tags.items()])
@@ -336,6 +355,20 @@ class TrackedRun:
     def describe(self, markdown: str) -> None:
         """Set the description that the run's page shows."""
         self.set_tags({MLFLOW_RUN_NOTE: markdown})
+
+
+def _ensure_still_of(run: Run) -> None:
+    """See that nobody has opened the run since.
+
+    Raises:
+        SupersededError: another task, or a later attempt of this one, has.
+    """
+    names = ("task_id", "try_number")
+    now = mlflow.MlflowClient().get_run(run.info.run_id)
+    (task, own), (other, last) = (tuple(each.data.tags.get(name) for name in names) for each in (run, now))
+    if (task, own) != (other, last):
+        who = f"attempt {last} of this task" if task == other else f"the task {other}"
+        raise SupersededError(f"{who} has taken over; attempt {own} ends and writes nothing")
 
 
 def tracked(run_id: str) -> TrackedRun:
@@ -397,7 +430,8 @@ def active(run: Run, *, system_metrics: bool = False) -> Iterator[TrackedRun]:
         raise
     except BaseException:  # stopped from outside; who does that does not wait long
         killed = RunStatus.to_string(RunStatus.KILLED)
-        with _impatient(), suppress(MlflowException):
+        with _impatient(), suppress(MlflowException, SupersededError):
+            _ensure_still_of(run)
             mlflow.end_run(killed)
             if parent := run.data.tags.get(MLFLOW_PARENT_RUN_ID):
                 mlflow.MlflowClient().set_terminated(parent, killed)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
@@ -67,16 +66,5 @@ def images_of(digests: Iterable[str], store: ObjectStore, cache_dir: Path) -> ND
 
 def _digests(uri: str, *names: str) -> set[str]:
     """In these tags of a registered model."""
-    tags = _tags(uri.removeprefix("models:/"))
+    _, tags = registry.model_at(uri)
     return {digest for name in names for digest in tags.get(name, "").split(",") if digest}
-
-
-def _tags(address: str) -> Mapping[str, str]:
-    if address.startswith("m-"):
-        return dict(mlflow.MlflowClient().get_logged_model(address).tags)
-    name, at, alias = address.partition("@")
-    if at:
-        bearer = registry.by_alias(name, alias)
-        return bearer.tags if bearer else {}
-    name, _, version = address.rpartition("/")
-    return registry.by_version(name, version).tags

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mlflow
@@ -17,7 +17,7 @@ from mlflow.utils import chunk_list
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from mlpipe.config import ModelConfig
-from mlpipe.models.architectures import find
+from mlpipe.models.libraries import installed_libraries, is_editable, package_of
 from mlpipe.models.own_files import code_of
 from mlpipe.tracking import registry
 from mlpipe.tracking.runs import TrackedRun, git_sha, key_of
@@ -27,8 +27,6 @@ TAG = "training_key"
 
 FIXED_MODEL = re.compile(r"models:/(m-[0-9a-f]+|[^/@]+/\d+)")
 """Address of a logged model or of a version; aliases, stages and `latest` move."""
-
-LIBRARIES = ("torch", "torchvision", "timm", "scikit-learn", "numpy")
 
 
 def wanted_training(model: ModelConfig, digest: str, num_folds: int) -> str:
@@ -64,38 +62,17 @@ def training_key(model: ModelConfig, digest: str, num_folds: int) -> str | None:
             return None
     if code.endswith("-dirty") or not all(map(_is_fixed, addresses)):
         return None
-    package = (find(model.architecture).distribution or "").partition("==")[0]
-    if package and _is_editable(package):
+    package = package_of(model.architecture)
+    if package and is_editable(package):
         return None
     settings["architecture"] = code_of(model.architecture)
     libraries = installed_libraries(package)
     return key_of(json.dumps([digest, settings, num_folds, code, libraries], sort_keys=True))
 
 
-def installed_libraries(*more: str) -> list[str]:
-    """Names and versions of the libraries that a model's answers depend on, and of `more` packages."""
-    return [_installed(name) for name in (*LIBRARIES, *more)]
-
-
 def _is_fixed(address: str) -> bool:
     """Whether what an address leads to never changes."""
     return address in ("none", "random", "imagenet") or bool(FIXED_MODEL.fullmatch(address))
-
-
-def _is_editable(package: str) -> bool:
-    """Whether it is installed from a folder of sources, which may change under the same version."""
-    try:
-        origin = distribution(package).read_text("direct_url.json")
-    except PackageNotFoundError:
-        return False
-    return bool(origin and json.loads(origin).get("dir_info", {}).get("editable"))
-
-
-def _installed(name: str) -> str:
-    try:
-        return f"{name}=={version(name)}"
-    except (PackageNotFoundError, ValueError):
-        return name
 
 
 def find_trained(name: str, key: str) -> registry.RegisteredVersion | None:

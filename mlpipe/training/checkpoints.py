@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mlpipe.data.storage.store import ObjectStore
+from mlpipe.models.weights import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class CheckpointStore:
             self._store.get_file(self._key, path)
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except (pickle.UnpicklingError, *UNREADABLE) as error:
                 logger.warning("the checkpoint %s cannot be read, training starts anew: %s", self._key, error)
                 return None
 

@@ -21,6 +21,7 @@ from mlpipe.data.dataset import Dataset, Split
 from mlpipe.data.storage.store import ObjectStore
 from mlpipe.errors import UserError
 from mlpipe.models.features.last_layer import inputs_of
+from mlpipe.models.libraries import installed_libraries, is_editable, package_of
 from mlpipe.models.own_files import code_of
 from mlpipe.models.portable import ModelDescription, enlarge, images_per_pass, normalise
 from mlpipe.models.weights import InitialNetwork
@@ -55,17 +56,25 @@ def train_head(
     began = time.monotonic()
     training, validation = dataset.train_split(), dataset.val_split()
     precision = choose_precision(model.train.precision if isinstance(model.train, NetworkSettings) else "auto")
+    package = package_of(model.architecture)
     facts = [
         dataset.manifest.digest,
         start.sha256 or f"seed {model.train.seed}",
         code_of(model.architecture),
+        installed_libraries(package),
         description.variant,
         description.input_size,
         precision,
     ]
     features = {
         part: _kept_features(
-            network, head, description, split, store, [*facts, part], bfloat16=precision == "bf16-mixed"
+            network,
+            head,
+            description,
+            split,
+            None if package and is_editable(package) else store,
+            [*facts, part],
+            bfloat16=precision == "bf16-mixed",
         )
         for part, split in (("train", training), ("val", validation))
     }
@@ -114,12 +123,14 @@ def _kept_features(
     head: nn.Linear,
     description: ModelDescription,
     split: Split,
-    store: ObjectStore,
+    store: ObjectStore | None,
     facts: list[object],
     *,
     bfloat16: bool,
 ) -> NDArray[np.float32]:
-    """(N, D) inputs of the last layer, from the object store if they are there."""
+    """(N, D) inputs of the last layer, from the object store if they are there; `None`: they are not kept."""
+    if store is None:
+        return _features(network, head, description, split, bfloat16=bfloat16)
     key = f"features/{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
     if store.exists(key):
         logger.info("the features are kept already")

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -80,9 +81,11 @@ def train_network(
         config = replace(config, batch_size=largest, min_steps=max(config.min_steps, MIN_STEPS_OF_FOUND_BATCH))
         logger.info("the largest batch that takes half of the memory has %d images", largest)
     training, validation = _loaders(dataset, config, side)
+    teacher_seconds = 0.0
     if teacher is not None and config.augmentation == "none":  # then its answers never change
+        began = time.monotonic()
         training = training.with_answers(teacher.answers(dataset.train_split()))
-        teacher = None
+        teacher, teacher_seconds = None, time.monotonic() - began
     whitened = getattr(network, "whitened", None)
     if isinstance(whitened, nn.Conv2d) and start.sha256 is None:
         _whiten(whitened, training, mean, std)
@@ -154,7 +157,7 @@ def train_network(
         description=description,
         predictor=network.eval(),
         metrics={name: best[name] for name in ("val/accuracy", "val/loss")},
-        train_seconds=sum(epoch["epoch_seconds"] for epoch in keeper.history),
+        train_seconds=teacher_seconds + sum(epoch["epoch_seconds"] for epoch in keeper.history),
         images_per_second=num_images / sum(epoch["train_seconds"] for epoch in keeper.history),
         epochs_run=len(keeper.history),
         best_epoch=keeper.best_epoch,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlpipe.addresses import redact_models, redact_text, redact_uri, without_login
+from mlpipe.addresses import redact_address, redact_models, redact_text, redact_uri, without_login
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,19 @@ def test_the_rest_of_an_address_without_its_login_stays() -> None:
 
 
 CHECKSUM = f"#sha256={'ab' * 32}"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"https://u:p@h/a.zip?sig=1{CHECKSUM}", f"https://h/a.zip?…{CHECKSUM}"),
+        (f" s3://b/a.zip{CHECKSUM}", f" s3://b/a.zip{CHECKSUM}"),
+        (f"a.zip{CHECKSUM}", f"a.zip{CHECKSUM}"),
+        ("https://h/a.zip#sha256=cut", "https://h/a.zip"),
+    ],
+)
+def test_an_address_is_shown_with_its_checksum(text: str, shown: str) -> None:
+    assert redact_address(text) == shown
 
 
 @pytest.mark.parametrize(

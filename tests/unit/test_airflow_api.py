@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlpipe.airflow_api import AirflowApi
+from mlpipe.airflow_api import AirflowApi, NoAnswerError
 from mlpipe.errors import UserError
 from tests.web import web_server
 
@@ -21,6 +21,12 @@ def test_a_dag_run_that_has_ended_is_not_stopped() -> None:
     with web_server(*answers) as (address, asked), ended:
         AirflowApi(address, "u", "p").stop("image_classification", "r")
     assert [request.partition(" ")[0] for request in asked] == ["POST", "GET"]
+
+
+def test_a_server_that_fails_may_have_done_it_all_the_same() -> None:
+    login, failed = (201, {}, b'{"access_token": "t"}'), (500, {}, b'{"detail": "the database is locked"}')
+    with web_server(login, failed) as (address, _), pytest.raises(NoAnswerError, match="fails: 500 the database is"):
+        AirflowApi(address, "u", "p", retries=0).dag_run_state("image_classification", "r")
 
 
 def test_a_busy_server_does_not_blame_the_password() -> None:

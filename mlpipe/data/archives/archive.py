@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from mlpipe.data.archives.listing import DAMAGED, ArchiveLimits, ImageArchive, why
 from mlpipe.data.archives.tar_images import TarImages
 from mlpipe.data.archives.zip_images import ZipImages
+from mlpipe.data.storage.scratch import scratch_folder
 from mlpipe.errors import UserError
 
 
@@ -26,19 +27,19 @@ def open_archive(path: Path, limits: ArchiveLimits | None = None) -> ImageArchiv
 
 def _open_inner(outer: ImageArchive, name: str) -> ImageArchive:
     """The one archive inside another; it is unpacked into a temporary file until it is closed."""
-    folder = tempfile.TemporaryDirectory(prefix="mlpipe-inner-")
+    temporary = ExitStack()
     try:
-        path = Path(folder.name) / "archive"
+        path = temporary.enter_context(scratch_folder()) / "archive"
         with path.open("wb") as target:
             outer.copy_member(name, target, outer.limits.unpacked_bytes(outer.path.stat().st_size))
         inner = _open_one(path, outer.limits)
     except UserError as error:
-        folder.cleanup()
+        temporary.close()
         raise UserError(f"{name[:120]!r} in it: {error}") from error
     except BaseException:
-        folder.cleanup()
+        temporary.close()
         raise
-    inner.on_close(folder.cleanup)
+    inner.on_close(temporary.close)
     inner.tables_beside = outer.tables
     return inner
 

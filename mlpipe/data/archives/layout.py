@@ -148,7 +148,8 @@ def _without_wrappers(folders: Sequence[Folder]) -> list[Folder]:
         tops = {folder[:1] for folder in stripped}
         top = next(iter(tops))
         if len(tops) > 1 or not top or top[0].lower() in SPLIT_FOLDERS or min(map(len, stripped)) < 2:
-            return [folder[1:] if folder[:1] == folder[1:2] else folder for folder in stripped]
+            doubled = tops - {folder[:1] for folder in stripped if folder[:1] != folder[1:2]}
+            return [folder[1:] if folder[:1] in doubled else folder for folder in stripped]
         stripped = [folder[1:] for folder in stripped]
 
 
@@ -168,7 +169,7 @@ def _split_folders(folders: Sequence[Folder]) -> list[str]:
     if unknown := sorted(top for top, role in roles.items() if role is None):
         raise UserError(
             f"the archive has images in {', '.join(repr(top + '/') for top in unknown[:5])} beside train/ and test/; "
-            "move them into those two or leave them out"
+            "move them into those two or leave them out; a class called train or test must be renamed"
         )
     of_role = defaultdict(list)
     for top in sorted(tops):

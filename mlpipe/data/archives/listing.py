@@ -105,6 +105,8 @@ class Listing:
         """
         self._count_member()
         folder, _, file_name = name.rpartition("/")
+        if is_hidden(file_name) and "\\" not in name:
+            return False
         if folder in self._known and "\\" not in name:
             parts = self._known[folder]
             if not file_name.isprintable() or file_name in ("", ".", "..") or len(name) > 250:
@@ -115,12 +117,12 @@ class Listing:
                 raise UserError(
                     f"the archive has more than {self.limits.max_folders:,} folders; images belong in one per class"
                 )
-            parts = None if any(map(is_hidden, above)) else tuple(above)
+            parts = None if any(map(is_hidden, [*above, file_name])) else tuple(above)
             if "\\" not in name:
                 self._known[folder] = parts
-        role = role_of(file_name)
-        if parts is None or role == "hidden":
+        if parts is None:
             return False
+        role = role_of(file_name)
         if role == "unnamed":
             role = "image" if begins_as_image(head()) else "other"
         if role == "other":

@@ -15,13 +15,15 @@ SUFFIXES = frozenset(
 )
 """Files that are images, by the end of their names in lower case."""
 
-Role = Literal["image", "hidden", "other", "unnamed"]
+Role = Literal["image", "other", "unnamed"]
 """unnamed: it has no suffix; its first bytes say what it is."""
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 MAGIC_BYTES = 12
 
-_LITTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+_LITTER = frozenset(
+    {"__MACOSX", "Icon\r", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}
+)
 MAX_NAME_BYTES = 1024
 
 
@@ -46,14 +48,12 @@ def safe_parts(name: str) -> tuple[str, ...]:
 
 
 def is_hidden(part: str) -> bool:
-    """Whether a folder or file is one that systems leave behind: a leading dot, `__MACOSX`, thumbnails."""
+    """Whether a folder or file is one that systems leave behind: a leading dot, `__MACOSX`, thumbnails, waste."""
     return part.startswith(".") or part in _LITTER
 
 
 def role_of(file_name: str) -> Role:
     """What a file is to us, by its name alone."""
-    if is_hidden(file_name):
-        return "hidden"
     dot = file_name.rfind(".")
     if dot < 0:
         return "unnamed"

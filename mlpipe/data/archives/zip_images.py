@@ -125,7 +125,8 @@ class ZipImages(ImageArchive):
             if flags & _ENCRYPTED:
                 raise UserError(f"the archive's member {name[:120]!r} is encrypted; pack it without a password")
             if name[-1:] in ("/", "\\"):
-                listing.add_folder(name)
+                if name not in ("./", ".\\"):
+                    listing.add_folder(name)
             elif add(name, unpacked, lambda: self._head(offset, method)):  # noqa: B023 - called at once
                 if method not in (_STORED, _DEFLATED, _DEFLATE64):
                     raise UserError(

@@ -10,7 +10,6 @@ import io
 import logging
 import pickle
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from mlpipe.data.archives.tar_images import open_tar
 from mlpipe.data.imageset import ArrayImages, ImageSet
 from mlpipe.data.sources import images
 from mlpipe.data.sources.fetch import SourceRef, fetch_at_uri
+from mlpipe.data.storage.scratch import scratch_folder
 from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import fetch_uri
 from mlpipe.errors import UserError
@@ -92,8 +92,8 @@ def _download(store: ObjectStore, official: OfficialArchive, max_bytes: int) -> 
     if store.exists(source.key):
         return source
     logger.info("downloading %s", official.url)
-    with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
-        path = Path(folder) / "source"
+    with scratch_folder() as folder:
+        path = folder / "source"
         try:
             found = fetch_uri(official.url, path, field="data_uri", max_bytes=max_bytes).sha256
         except UserError as error:

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mlpipe.data.archives.folders import pack_folder, pack_s3_folder, s3_folder_
 from mlpipe.data.imageset import ImageSet
 from mlpipe.data.sources import catalog
 from mlpipe.data.storage.allowed import check_file
+from mlpipe.data.storage.scratch import scratch_folder
 from mlpipe.data.storage.store import ObjectStore, file_sha256
 from mlpipe.data.storage.uris import (
     MAX_BYTES,
@@ -87,8 +87,8 @@ def fetch_at_uri(data: DataConfig, store: ObjectStore, identify: Identify, *, ma
     if local is not None:
         check_file(local, field="data_uri")
     if local is not None and local.is_dir():
-        with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
-            path = Path(folder) / "source"
+        with scratch_folder() as folder:
+            path = folder / "source"
             pack_folder(local, path, field="data_uri", max_bytes=max_bytes)
             return _put(path, file_sha256(path), data, store, identify)
     if local is not None and uri == str(local):
@@ -109,8 +109,8 @@ def _fetch_remote(data: DataConfig, store: ObjectStore, identify: Identify, max_
         version = None if local_path(uri) is not None else version_of(uri, field="data_uri")
     known = _Known(store, uri)
     sha256 = demanded or (known.recall(version) if version else None)
-    with tempfile.TemporaryDirectory(prefix="mlpipe-") as folder:
-        path = Path(folder) / "source"
+    with scratch_folder() as folder:
+        path = folder / "source"
         if sha256 is not None and store.exists(f"sources/{sha256}"):
             logger.info("%s is in the object store already", shown)
             if (kind := known.kind(sha256, data.dataset)) is not None:

@@ -182,6 +182,12 @@ def test_what_systems_leave_behind_is_passed_over(make: SimpleNamespace, tmp_pat
         "__MACOSX/a/._1.png": b"",
         "a/.DS_Store": b"",
         "a/Thumbs.db": b"",
+        "a/Icon\r": b"",
+        "a\\.hidden.png": b"",
+        "__MACOSX/a/._Icon\r": b"",
+        "$RECYCLE.BIN/2.png": b"x",
+        "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg": b"x",
+        "./": b"",
         ".git/x.png": b"",
         "a/.hidden.png": b"",
     }

@@ -36,6 +36,12 @@ def test_classes_alone(layout_of) -> None:
     assert layout.is_test is None
 
 
+def test_a_class_may_be_called_train(layout_of) -> None:
+    layout = layout_of(*(f"{part}/{name}/1.png" for part in ("train", "test") for name in ("bus", "train")))
+    assert layout.classes == ("bus", "train")
+    assert layout_of(*(f"train/train/{name}/1.png" for name in "ab")).classes == ("a", "b")
+
+
 @pytest.mark.parametrize("wrapper", ["archive/", "a/b/", "./"])
 def test_wrapping_folders(layout_of, wrapper: str) -> None:
     assert layout_of(f"{wrapper}x/1.png", f"{wrapper}y/1.png").classes == ("x", "y")
@@ -280,6 +286,7 @@ def test_cifar10s_order_is_the_alphabets() -> None:
         (["train/1.png", "train/a/1.png", "train/b/1.png"], "'train' lie in no class folder"),
         (["test/a/1.png", "test/b/1.png"], "labelled images in test/ only"),
         (["train/a/1.png", "test/a/1.png", "1.png"], "'/' beside train/ and test/"),
+        (["bus/1.png", "car/1.png", "train/1.png"], "'bus/', 'car/' beside .* a class called train .* must be renamed"),
         (["Cat/1.png", "cat/1.png"], "'Cat', 'cat' differ in upper and lower case"),
         (["STRASSE/1.png", "straße/1.png", "x/1.png"], "differ in upper and lower case"),
     ],

@@ -347,6 +347,18 @@ def test_near_duplicates_across_given_splits_are_named(make: SimpleNamespace, pu
     assert manifest.near_duplicates == (("test/a/1.jpg", "train/a/3.jpg"),)
 
 
+def test_validation_images_that_are_training_images_too_are_named(
+    make: SimpleNamespace, published, tmp_path: Path
+) -> None:
+    files = make.split_tree({"a": 9, "b": 9}, {"a": 2, "b": 2})
+    files |= make.image_tree({"val/a": 3, "val/b": 3})
+    files["val/a/9.png"] = files["train/a/3.png"]
+    manifest = published(config(make.pack_zip(tmp_path / "a.zip", files))).manifest
+    assert manifest.near_duplicates == (("val/a/9.png", "train/a/3.png"),)
+    assert manifest.num_known_test == 0
+    assert "1 validation image is also among the training images: val/a/9.png = train/a/3.png" in manifest.notes
+
+
 def test_manifests_of_the_format_before_are_read(make: SimpleNamespace, published, tmp_path: Path) -> None:
     """Those of the versions before, and of the images that a champion was trained on."""
     manifest = published(config(make.pack_zip(tmp_path / "a.zip", make.image_tree({"a": 9, "b": 9})))).manifest

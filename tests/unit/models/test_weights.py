@@ -121,6 +121,15 @@ def test_a_head_of_another_size_is_replaced_and_said_so(architecture, tmp_path, 
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in kept.items())
 
 
+def test_a_file_without_a_head_gets_a_new_one(tmp_path: Path, store: Any) -> None:
+    source = new("resnet18", seed=1)
+    body = {key: value for key, value in source.state_dict().items() if not key.startswith("fc.")}
+    torch.save(body, path := tmp_path / "w.pth")
+    network = new("resnet18")
+    assert "; head (" in load(network, str(path), store, "resnet18").source
+    assert set(differing(network, source)) == {"fc.weight", "fc.bias"}
+
+
 def test_a_file_with_imagenet_s_classes_brings_imagenet_s_normalisation(tmp_path: Path, store: Any) -> None:
     path = written(new("resnet18", num_classes=1000), tmp_path / "w.safetensors")
     assert load(new("resnet18"), str(path), store, "resnet18").description.channel_mean == weights.IMAGENET_MEAN

@@ -40,13 +40,15 @@ def tracked(stage, status, **tags):
         "data": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
     }
 
-def know(*runs, report=False):
-    # MLflow's answers from now on.
-    answers = {"experiments": {"experiments": [{"experiment_id": "1"}]}, "runs": {"runs": list(runs)}}
+def know(*runs, report=False, away=False):
+    # MLflow's answers from now on; `away`: the object store with the report does not answer.
+    files = [{"path": "report.html"}] if away else []
+    experiments = {"experiments": [{"experiment_id": "1"}]}
+    answers = {"experiments": experiments, "runs": {"runs": list(runs)}, "artifacts": {"files": files}}
 
     def request(method, url, **_):
         answer = requests.Response()
-        answer.status_code = 200 if report or "get-artifact" not in url else 404
+        answer.status_code = 200 if report or "get-artifact" not in url else 500
         text = "the report" if "get-artifact" in url else json.dumps(answers[url.split("/")[-2]])
         answer.raw = io.BytesIO(text.encode())
         return answer
@@ -84,6 +86,9 @@ know(tracked("parent", "RUNNING", **two), tracked("train", "RUNNING", model="cnn
 seen["is cleared"] = [look(""), look("/train/model/0")]
 know(tracked("parent", "FINISHED", **two), tracked("train", "FINISHED", model="cnn"), report=True)
 seen["compared"] = [look("")]
+set_state("success")
+know(tracked("parent", "FINISHED", **two), tracked("train", "FINISHED", model="cnn"), away=True)
+seen["the report is away"] = [look("")]
 set_state("failed")
 know(tracked("parent", "RUNNING", **two), tracked("train", "RUNNING", model="cnn"))
 seen["is stopped"] = [look(""), look("/train/model/0")]
@@ -124,6 +129,12 @@ def test_the_pages_of_a_dag_run_that_has_ended_ask_no_more(seen: dict[str, list[
 
 def test_a_report_is_shown_until_its_models_are_trained_again(seen: dict[str, list[dict[str, Any]]]) -> None:
     assert [seen[moment][0]["report"] for moment in ("compared", "is cleared")] == [True, False]
+
+
+def test_a_report_that_cannot_be_read_just_now_is_asked_for_again(seen: dict[str, list[dict[str, Any]]]) -> None:
+    [page] = seen["the report is away"]
+    assert page["goes on"]
+    assert "It has no report" not in page["text"]
 
 
 def test_the_page_of_a_training_that_has_ended_asks_no_more(seen: dict[str, list[dict[str, Any]]]) -> None:

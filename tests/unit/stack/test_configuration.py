@@ -64,6 +64,7 @@ def test_the_callers_own_settings_of_other_systems_do_not_leak_in(settings, monk
     monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://elsewhere")
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:7890")  # Airflow's HTTP client fails at the sight of it
     monkeypatch.setenv("AIRFLOW__GPU_EXECUTOR__THREADS_PER_SLOT", "2")
     settings.create_folders()
 
@@ -73,6 +74,7 @@ def test_the_callers_own_settings_of_other_systems_do_not_leak_in(settings, monk
     assert "PYTHONPATH" not in environment
     assert "elsewhere" not in environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"]
     assert environment["HTTPS_PROXY"] == "http://proxy:3128"
+    assert "all_proxy" not in environment
     assert environment["AIRFLOW__GPU_EXECUTOR__THREADS_PER_SLOT"] == "2"
 
 

@@ -88,11 +88,17 @@ def test_a_cleared_training_takes_its_version_only_for_the_same_data_and_setting
     assert trained().model.version == first.model.version
     others = [trained('{"inverse_regularization": 0.5}'), trained(data=other_data())]
     assert len({first.model.version, *(other.model.version for other in others)}) == 3
+    assert runs_below_the_parent() == [others[-1].model.run_id]
+    assert trained() == first
+    assert runs_below_the_parent() == [first.model.run_id]
+
+
+def runs_below_the_parent() -> list[str]:
+    """Of the DAG run whose training is cleared."""
     experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    wanted = "tags.dag_run_id = 'cleared' and tags.model = 'logistic_regression'"
+    wanted = "tags.dag_run_id = 'cleared' and tags.model = 'logistic_regression' and tags.stage = 'train'"
     runs = mlflow.MlflowClient().search_runs(experiments, wanted)
-    below_the_parent = [run.info.run_id for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert below_the_parent == [others[-1].model.run_id]
+    return [run.info.run_id for run in runs if "mlflow.parentRunId" in run.data.tags]
 
 
 @pytest.mark.slow

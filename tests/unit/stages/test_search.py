@@ -41,7 +41,7 @@ class Workers:
     """Workers of one search, whose trainings are the test's."""
 
     def __init__(self, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._folder, self._name, self._monkeypatch = folder, name, monkeypatch
+        self.folder, self._name, self._monkeypatch = folder, name, monkeypatch
         self.architectures: list[str] = []
         """Of all trainings that have ended."""
 
@@ -69,7 +69,7 @@ class Workers:
 
     @property
     def study(self) -> optuna.Study:
-        return open_study(self._name, self._folder, seed=0, pruning=True)
+        return open_study(self._name, self.folder, seed=0, pruning=True)
 
     def run_of(self, number: int) -> Any:
         """The MLflow run of a trial."""
@@ -136,6 +136,32 @@ def test_a_trial_without_enough_memory_on_the_device_fails(workers: Workers) -> 
     assert {trial.state.name for trial in workers.study.trials} == {"FAIL"}
     assert workers.run_of(1).data.tags["why"].startswith("CUDA out of memory")
     assert workers.run_of(1).info.status == "FINISHED"
+
+
+def test_a_trial_with_settings_that_its_network_cannot_take_fails_with_the_reason(workers: Workers) -> None:
+    def train(_: object) -> float:
+        raise ValueError("num_channels must be divisible by num_groups")
+
+    assert workers.work(train) == 4
+    assert {trial.state.name for trial in workers.study.trials} == {"FAIL"}
+    assert workers.run_of(1).data.tags["why"] == "num_channels must be divisible by num_groups"
+
+
+def test_a_trial_is_not_pruned_when_it_is_trained(workers: Workers) -> None:
+    accuracies = iter([0.9, 0.8, 0.7, 0.6])
+
+    def train(told: Any) -> float:
+        told.log_metrics({"val/accuracy": (accuracy := next(accuracies))}, 3)
+        return accuracy
+
+    assert workers.work(train, epochs=3) == 4
+    assert {trial.state.name for trial in workers.study.trials} == {"COMPLETE"}
+
+
+def test_the_studys_storage_has_no_login(workers: Workers) -> None:
+    address = f"https://user:secret@host/w.pth?sig=secret#sha256={'ab' * 32}"
+    workers.work(lambda _: 0.5, model=f"resnet18={address}")
+    assert "secret" not in (Path(workers.folder) / "studies" / f"{workers.study.study_name}.log").read_text()
 
 
 def test_the_trials_build_a_copy_of_the_users_file(workers: Workers, tmp_path: Path) -> None:

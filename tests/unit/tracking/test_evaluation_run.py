@@ -18,6 +18,7 @@ from mlpipe.evaluation.result import ModelResult, Unmeasured
 from mlpipe.evaluation.scoring import evaluate_predictions
 from mlpipe.tracking import registry, runs
 from mlpipe.tracking.evaluation_run import remeasure
+from mlpipe.tracking.seen_images import data_of
 
 NAME = "letters-classifier"
 LABELS = np.arange(200) % 2
@@ -65,6 +66,13 @@ def run(
 
 def alias(client: mlflow.MlflowClient, name: str) -> str:
     return str(client.get_model_version_by_alias(NAME, name).version)
+
+
+def test_the_data_of_a_model_are_known_by_each_of_its_addresses(client: mlflow.MlflowClient, tmp_path: Path) -> None:
+    client.create_model_version(NAME, source=str(tmp_path), tags={"data_digest": "abc"})
+    client.set_registered_model_alias(NAME, "champion", "4")
+    addresses = [f"models:/{NAME}{end}" for end in ("/4", "/latest", "@champion")]
+    assert [data_of([address]) for address in addresses] == [{"abc"}] * 3
 
 
 def test_the_first_models_get_their_aliases(client: mlflow.MlflowClient) -> None:

@@ -64,7 +64,7 @@ def test_other_images_another_model_and_other_libraries_are_asked(
     accuracy(tmp_path, KeptPredictions(store, "digest-b"), "cat", "dog")
     measure(str(tmp_path / "model"), TEST, ("cat", "dog"), KeptPredictions(store, "digest-a"), "m-4567")
     assert asked.read_text() == "xxx"
-    monkeypatch.setattr("mlpipe.tracking.trained_before.version", lambda _: "99")
+    monkeypatch.setattr("mlpipe.models.libraries.version", lambda _: "99")
     accuracy(tmp_path, KeptPredictions(store, "digest-a"), "cat", "dog")
     assert asked.read_text() == "xxxx"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,6 +88,27 @@ def test_a_run_stopped_from_outside_is_killed_with_its_parent(experiment: str) -
     assert [fetched(each).info.status for each in (run, parent)] == ["KILLED", "KILLED"]
 
 
+def test_an_attempt_that_is_stopped_late_leaves_the_later_ones_runs_alone(experiment: str) -> None:
+    parent = opened(experiment, origin(), "parent")
+
+    def attempt(number: int) -> Run:
+        tags = origin(try_number=number).tags()
+        return runs.open_run(experiment, "k", name="n", tags=tags, description="", parent_run_id=parent.info.run_id)
+
+    def elder() -> None:
+        with runs.active(attempt(1)):
+            for run in (attempt(2), parent):
+                mlflow.MlflowClient().set_terminated(run.info.run_id)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        elder()
+    child = runs.find_run(experiment, "k")
+    assert child is not None
+    assert [run.info.status for run in (child, fetched(parent))] == ["FINISHED", "FINISHED"]
+    mlflow.end_run()  # of this process, which would have ended
+
+
 def test_an_attempt_that_was_believed_dead_writes_nothing_more(experiment: str) -> None:
     first = opened(experiment, origin())
     seen: list[str] = []
@@ -137,6 +159,37 @@ def test_a_retry_writes_no_metric_twice(experiment: str) -> None:
     assert [entry.step for entry in history(first.info.run_id, "val/accuracy")] == [2, 3, 4]
 
 
+def test_a_table_is_that_of_the_last_attempt(experiment: str) -> None:
+    run = opened(experiment, origin())
+    for names in (["a", "b"], ["c"]):
+        runs.TrackedRun(run).log_table({"name": names, "length": [1] * len(names)}, "names.json")
+    table = mlflow.MlflowClient().load_table(experiment, "names.json", [run.info.run_id])
+    assert table.to_dict("records") == [{"name": "c", "length": 1}]
+
+
+def test_the_commit_is_that_of_this_code_and_of_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words]
+        subprocess.run(command, check=True)
+
+    code = tmp_path / ".venv" / "runs.py"
+    code.parent.mkdir()
+    code.touch()
+    (tmp_path / "own.txt").touch()
+    git("init", "-q")
+    git("add", "own.txt")
+    git("commit", "-qm", "m")
+    monkeypatch.delenv("MLPIPE_GIT_SHA", raising=False)
+    monkeypatch.setattr(runs, "__file__", str(code))
+    runs.git_sha.cache_clear()
+    assert runs.git_sha() == "unknown", "the package lies in a checkout of something else"
+    git("add", "-f", ".venv")
+    git("commit", "-qm", "m")
+    runs.git_sha.cache_clear()
+    assert len(runs.git_sha()) == 40
+    runs.git_sha.cache_clear()
+
+
 def test_a_result_that_has_changed_is_replaced(experiment: str) -> None:
     run = opened(experiment, origin())
     for number in (2, 3, 3):
@@ -180,6 +233,19 @@ def test_closing_ends_what_is_open_and_nothing_else(tmp_path: Path, monkeypatch:
         "RUNNING",
     ]
     assert fetched(parent).data.tags["error"] == "task failure"
+
+
+@pytest.mark.usefixtures("_store")
+def test_what_a_killed_task_left_does_not_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = runs.experiment_id(dag_runs.experiment_name("letters"))
+    parent, model = (
+        runs.open_run(experiment, f"c {stage}", name="n", tags={**origin("c").tags(), "stage": stage}, description="")
+        for stage in ("parent", "train")
+    )
+    dag_runs.close("letters", origin("c", task_id=""), "FINISHED", "see the failed task's log")
+    assert [fetched(run).info.status for run in (parent, model)] == ["FINISHED", "FAILED"]
+    assert fetched(model).data.tags["error"] == "see the failed task's log"
 
 
 @pytest.mark.usefixtures("_store")
