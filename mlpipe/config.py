@@ -432,6 +432,8 @@ class NetworkSettings:
     test_time_averaging: Literal["none", "flip", "flip_shift"] = "none"
     """Predictions average the probabilities of an image and its mirror image (flip), and of both when shifted by a
     pixel, down and right or up and left (flip_shift)."""
+    precise_batch_norm: bool = False
+    """Whether the last epoch ends with batch normalization's means and variances measured anew."""
     progressive_resizing: bool = False
     """Whether the first half of the epochs trains on images at half height and width."""
     early_stopping_patience: int | None = None

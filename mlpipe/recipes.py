@@ -116,6 +116,7 @@ RECIPES: dict[RecipeName, Recipe] = {
                 "schedule": "linear",
                 "augmentation": "flip_crop_color",
                 "test_time_averaging": "flip_shift",
+                "precise_batch_norm": True,
             },
         },
         small_images_variants=True,

@@ -6,11 +6,13 @@ import hashlib
 import logging
 import math
 import time
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from mlpipe.data.batches import BatchLoader
 from mlpipe.errors import UserError
@@ -26,6 +28,9 @@ PROGRESS_SECONDS = 10.0
 
 SAVE_SECONDS = 300.0
 """Least time between two checkpoints within an epoch."""
+
+IMAGES_TO_NORMALIZE_BY = 10_000
+"""How many training images give precise means and variances; the running ones hold some batches of augmented images."""
 
 LOGGED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "learning_rate", "images_per_second")
 """What of an epoch's record goes to the tracking; the durations are for the totals at the end."""
@@ -85,6 +90,20 @@ class EpochCallback(Callback):
     ) -> None:
         """Shares of one batch may differ by an image."""
         pl_module.loss_weight = self.loader.loss_weight(batch_idx)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
+        """Make batch normalization precise where that is wanted (Y. Wu, J. Johnson, arXiv:2105.07576).
+
+        For the last epoch alone: in all others the weights change too much, and it would take as long.
+        """
+        config = pl_module.train_config
+        if not config.precise_batch_norm or pl_module.epoch + 1 < config.num_epochs:
+            return
+        self.loader.set_epoch(pl_module.epoch)  # also where it was resumed within
+        batches = islice(self.loader, math.ceil(IMAGES_TO_NORMALIZE_BY / self.loader.batch_size))
+        with trainer.precision_plugin.forward_context():
+            shown = (pl_module.shown(images_u8.to(pl_module.device)) for images_u8, *_ in batches)
+            update_bn(shown, pl_module.network)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: ClassificationModule) -> None:  # type: ignore[override]
         """Sum what all processes have counted; the first of them decides whether to go on."""

@@ -172,7 +172,7 @@ class ClassificationModule(LightningModule):
         """Of one batch, augmented; it is counted."""
         images_u8, labels, *answers = batch
         images_u8 = augment(images_u8, self.train_config.augmentation, self.epoch)
-        images, targets = mix(self._shown(images_u8), labels, self.train_config.mixing, self.num_classes)
+        images, targets = mix(self.shown(images_u8), labels, self.train_config.mixing, self.num_classes)
         network = self._parallel[0] if self._parallel else self.network
         logits = network(shrink(images, shown_size(self.train_config, images.shape[-1], self.epoch)))
         loss = F.cross_entropy(
@@ -187,10 +187,11 @@ class ClassificationModule(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Count one batch, without augmentation."""
         images_u8, labels = batch
-        logits = self.network(self._shown(images_u8))
+        logits = self.network(self.shown(images_u8))
         self.validation_totals.add(F.cross_entropy(logits, labels), logits, labels)
 
-    def _shown(self, images_u8: Tensor) -> Tensor:
+    def shown(self, images_u8: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to what the network takes: (B, 3, H, W) float32, normalised and enlarged."""
         return enlarge(normalise(images_u8, self.mean, self.std), self.input_size)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:

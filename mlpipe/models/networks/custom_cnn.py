@@ -126,8 +126,15 @@ class Shift(nn.BatchNorm2d):
         shift = self.shift * self.SPEED
         if self.training and distributed.is_available() and distributed.is_initialized():
             return self._over_all_processes(images, shift)
-        mean, variance = self.running_mean, self.running_var
-        return F.batch_norm(images, mean, variance, torch.ones_like(shift), shift, self.training, MOMENTUM, self.eps)
+        how = self.training, self._share, self.eps
+        return F.batch_norm(images, self.running_mean, self.running_var, torch.ones_like(shift), shift, *how)
+
+    @property
+    def _share(self) -> float:
+        """Of a batch in the running mean and variance; without a momentum, all batches have the same, as in PyTorch."""
+        if self.momentum is None and self.num_batches_tracked is not None:
+            return 1 / float(self.num_batches_tracked)
+        return MOMENTUM
 
     def _over_all_processes(self, images: Tensor, shift: Tensor) -> Tensor:
         values = images.float()
@@ -137,8 +144,8 @@ class Shift(nn.BatchNorm2d):
         variance = squares / number - mean.square()
         if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.running_mean.lerp_(mean, MOMENTUM)
-                self.running_var.lerp_(variance * number / (number - 1), MOMENTUM)
+                self.running_mean.lerp_(mean, self._share)
+                self.running_var.lerp_(variance * number / (number - 1), self._share)
         scale = (variance.clamp(min=0) + self.eps).rsqrt()
         return (values * scale[:, None, None] + (shift - mean * scale)[:, None, None]).to(images.dtype)
 

@@ -50,6 +50,19 @@ class Spy(nn.Module):
         return self.linear(images.flatten(1))
 
 
+class Normalized(nn.Module):
+    """Normalizes its images, 16×16 pixels, and has one linear layer."""
+
+    def __init__(self, norm: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = norm(3)
+        self.linear = nn.Linear(16 * 16 * 3, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.norm(images).flatten(1))
+
+
 def normalised(dataset: Dataset, split: Split) -> Tensor:
     """All images of a split as a network sees them."""
     mean, std = (
@@ -149,6 +162,17 @@ def test_the_small_images_form_is_whitened_on_the_training_images_and_repeatable
     assert first.description.variant == "small_images"
     stem = weights(first)["stem.weight"]
     assert torch.equal(stem[:12], -stem[12:]), "whitening has made it, and training has left it"
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Shift])
+def test_precise_batch_norm_is_of_the_training_images_without_augmentation(
+    norm, dataset, config, train, tracking
+) -> None:
+    model = config(augmentation="flip_crop_color", precision="32-true", precise_batch_norm=True)
+    trained = train(model, dataset, tracking, network=Normalized(norm))
+    shown = normalised(dataset, dataset.train_split())
+    torch.testing.assert_close(trained.predictor.norm.running_mean, shown.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(trained.predictor.norm.running_var, shown.var(dim=(0, 2, 3)), rtol=1e-3, atol=0)
 
 
 def test_images_grow_for_a_network_that_has_dead_taps_at_their_full_size(new_dataset, config, train, tracking) -> None:
@@ -300,8 +324,15 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(
 def test_a_training_interrupted_within_an_epoch_goes_on_after_its_last_saved_batch(
     dataset, config, train, tracking, store, monkeypatch
 ) -> None:
-    model = config(num_epochs=3, augmentation="flip_crop", mixing="mixup", optimizer="sgd", schedule="one_cycle")
-    unbroken = train(model, dataset, tracking)
+    model = config(
+        num_epochs=3,
+        augmentation="flip_crop",
+        mixing="mixup",
+        optimizer="sgd",
+        schedule="one_cycle",
+        precise_batch_norm=True,
+    )
+    unbroken = train(model, dataset, tracking, network=Normalized())
     expected = tracking.metrics
     tracking.steps, tracking.metrics = [], []
     monkeypatch.setattr("mlpipe.training.epochs.SAVE_SECONDS", 0.0)
@@ -311,11 +342,12 @@ def test_a_training_interrupted_within_an_epoch_goes_on_after_its_last_saved_bat
             failing = _fails_in_epoch(1, batches_per_epoch=3) if epoch == 1 else _fails_at(2 + 2)
             patch.setattr("mlpipe.training.module.augment", failing)
             with pytest.raises(RuntimeError, match="killed"):
-                train(model, dataset, tracking, checkpoints=checkpoints)
+                train(model, dataset, tracking, checkpoints=checkpoints, network=Normalized())
         torch.manual_seed(12345)
     with monkeypatch.context() as patch:
         patch.setattr("mlpipe.training.module.augment", _fails_at(2 + 3 + 1))
-        resumed = train(model, dataset, tracking, checkpoints=checkpoints)  # two batches, then an epoch of three
+        # Two batches, then an epoch of three.
+        resumed = train(model, dataset, tracking, checkpoints=checkpoints, network=Normalized())
     assert same(unbroken, resumed)
     assert tracking.steps == [1, 2, 3]
     for before, after in zip(expected, tracking.metrics, strict=True):
