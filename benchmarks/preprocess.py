@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def write_archive(path: Path, number: int) -> None:
 
 
 def peak_memory(archive: Path) -> tuple[float, float]:
-    """MiB at most of a process before and after it prepares the archive."""
+    """MiB that a process has before it prepares the archive, and at most while it does."""
     command = [sys.executable, __file__, str(archive), "--only-prepare"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after = json.loads(done.stdout.splitlines()[-1])
@@ -110,23 +111,32 @@ def peak_memory(archive: Path) -> tuple[float, float]:
 
 
 def prepare_only(archive: Path) -> None:
-    """Print the peak resident memory, MiB, before and after."""
+    """Print the memory before, and at most while the archive is prepared, MiB."""
     store = ObjectStore("bench")
     data = DataConfig(dataset="images", uri=str(archive))
     source = fetch_source(data, store)
-    before = peak()
+    samples, ended = [memory_of_its_own()], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.01):
+            samples.append(memory_of_its_own())
+
+    sampling = threading.Thread(target=sample)
+    sampling.start()
     prepare(data, source)
-    print(json.dumps([before, peak()]))
+    ended.set()
+    sampling.join()
+    print(json.dumps([samples[0], max(samples)]))
 
 
-def peak() -> float:
-    """Resident memory of this process at most, MiB; getrusage would count the process that it was forked from."""
+def memory_of_its_own() -> float:
+    """Resident memory of this process, MiB, without the files that it maps, which are the system's cache."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 
 def memory() -> list[str]:
-    """Rows: peak memory by number of images."""
+    """Rows: memory by number of images."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number in MEMORY_SIZES:
@@ -135,8 +145,9 @@ def memory() -> list[str]:
             before, after = peak_memory(archive)
             withdraw(ObjectStore("bench"))
             rows.append([f"{number:,}", f"{number * 3072 / 2**20:,.0f}", f"{before:,.0f}", f"{after:,.0f}"])
-    head = ["images", "their pixels, MiB", "peak before, MiB", "peak of the process, MiB"]
-    return ["\nMemory, generated JPEG files of 32 × 32 pixels:\n", table(head, rows)]
+    head = ["images", "their pixels, MiB", "before, MiB", "at most, MiB"]
+    told = "Memory of the process, without mapped files, every 10 ms; generated JPEG files of 32 × 32 pixels:"
+    return [f"\n{told}\n", table(head, rows)]
 
 
 @contextmanager
